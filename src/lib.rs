@@ -1,0 +1,3 @@
+pub mod error;
+pub mod platform;
+pub use error::{Error, Kind, Result};

@@ -1,0 +1,42 @@
+//! The file-system calls that the local store makes, behind a trait so that tests can crash between any two
+//! of them, tear a write, or fail the n-th call.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use std::io;
+
+/// An open file.
+pub trait File: Send + Sync {
+    fn len(&self) -> io::Result<u64>;
+    /// Reads until the buffer is full or the file ends; returns how much it read.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Writes all of the buffer.
+    fn write_at(&self, offset: u64, buffer: &[u8]) -> io::Result<()>;
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    fn sync(&self) -> io::Result<()>;
+    /// How many names the file has.
+    fn links(&self) -> io::Result<u64>;
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub name: String,
+    pub is_dir: bool,
+}
+
+/// The calls themselves.
+pub trait Files: Send + Sync {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+    /// Creates a file that must not exist, for writing. `direct` asks to bypass the page cache; where the file system
+    /// cannot, the call fails with `InvalidInput` and leaves nothing behind.
+    fn create_new(&self, path: &Path, direct: bool) -> io::Result<Arc<dyn File>>;
+    fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()>;
+    fn remove_file(&self, path: &Path) -> io::Result<()>;
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
+    fn read_dir(&self, path: &Path) -> io::Result<Vec<Entry>>;
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+    /// The file's length, or `None` for a directory.
+    fn len(&self, path: &Path) -> io::Result<Option<u64>>;
+    fn canonicalize(&self, path: &Path) -> io::Result<PathBuf>;
+}

@@ -1,0 +1,78 @@
+//! Objects: named, immutable byte strings. The whole repository is made of them.
+//!
+//! A store promises four things and nothing else:
+//! - an object that a put or a finished writer reported as created is durable and complete;
+//! - of several racing puts of one key, exactly one is told `Created`;
+//! - an object is absent or whole, never half there;
+//! - what was written is never changed, only deleted.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use crate::error::Result;
+
+/// The answer to a put-if-absent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Put {
+    Created,
+    /// The key is taken. On a store that retries by itself this can be the answer to our own first try:
+    /// whoever cares reads the object back and compares its writer id.
+    Exists,
+}
+
+/// The end of an object.
+#[derive(Clone, Debug)]
+pub struct Tail {
+    pub bytes: Bytes,
+    pub object_len: u64,
+}
+
+/// One line of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectInfo {
+    pub key: String,
+    pub len: u64,
+}
+
+pub trait Store: Send + Sync {
+    /// Where this is, for messages.
+    fn url(&self) -> String;
+
+    /// The whole object.
+    fn get(&self, key: &str) -> Result<Bytes>;
+
+    /// Exactly these bytes; an object too short for them is damaged.
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes>;
+
+    /// The last `len` bytes, or all of a shorter object.
+    fn get_tail(&self, key: &str, len: u64) -> Result<Tail>;
+
+    /// The object's length, or `None` when it does not exist.
+    fn len(&self, key: &str) -> Result<Option<u64>>;
+
+    /// Creates the object from the parts put end to end, durably, unless the key is taken.
+    fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put>;
+
+    /// Streams a large object to a key that nobody else uses (its name is random).
+    fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>>;
+
+    /// Keys that begin with `prefix` (which ends with a slash), in byte order, after `after` if given.
+    /// Calls `each` until it returns false.
+    fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()>;
+
+    /// The names directly under `prefix` (which ends with a slash) that hold further names, in byte order,
+    /// without the prefix and without a slash at the end.
+    fn list_dirs(&self, prefix: &str) -> Result<Vec<String>>;
+
+    /// Removes an object. One that is not there is fine.
+    fn delete(&self, key: &str) -> Result<()>;
+}
+
+/// An object being streamed. Dropping it without `finish` leaves nothing behind.
+pub trait ObjectWriter: Send {
+    fn append(&mut self, bytes: &[u8]) -> Result<()>;
+
+    /// Returns when the object is complete and durable.
+    fn finish(self: Box<Self>) -> Result<()>;
+}
