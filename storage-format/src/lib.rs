@@ -1,5 +1,5 @@
 #[derive(Debug, thiserror::Error)]
-pub enum FormatError { 
+pub enum FormatError {
     #[error("{what} was written by a newer version ({found})")]
     NewerVersion { what: &'static str, found: u16 },
 }
