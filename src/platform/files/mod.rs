@@ -2,12 +2,14 @@
 //! of them, tear a write, or fail the n-th call.
 
 pub mod real;
+pub mod sim;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use real::RealFiles;
+pub use sim::SimFiles;
 
 /// What a direct file wants of the offset, the length and the memory of each write.
 pub const DIRECT_ALIGNMENT: usize = 4096;
