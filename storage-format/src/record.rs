@@ -42,6 +42,9 @@ pub struct Record {
     pub previous: Hash,
     /// The newest epoch once this record is in the log, or 0.
     pub latest_epoch: u64,
+    /// The newest record before this one that is an edit (see [`Record::is_edit`]), or 0. Whoever asks whether an
+    /// epoch was dropped, or what a tag names, follows these and need not read the other records.
+    pub last_edit: u64,
     pub body: Body,
 }
 
@@ -121,6 +124,15 @@ pub enum ManifestPlace {
 }
 
 impl Record {
+    /// Whether the record changes which epochs exist or what tags name, other than by adding an untagged epoch.
+    pub fn is_edit(&self) -> bool {
+        match &self.body {
+            Body::Create | Body::Term => false,
+            Body::Commit(commit) => !commit.tags.is_empty(),
+            Body::Tag { .. } | Body::Untag { .. } | Body::Drop { .. } | Body::Remove => true,
+        }
+    }
+
     /// Appends the record as a block, and returns the block's length and the record's digest.
     ///
     /// `own` is the name under which the commit's blocks referred to the object that this record will be.
@@ -144,6 +156,7 @@ impl Record {
         out.put_u64(self.time_ns);
         out.put(&self.previous);
         out.put_u64(self.latest_epoch);
+        out.put_u64(self.last_edit);
         match &self.body {
             Body::Create => out.put_u8(1),
             Body::Commit(commit) => {
@@ -198,7 +211,8 @@ impl Record {
         let time_ns = from.u64()?;
         let previous = from.array()?;
         let latest_epoch = from.u64()?;
-        if seq == 0 || latest_epoch > seq {
+        let last_edit = from.u64()?;
+        if seq == 0 || latest_epoch > seq || last_edit >= seq {
             return invalid(WHAT, "its numbers contradict each other");
         }
         let body = match from.u8()? {
@@ -219,7 +233,7 @@ impl Record {
             _ => return invalid(WHAT, "its kind is unknown"),
         };
         from.end()?;
-        Ok(Self { machine, seq, term, owner, writer, time_ns, previous, latest_epoch, body })
+        Ok(Self { machine, seq, term, owner, writer, time_ns, previous, latest_epoch, last_edit, body })
     }
 }
 
