@@ -186,6 +186,13 @@ impl FooterBuilder {
         offset
     }
 
+    /// The entries noted so far.
+    pub fn entries(&self) -> impl Iterator<Item = FooterEntry> + '_ {
+        self.entries
+            .chunks_exact(FOOTER_ENTRY_LEN)
+            .map(|bytes| read_entry(bytes).expect("the entries were encoded by this builder"))
+    }
+
     pub fn block_count(&self) -> usize {
         self.count
     }

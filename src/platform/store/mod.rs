@@ -6,11 +6,21 @@
 //! - an object is absent or whole, never half there;
 //! - what was written is never changed, only deleted.
 
+#[cfg(test)]
+pub(crate) mod contract;
+mod counters;
+mod key;
+pub mod local;
+
 use std::ops::Range;
 
 use bytes::Bytes;
 
-use crate::error::Result;
+pub use counters::{Counters, Totals};
+pub use key::{check_key, check_prefix};
+pub use local::LocalStore;
+
+use crate::error::{Error, Result};
 
 /// The answer to a put-if-absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +48,9 @@ pub struct ObjectInfo {
 pub trait Store: Send + Sync {
     /// Where this is, for messages.
     fn url(&self) -> String;
+
+    /// What was asked of this store so far.
+    fn counters(&self) -> &Counters;
 
     /// The whole object.
     fn get(&self, key: &str) -> Result<Bytes>;
@@ -75,4 +88,16 @@ pub trait ObjectWriter: Send {
 
     /// Returns when the object is complete and durable.
     fn finish(self: Box<Self>) -> Result<()>;
+}
+
+/// Refuses a range that runs backwards, and one that the object is too short for.
+fn check_range(key: &str, url: &str, range: &Range<u64>, object_len: u64) -> Result<()> {
+    if range.start > range.end {
+        return Err(Error::usage(format!("the range {range:?} of object {key} in {url} runs backwards")));
+    }
+    if range.end > object_len {
+        let (end, has) = (range.end, object_len);
+        return Err(Error::damaged(format!("object {key} in {url} is shorter than {end} bytes: it has {has}")));
+    }
+    Ok(())
 }

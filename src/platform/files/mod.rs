@@ -1,12 +1,21 @@
 //! The file-system calls that the local store makes, behind a trait so that tests can crash between any two
 //! of them, tear a write, or fail the n-th call.
 
+pub mod real;
+pub mod sim;
+
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use std::io;
+pub use real::RealFiles;
+pub use sim::SimFiles;
+
+/// What a direct file wants of the offset, the length and the memory of each write.
+pub const DIRECT_ALIGNMENT: usize = 4096;
 
 /// An open file.
+#[allow(clippy::len_without_is_empty)] // Nobody asks whether a file is empty.
 pub trait File: Send + Sync {
     fn len(&self) -> io::Result<u64>;
     /// Reads until the buffer is full or the file ends; returns how much it read.
@@ -19,6 +28,7 @@ pub trait File: Send + Sync {
     fn links(&self) -> io::Result<u64>;
 }
 
+/// A name in a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub name: String,
@@ -27,16 +37,21 @@ pub struct Entry {
 
 /// The calls themselves.
 pub trait Files: Send + Sync {
+    /// Opens a file for reading. A directory is refused with `IsADirectory`.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>>;
-    /// Creates a file that must not exist, for writing. `direct` asks to bypass the page cache; where the file system
-    /// cannot, the call fails with `InvalidInput` and leaves nothing behind.
+    /// Creates a file that must not exist, for writing. `direct` asks to bypass the page cache, and binds each write
+    /// to `DIRECT_ALIGNMENT`; where the file system cannot, the call fails with `InvalidInput` and leaves nothing behind.
     fn create_new(&self, path: &Path, direct: bool) -> io::Result<Arc<dyn File>>;
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()>;
     fn remove_file(&self, path: &Path) -> io::Result<()>;
     fn create_dir(&self, path: &Path) -> io::Result<()>;
+    /// The names in a directory, in no order. One that is not UTF-8 is left out: it can be no object's.
     fn read_dir(&self, path: &Path) -> io::Result<Vec<Entry>>;
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// The file's length, or `None` for a directory.
     fn len(&self, path: &Path) -> io::Result<Option<u64>>;
+    /// When the file was last written, in nanoseconds since 1970 by the file system's own clock, which is not always
+    /// this machine's.
+    fn modified_ns(&self, path: &Path) -> io::Result<u64>;
     fn canonicalize(&self, path: &Path) -> io::Result<PathBuf>;
 }

@@ -1,0 +1,274 @@
+//! A store in a directory, of a local disk or of NFS.
+//!
+//! It leans on three properties of the file system: a hard link to a taken name fails, what a file was synced with
+//! survives a crash, and so do the names in a directory that was synced. It renames and overwrites nothing.
+
+mod buffer;
+mod handles;
+mod list;
+mod publish;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use self::handles::{Handle, Handles};
+use self::publish::Shared;
+use self::writer::LocalWriter;
+use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix};
+use crate::error::{Error, Result};
+use crate::platform::files::Files;
+
+/// How many objects are kept open for reading.
+const HANDLES: usize = 128;
+
+/// A store in a directory.
+pub struct LocalStore {
+    shared: Arc<Shared>,
+}
+
+impl LocalStore {
+    /// Opens a store in a directory that exists. Writes nothing, so that a read-only file system will do.
+    pub fn open(root: &Path, files: Arc<dyn Files>) -> Result<Self> {
+        let failed = |error| Error::io(format!("cannot open file://{}", root.display()), error);
+        let canonical = files.canonicalize(root).map_err(failed)?;
+        if files.len(&canonical).map_err(failed)?.is_some() {
+            return Err(Error::usage(format!("file://{} is not a directory", canonical.display())));
+        }
+        Ok(Self { shared: Arc::new(Shared::new(canonical, files, Handles::new(HANDLES))) })
+    }
+
+    /// Makes the directory and its missing parents, durably, and opens a store in it. One that exists is fine.
+    pub fn create(root: &Path, files: Arc<dyn Files>) -> Result<Self> {
+        make_root(root, &*files)
+            .map_err(|error| Error::io(format!("cannot create file://{}", root.display()), error))?;
+        Self::open(root, files)
+    }
+
+    /// Removes what crashed writers left behind and nobody has written to for so long, and says how many files.
+    pub fn sweep_temporaries(&self, older_than: Duration) -> Result<u64> {
+        let shared = &*self.shared;
+        let dir = shared.temporary_dir();
+        let failed = |error| Error::io(format!("cannot sweep file://{}", dir.display()), error);
+        // The age is told by the clock that stamps the files, which need not be this machine's.
+        let own = shared.temporary(false).map_err(failed)?;
+        let now = own.modified_ns().map_err(failed)?;
+        let age_max = u64::try_from(older_than.as_nanos()).unwrap_or(u64::MAX);
+        let mut removed = 0;
+        for entry in shared.files.read_dir(&dir).map_err(failed)? {
+            let path = dir.join(&entry.name);
+            // Whoever writes a file removes it too, so it may be gone at any moment.
+            let vanished = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+            let modified = match shared.files.modified_ns(&path) {
+                Err(error) if vanished(&error) => continue,
+                result => result.map_err(failed)?,
+            };
+            if entry.is_dir || path == own.path || now.saturating_sub(modified) <= age_max {
+                continue;
+            }
+            match shared.files.remove_file(&path) {
+                Err(error) if vanished(&error) => {}
+                result => {
+                    result.map_err(failed)?;
+                    removed += 1;
+                }
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Reads the range that `choose` picks when it is told the object's length, and returns the bytes and that length.
+    fn read(&self, key: &str, keep: Keep, choose: &dyn Fn(u64) -> Result<Range<u64>>) -> Result<(Bytes, u64)> {
+        check_key(key)?;
+        let mut result = self.read_once(key, keep, choose);
+        if matches!(&result, Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::StaleNetworkFileHandle) {
+            // On NFS somebody else deleted the file that we hold open. Look for the name again.
+            self.shared.handles.forget(key);
+            result = self.read_once(key, keep, choose);
+        }
+        result.map_err(|error| match error {
+            ReadError::Io(error) if is_missing(&error) => {
+                Error::not_found(format!("there is no object {key} in {}", self.url()))
+            }
+            ReadError::Io(error) => Error::io(format!("cannot read {key} in {}", self.url()), error),
+            ReadError::Refused(error) => error,
+        })
+    }
+
+    fn read_once(
+        &self,
+        key: &str,
+        keep: Keep,
+        choose: &dyn Fn(u64) -> Result<Range<u64>>,
+    ) -> std::result::Result<(Bytes, u64), ReadError> {
+        let handle = match keep {
+            Keep::No => self.open_object(key)?,
+            Keep::Yes => self.kept_object(key)?,
+        };
+        // Chosen from the real length, so that nothing is allocated for bytes that are not there.
+        let range = choose(handle.len)?;
+        let short = || {
+            let message = format!("object {key} in {} is shorter than its {} bytes", self.url(), handle.len);
+            ReadError::Refused(Error::damaged(message))
+        };
+        let count = usize::try_from(range.end - range.start).map_err(|_| short())?;
+        let mut bytes = vec![0; count];
+        if count > 0 && handle.file.read_at(range.start, &mut bytes)? != count {
+            return Err(short());
+        }
+        self.shared.counters.get(count as u64);
+        Ok((bytes.into(), handle.len))
+    }
+
+    fn open_object(&self, key: &str) -> io::Result<Arc<Handle>> {
+        let file = self.shared.files.open(&self.shared.path(key))?;
+        let len = file.len()?;
+        Ok(Arc::new(Handle { file, len }))
+    }
+
+    fn kept_object(&self, key: &str) -> io::Result<Arc<Handle>> {
+        if let Some(handle) = self.shared.handles.get(key) {
+            // Another process may have deleted the object, and even used the name again.
+            if handle.file.links()? > 0 {
+                return Ok(handle);
+            }
+            self.shared.handles.forget(key);
+        }
+        let handle = self.open_object(key)?;
+        self.shared.handles.insert(key, Arc::clone(&handle));
+        Ok(handle)
+    }
+}
+
+/// Whether a file stays open for the next read. Objects that are read whole are seldom read again.
+#[derive(Clone, Copy)]
+enum Keep {
+    Yes,
+    No,
+}
+
+enum ReadError {
+    Io(io::Error),
+    Refused(Error),
+}
+
+impl From<io::Error> for ReadError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<Error> for ReadError {
+    fn from(error: Error) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl Store for LocalStore {
+    fn url(&self) -> String {
+        self.shared.url()
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        self.read(key, Keep::No, &|len| Ok(0..len)).map(|(bytes, _)| bytes)
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let choose = |len| super::check_range(key, &self.url(), &range, len).map(|()| range.clone());
+        self.read(key, Keep::Yes, &choose).map(|(bytes, _)| bytes)
+    }
+
+    fn get_tail(&self, key: &str, tail_len: u64) -> Result<Tail> {
+        let (bytes, object_len) = self.read(key, Keep::Yes, &|len| Ok(len.saturating_sub(tail_len)..len))?;
+        Ok(Tail { bytes, object_len })
+    }
+
+    fn len(&self, key: &str) -> Result<Option<u64>> {
+        check_key(key)?;
+        match self.shared.files.len(&self.shared.path(key)) {
+            Err(error) if is_missing(&error) => Ok(None),
+            result => result.map_err(|error| Error::io(format!("cannot read {key} in {}", self.url()), error)),
+        }
+    }
+
+    fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
+        check_key(key)?;
+        self.shared.put(key, parts)
+    }
+
+    fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
+        check_key(key)?;
+        self.shared.check_usable(key)?;
+        Ok(Box::new(LocalWriter::new(Arc::clone(&self.shared), key)))
+    }
+
+    fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
+        check_prefix(prefix)?;
+        self.shared.counters.list();
+        list::walk(&*self.shared.files, &self.shared.root, prefix, after, each).map(|_| ())
+    }
+
+    fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
+        check_prefix(prefix)?;
+        self.shared.counters.list();
+        list::dirs(&*self.shared.files, &self.shared.root, prefix)
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        check_key(key)?;
+        self.shared.check_usable(key)?;
+        let failed = |error| Error::io(format!("cannot delete {key} in {}", self.url()), error);
+        let path = self.shared.path(key);
+        let removed = self.shared.files.remove_file(&path);
+        self.shared.handles.forget(key);
+        match removed {
+            Err(error) if is_missing(&error) => {}
+            result => result.map_err(failed)?,
+        }
+        // Also when it was gone already: whoever removed it may not have made that durable.
+        match self.shared.sync_name(&path) {
+            Err(error) if is_missing(&error) => Ok(()),
+            result => result.map_err(failed),
+        }
+    }
+}
+
+/// A name that leads nowhere, or to a directory, or through a file, is no object.
+fn is_missing(error: &io::Error) -> bool {
+    use io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory | IsADirectory)
+}
+
+/// Makes the root and the parents that are missing, each durable in its parent.
+fn make_root(root: &Path, files: &dyn Files) -> io::Result<()> {
+    let parent = root.parent().map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
+    match files.create_dir(root) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            // Whoever made it may not have come to this; where the parent is none of our business, its owner did.
+            if let Some(parent) = parent {
+                let _ = files.sync_dir(parent);
+            }
+            return Ok(());
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make_root(parent.ok_or(error)?, files)?;
+            match files.create_dir(root) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+        }
+        result => result?,
+    }
+    parent.map_or(Ok(()), |parent| files.sync_dir(parent))
+}

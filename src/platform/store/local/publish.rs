@@ -1,0 +1,226 @@
+//! How an object comes to be: written under a temporary name, made durable, then given its name by a hard link,
+//! which succeeds for exactly one of several who try.
+
+use std::collections::HashSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::handles::Handles;
+use crate::error::{Error, Kind, Result};
+use crate::platform::files::{File, Files};
+use crate::platform::random;
+use crate::platform::store::key::TEMPORARY;
+use crate::platform::store::{Counters, Put};
+
+/// What the store and its writers share.
+pub(super) struct Shared {
+    pub files: Arc<dyn Files>,
+    pub root: PathBuf,
+    pub counters: Counters,
+    pub handles: Handles,
+    /// Directories whose own names are known to be durable. One that was merely found may have been made a moment
+    /// ago by somebody who has not synced it yet, so its parents are synced once before anything in it counts.
+    durable_dirs: Mutex<HashSet<PathBuf>>,
+    /// Set by a failed sync. What the kernel holds of this store is unknown from then on, and a later sync that
+    /// succeeds would prove nothing.
+    poisoned: AtomicBool,
+}
+
+/// A file under a temporary name, which goes away with this value.
+pub(super) struct Temporary {
+    files: Arc<dyn Files>,
+    pub path: PathBuf,
+    file: Option<Arc<dyn File>>,
+}
+
+impl Shared {
+    pub fn new(root: PathBuf, files: Arc<dyn Files>, handles: Handles) -> Self {
+        let durable_dirs = Mutex::new(HashSet::from([root.clone()]));
+        Self { files, root, counters: Counters::default(), handles, durable_dirs, poisoned: AtomicBool::new(false) }
+    }
+
+    pub fn url(&self) -> String {
+        format!("file://{}", self.root.display())
+    }
+
+    pub fn path(&self, key: &str) -> PathBuf {
+        self.root.join(key)
+    }
+
+    pub fn temporary_dir(&self) -> PathBuf {
+        self.root.join(TEMPORARY)
+    }
+
+    /// Refuses to write once a sync has failed.
+    pub fn check_usable(&self, key: &str) -> Result<()> {
+        if self.poisoned.load(Ordering::Acquire) {
+            let message = format!("cannot change {key} in {}: an earlier sync failed", self.url());
+            return Err(Error::new(Kind::Io, message).hint("look at the device, then open the repository again"));
+        }
+        Ok(())
+    }
+
+    pub fn temporary(&self, direct: bool) -> io::Result<Temporary> {
+        let dir = self.temporary_dir();
+        let name: String = random::id16().iter().map(|byte| format!("{byte:02x}")).collect();
+        let path = dir.join(name);
+        let file = match self.files.create_new(&path, direct) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.make_dirs(&dir)?;
+                self.files.create_new(&path, direct)?
+            }
+            result => result?,
+        };
+        Ok(Temporary { files: Arc::clone(&self.files), path, file: Some(file) })
+    }
+
+    /// Writes the parts to a temporary file and publishes it.
+    pub fn put(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
+        self.check_usable(key)?;
+        let temporary = self.temporary(false).map_err(|error| self.write_error(key, error))?;
+        let mut offset = 0;
+        for part in parts.iter().filter(|part| !part.is_empty()) {
+            temporary.write_at(offset, part).map_err(|error| self.write_error(key, error))?;
+            offset += part.len() as u64;
+        }
+        self.publish(temporary, key, offset)
+    }
+
+    /// Makes the file durable, gives it its name, and makes the name durable.
+    pub fn publish(&self, temporary: Temporary, key: &str, len: u64) -> Result<Put> {
+        self.check_usable(key)?;
+        temporary.sync().map_err(|error| {
+            let error = self.write_error(key, error);
+            // A full disk is no riddle, and this file is thrown away whole: the next one begins anew.
+            if error.kind() != Kind::NoSpace {
+                self.poison();
+            }
+            error
+        })?;
+        let path = self.path(key);
+        let put = self.link(&temporary.path, &path).map_err(|error| self.write_error(key, error))?;
+        drop(temporary);
+        // Also when somebody else made it: what the caller was told to exist must not vanish with the power.
+        self.sync_name(&path).map_err(|error| self.write_error(key, error))?;
+        self.counters.put(len);
+        Ok(put)
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> io::Result<Put> {
+        match self.link_once(from, to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if let Some(dir) = to.parent() {
+                    self.make_dirs(dir)?;
+                }
+                self.link_once(from, to)
+            }
+            result => result,
+        }
+    }
+
+    /// Links, and does not take an error at its word: when the reply of a network file system is lost, the repeated
+    /// request finds its own success in its way. The number of names tells.
+    fn link_once(&self, from: &Path, to: &Path) -> io::Result<Put> {
+        let Err(error) = self.files.hard_link(from, to) else { return Ok(Put::Created) };
+        if error.kind() == io::ErrorKind::NotFound {
+            return Err(error);
+        }
+        let taken = error.kind() == io::ErrorKind::AlreadyExists;
+        // Opening the file again makes NFS ask the server instead of its memory.
+        match self.files.open(from).and_then(|file| file.links()) {
+            Ok(2..) => Ok(Put::Created),
+            Ok(_) if taken => Ok(Put::Exists),
+            Err(unknown) if taken => Err(unknown),
+            _ => Err(error),
+        }
+    }
+
+    /// Makes a directory and its missing parents, but never the root: a root that vanished is a file system that
+    /// is not mounted.
+    fn make_dirs(&self, dir: &Path) -> io::Result<()> {
+        match self.files.create_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = dir.parent().filter(|parent| *parent != self.root).ok_or(error)?;
+                self.make_dirs(parent)?;
+                match self.files.create_dir(dir) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+                    _ => Ok(()),
+                }
+            }
+            result => result,
+        }
+    }
+
+    /// Makes the presence or absence of this name durable, together with the directories above it.
+    pub fn sync_name(&self, path: &Path) -> io::Result<()> {
+        let mut proven = Vec::new();
+        let mut dir = path.parent();
+        while let Some(current) = dir {
+            if let Err(error) = self.files.sync_dir(current) {
+                if error.kind() != io::ErrorKind::NotFound {
+                    self.poison();
+                }
+                return Err(error);
+            }
+            if self.durable_dirs.lock().unwrap_or_else(PoisonError::into_inner).contains(current) {
+                break;
+            }
+            proven.push(current.to_owned());
+            dir = current.parent();
+        }
+        if !proven.is_empty() {
+            self.durable_dirs.lock().unwrap_or_else(PoisonError::into_inner).extend(proven);
+        }
+        Ok(())
+    }
+
+    fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    /// An error of a write. That a file or directory on the way is missing does not mean that the object is.
+    pub fn write_error(&self, key: &str, error: io::Error) -> Error {
+        let what = format!("cannot write {key} in {}", self.url());
+        match error.kind() {
+            io::ErrorKind::NotFound => Error::new(Kind::Io, format!("{what}: {error}"))
+                .hint("check that the repository is still mounted there"),
+            io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported => {
+                Error::io(what, error).hint("the repository must be writable and its file system must have hard links")
+            }
+            _ => Error::io(what, error),
+        }
+    }
+}
+
+impl Temporary {
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.open()?.write_at(offset, bytes)
+    }
+
+    pub fn set_len(&self, len: u64) -> io::Result<()> {
+        self.open()?.set_len(len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.open()?.sync()
+    }
+
+    pub fn modified_ns(&self) -> io::Result<u64> {
+        self.files.modified_ns(&self.path)
+    }
+
+    fn open(&self) -> io::Result<&dyn File> {
+        self.file.as_deref().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // Closed first: NFS would keep an open file under yet another name. What cannot be removed is swept later.
+        self.file = None;
+        let _ = self.files.remove_file(&self.path);
+    }
+}
