@@ -107,7 +107,9 @@ impl EpochStore {
             if let Body::Drop { epochs } = &record.body
                 && epochs.contains(&epoch)
             {
-                return Ok(Rebase::Refuse(Error::not_found(format!("epoch {epoch} of {machine} was dropped meanwhile"))));
+                return Ok(Rebase::Refuse(Error::not_found(format!(
+                    "epoch {epoch} of {machine} was dropped meanwhile"
+                ))));
             }
             Ok(behind_any(record, draft))
         })

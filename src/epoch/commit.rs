@@ -3,8 +3,8 @@
 use std::sync::{Arc, RwLock};
 
 use epochfs_format::{
-    Attributes, Body, Commit, EntryKind, INLINE_MANIFEST_LEN_MAX, Image, Manifest, ManifestEntry,
-    ManifestPlace, Owner, Record, Root, check_stream_path, check_tag,
+    Attributes, Body, Commit, EntryKind, INLINE_MANIFEST_LEN_MAX, Image, Manifest, ManifestEntry, ManifestPlace, Owner,
+    Record, Root, check_stream_path, check_tag,
 };
 
 use super::edit::NewRoot;
@@ -208,8 +208,8 @@ impl CommitBuilder {
 
     fn check_new_path(&self, path: &[u8]) -> Result<()> {
         check_stream_path(path).map_err(|error| Error::usage(format!("{}: {error}", path.escape_ascii())))?;
-        let taken = self.streams.iter().any(|stream| stream.path == path)
-            || self.others.iter().any(|entry| entry.path == path);
+        let taken =
+            self.streams.iter().any(|stream| stream.path == path) || self.others.iter().any(|entry| entry.path == path);
         if taken {
             return Err(Error::usage(format!("the stream {} is given twice", path.escape_ascii())));
         }
@@ -254,8 +254,7 @@ impl CommitBuilder {
         let job = StreamJob { source: &source, dirty: None, parent: parent.as_ref() };
         let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent };
         let mut ignored = CommitCounts::default();
-        let root =
-            commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut ignored, &mut |_| {})?;
+        let root = commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut ignored, &mut |_| {})?;
         let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
         // The streams' roots are named by the packs they lie in, so these must be packs.
         let (packs, mut inline) = packs.finish(false)?;
@@ -383,6 +382,8 @@ fn after_other(record: &Record, base_term: u64, machine: &str, options: &CommitO
         Body::Remove => Rebase::Refuse(Error::conflict(format!("{machine} was removed meanwhile"))),
         _ if record.term == base_term => Rebase::After,
         _ if options.term.is_some() => Rebase::Refuse(fenced(machine, record)),
-        _ => Rebase::Refuse(Error::conflict(format!("{machine} was taken over meanwhile")).hint("nothing was committed")),
+        _ => {
+            Rebase::Refuse(Error::conflict(format!("{machine} was taken over meanwhile")).hint("nothing was committed"))
+        }
     }
 }

@@ -57,7 +57,8 @@ pub fn diff(before: &Epoch, after: &Epoch, count_bytes: bool) -> Result<Vec<File
         let (old, new) = (image(old), image(new));
         let mut pages = Vec::new();
         changed_pages(before.nodes(), &old, &new, &mut |page| pages.push(page))?;
-        let changed_bytes = if count_bytes { Some(count_changed_bytes(before, after, &old, &new, &pages)?) } else { None };
+        let changed_bytes =
+            if count_bytes { Some(count_changed_bytes(before, after, &old, &new, &pages)?) } else { None };
         diffs.push(FileDiff {
             path: path.to_vec(),
             change,
@@ -121,7 +122,10 @@ enum Side {
     Empty,
     Node(Root),
     /// A virtual node above a tree of fewer levels: its first slot leads down.
-    Above { root: Root, levels: u8 },
+    Above {
+        root: Root,
+        levels: u8,
+    },
 }
 
 impl Side {

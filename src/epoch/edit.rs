@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use epochfs_format::{BlockKind, FANOUT, Hash, Image, Node, NodeEditor, ObjectRef, Place, Root, level_span, levels_for};
+use epochfs_format::{
+    BlockKind, FANOUT, Hash, Image, Node, NodeEditor, ObjectRef, Place, Root, level_span, levels_for,
+};
 
 use super::leaf::{LeafWork, PageChange};
 use super::nodes::{LoadedNode, Nodes, Stored};
@@ -24,8 +26,10 @@ pub struct NewNode {
 impl NewNode {
     fn new(node: Node, digest: Hash, parent: Option<&LoadedNode>) -> Self {
         let patch = parent.and_then(|parent| {
-            let mut slots: Vec<u16> =
-                (0..FANOUT).filter(|slot| node.hash(*slot) != parent.node.hash(*slot)).map(|slot| slot as u16).collect();
+            let mut slots: Vec<u16> = (0..FANOUT)
+                .filter(|slot| node.hash(*slot) != parent.node.hash(*slot))
+                .map(|slot| slot as u16)
+                .collect();
             let base = match &parent.stored {
                 Stored::Whole => parent.root.place.clone(),
                 Stored::Patch { base, slots: before } => {

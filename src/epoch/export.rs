@@ -56,14 +56,19 @@ pub fn export(epoch: &Epoch, only: &[Vec<u8>], directory: &Path, on_write: &(dyn
 }
 
 fn create_dir_all(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).map_err(|error| Error::io(format!("cannot create the directory {}", path.display()), error))
+    fs::create_dir_all(path)
+        .map_err(|error| Error::io(format!("cannot create the directory {}", path.display()), error))
 }
 
 fn create(target: &Path) -> Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(target).map_err(|error| {
         let exists = error.kind() == io::ErrorKind::AlreadyExists;
         let error = Error::io(format!("cannot create {}", target.display()), error);
-        if exists { error.hint("export to another directory, or remove that file: nothing is overwritten") } else { error }
+        if exists {
+            error.hint("export to another directory, or remove that file: nothing is overwritten")
+        } else {
+            error
+        }
     })
 }
 
@@ -84,11 +89,18 @@ fn export_stream(
     }
     let written = result.map_err(|error| error.context(format!("{}: {}", epoch.name(), entry.path.escape_ascii())))?;
     let mode = fs::Permissions::from_mode(entry.attributes.mode & 0o7777);
-    file.set_permissions(mode).map_err(|error| Error::io(format!("cannot set the mode of {}", target.display()), error))?;
+    file.set_permissions(mode)
+        .map_err(|error| Error::io(format!("cannot set the mode of {}", target.display()), error))?;
     Ok(written)
 }
 
-fn write_stream(epoch: &Epoch, image: &Image, file: &File, target: &Path, on_write: &(dyn Fn(u64) + Sync)) -> Result<u64> {
+fn write_stream(
+    epoch: &Epoch,
+    image: &Image,
+    file: &File,
+    target: &Path,
+    on_write: &(dyn Fn(u64) + Sync),
+) -> Result<u64> {
     let failed = |error| Error::io(format!("cannot write to {}", target.display()), error);
     file.set_len(image.length).map_err(failed)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);

@@ -87,7 +87,9 @@ impl Fetcher {
         for wanted in group {
             let place = &wanted.place;
             let block = match &bytes {
-                Some(bytes) => Ok(bytes.slice((u64::from(place.offset) - range.start) as usize..).slice(..place.len as usize)),
+                Some(bytes) => {
+                    Ok(bytes.slice((u64::from(place.offset) - range.start) as usize..).slice(..place.len as usize))
+                }
                 None => objects.read(place),
             };
             let decoded = block.and_then(|block| {

@@ -30,9 +30,15 @@ pub struct LeafJob {
 pub enum PageChange {
     Zero,
     /// A page that is stored already.
-    Known { hash: Hash, place: Place },
+    Known {
+        hash: Hash,
+        place: Place,
+    },
     /// A new page, by its block's range in the leaf's blocks.
-    New { hash: Hash, block: Range<usize> },
+    New {
+        hash: Hash,
+        block: Range<usize>,
+    },
 }
 
 /// What became of one leaf.

@@ -14,7 +14,10 @@ const CACHE_LEN: usize = 48 << 20;
 pub enum Stored {
     Whole,
     /// As these slots of the whole node at `base`.
-    Patch { base: Place, slots: Vec<u16> },
+    Patch {
+        base: Place,
+        slots: Vec<u16>,
+    },
 }
 
 /// A node and where it came from.
@@ -54,7 +57,10 @@ impl Nodes {
             }
         };
         if loaded.root.digest != root.digest || loaded.node.level() != level {
-            return Err(Error::damaged(format!("{}: the tree node there is not the one recorded", describe(&root.place))));
+            return Err(Error::damaged(format!(
+                "{}: the tree node there is not the one recorded",
+                describe(&root.place)
+            )));
         }
         Ok(loaded)
     }
@@ -65,7 +71,8 @@ impl Nodes {
         let (node, stored) = match self.decode(place).map_err(at)? {
             StoredNode::Whole(node) => (node, Stored::Whole),
             StoredNode::Patch(patch) => {
-                let StoredNode::Whole(base) = self.decode(&patch.base).map_err(|error| error.context(describe(&patch.base)))?
+                let StoredNode::Whole(base) =
+                    self.decode(&patch.base).map_err(|error| error.context(describe(&patch.base)))?
                 else {
                     return Err(at(Error::damaged("it is a patch of a patch")));
                 };

@@ -45,7 +45,8 @@ pub struct FileSource {
 
 impl FileSource {
     pub fn open(path: &Path) -> Result<Self> {
-        let failed = |what: &str, error: rustix::io::Errno| Error::io(format!("{}: {what}", path.display()), error.into());
+        let failed =
+            |what: &str, error: rustix::io::Errno| Error::io(format!("{}: {what}", path.display()), error.into());
         // Without blocking: a pipe nobody writes to must not hang the commit.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| failed("cannot open it", error))?;

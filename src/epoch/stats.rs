@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use epochfs_format::{Hash, PAGE_SIZE, Place, Root, levels_for};
 
 use super::nodes::Nodes;
-use super::view::{EpochStore, load_manifest};
 use super::tree::child;
+use super::view::{EpochStore, load_manifest};
 use crate::error::Result;
 use crate::repo::MachineState;
 

@@ -1,6 +1,6 @@
 //! Verifying a repository: every object is read whole, every page proven, every reference followed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -335,9 +335,4 @@ fn name_of(key: &str) -> Named {
         Some(object) if object_key(&object) == key => Named::Object(object),
         _ => Named::Unknown,
     }
-}
-
-/// Object keys that some problem is about, for tests and reports.
-pub fn keys_with_problems(verified: &Verified) -> HashSet<&str> {
-    verified.problems.iter().map(|problem| problem.object.split(' ').next().unwrap_or_default()).collect()
 }

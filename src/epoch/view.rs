@@ -36,7 +36,8 @@ impl FromStr for EpochName {
             None => (text, None),
             Some((machine, "latest")) => (machine, Some(Which::Latest)),
             Some((machine, epoch)) if !epoch.is_empty() && epoch.bytes().all(|byte| byte.is_ascii_digit()) => {
-                let number = epoch.parse().map_err(|_| Error::usage(format!("{text:?}: the epoch number is too large")))?;
+                let number =
+                    epoch.parse().map_err(|_| Error::usage(format!("{text:?}: the epoch number is too large")))?;
                 (machine, Some(Which::Number(number)))
             }
             Some((machine, tag)) => {

@@ -43,7 +43,8 @@ impl Draft {
             time_ns: clock::now_ns(),
             previous: head.map_or([0; 32], |head| head.digest),
             latest_epoch: if is_commit { seq } else { self.latest_epoch },
-            last_edit: head.map_or(0, |head| if head.record.is_edit() { head.record.seq } else { head.record.last_edit }),
+            last_edit: head
+                .map_or(0, |head| if head.record.is_edit() { head.record.seq } else { head.record.last_edit }),
             body: self.body.clone(),
         };
         let mut block = Vec::new();
@@ -83,7 +84,8 @@ pub(super) fn append(
         let seq = encoded.record.seq;
         let parts: [&[u8]; 4] = [&encoded.header, &draft.inline.blocks, &encoded.block, &encoded.end];
         let put = objects.store().put_if_absent(&record_key(machine, seq), &parts).map_err(|error| {
-            let hint = format!("whether record {seq} of {machine} was written is not known; `epochfs log {machine}` tells");
+            let hint =
+                format!("whether record {seq} of {machine} was written is not known; `epochfs log {machine}` tells");
             if error.next_step().is_none() { error.hint(hint) } else { error }
         })?;
         if put == Put::Created {

@@ -162,7 +162,9 @@ impl Edits {
         let mut dropped = BTreeSet::new();
         for record in &self.records {
             match &record.body {
-                Body::Tag { epoch, name } if name == tag => return Some(*epoch).filter(|epoch| !dropped.contains(epoch)),
+                Body::Tag { epoch, name } if name == tag => {
+                    return Some(*epoch).filter(|epoch| !dropped.contains(epoch));
+                }
                 Body::Commit(commit) if commit.tags.iter().any(|name| name == tag) => {
                     return Some(record.seq).filter(|epoch| !dropped.contains(epoch));
                 }

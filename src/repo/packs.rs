@@ -92,7 +92,11 @@ impl Inline {
     }
 
     /// Appends a node's block, which `encode` produces given the name of the object.
-    pub fn push_node(&mut self, digest: Hash, encode: impl FnOnce(&ObjectRef, &mut Vec<u8>) -> (BlockKind, u32)) -> Place {
+    pub fn push_node(
+        &mut self,
+        digest: Hash,
+        encode: impl FnOnce(&ObjectRef, &mut Vec<u8>) -> (BlockKind, u32),
+    ) -> Place {
         let (kind, len) = encode(&self.own, &mut self.blocks);
         let offset = self.footer.push(kind, digest, len);
         Place { object: self.own.clone(), offset, len }

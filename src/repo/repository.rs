@@ -33,9 +33,8 @@ impl Repository {
     pub fn open(store: Arc<dyn Store>) -> Result<Self> {
         let url = store.url();
         let bytes = store.get(DESCRIPTOR_KEY).map_err(|error| match error.kind() {
-            Kind::NotFound => {
-                Error::not_found(format!("{url} holds no repository")).hint(format!("make one: epochfs --repo {url} init"))
-            }
+            Kind::NotFound => Error::not_found(format!("{url} holds no repository"))
+                .hint(format!("make one: epochfs --repo {url} init")),
             _ => error,
         })?;
         let descriptor = Descriptor::decode(&bytes).map_err(|error| Error::from(error).context(&url))?;
@@ -112,9 +111,10 @@ impl Repository {
         let record = if epoch == head.record.seq {
             head.record.clone()
         } else {
-            self.objects.record(machine, epoch)?.map(|(record, _)| record).ok_or_else(|| {
-                Error::damaged(format!("record {epoch} of {machine} is missing"))
-            })?
+            self.objects
+                .record(machine, epoch)?
+                .map(|(record, _)| record)
+                .ok_or_else(|| Error::damaged(format!("record {epoch} of {machine} is missing")))?
         };
         if !matches!(record.body, Body::Commit(_)) {
             return Err(missing());
@@ -129,7 +129,8 @@ impl Repository {
     pub fn latest_record(&self, machine: &Arc<str>) -> Result<Record> {
         let head = self.require(machine)?;
         self.latest_of(&head)?.ok_or_else(|| {
-            Error::not_found(format!("{machine} has no epoch yet")).hint(format!("make one: epochfs commit {machine} ..."))
+            Error::not_found(format!("{machine} has no epoch yet"))
+                .hint(format!("make one: epochfs commit {machine} ..."))
         })
     }
 
