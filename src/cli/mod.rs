@@ -117,8 +117,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     output::start_logging(cli.global.verbose, cli.global.quiet);
+    tracing::debug!("command begins");
     let context = Context::new(cli.global);
-    match cli.command.run(&context) {
+    let result = cli.command.run(&context);
+    tracing::debug!("command is done");
+    match result {
         Ok(code) => code,
         Err(error) => {
             output::print_error(&error, context.json());

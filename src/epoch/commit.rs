@@ -185,6 +185,7 @@ impl CommitBuilder {
         let root =
             commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut self.counts, &mut self.on_read)
                 .map_err(|error| error.context(format!("stream {}", path.escape_ascii())))?;
+        tracing::debug!(stream = %path.escape_ascii(), "stream is read");
         self.streams.push(PendingStream { path: path.to_vec(), attributes, length: source.len(), root });
         Ok(())
     }
@@ -226,6 +227,7 @@ impl CommitBuilder {
         let (packs, inline, manifest_place, manifest) = if inline_manifest {
             let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
             let (packs, mut inline) = packs.finish(true)?;
+            tracing::debug!(packs = packs.len(), "packs are durable");
             for stream in streams {
                 let root = place_in_record(stream.root, &mut inline);
                 entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
@@ -292,6 +294,7 @@ impl CommitBuilder {
         let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, _| {
             Ok(after_other(record, base_term, machine, options))
         })?;
+        tracing::debug!(epoch = head.record.seq, "record is durable");
         if footer.block_count() > 0 {
             let object = epochfs_format::ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
             self.index.learn(&object, &footer);

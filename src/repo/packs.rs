@@ -172,6 +172,7 @@ impl<'a> PackWriter<'a> {
         let (object, footer) = (pack.object.clone(), pack.footer.clone());
         let finished = pack.finish(&self.objects)?;
         self.finished.push((finished.id, finished.len));
+        tracing::debug!(len = finished.len, "a pack is durable");
         (self.on_pack)(&object, &footer)
     }
 

@@ -1,9 +1,9 @@
 //! The index's tables in RocksDB.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use epochfs_format::{BlockKind, FooterEntry, Hash, ObjectRef, Place, check_machine, hex};
-use rocksdb::{BlockBasedOptions, Cache, DB, Options, WriteBatch, WriteOptions};
+use rocksdb::{BlockBasedOptions, Cache, DB, IngestExternalFileOptions, Options, SstFileWriter, WriteBatch};
 
 use super::pending;
 use crate::error::{Error, Kind, Result};
@@ -17,10 +17,15 @@ const COMPLETE_KEY: &[u8] = b"complete";
 const BLOCK_CACHE_LEN: usize = 32 << 20;
 const WRITE_BUFFER_LEN: usize = 16 << 20;
 
+/// An object with this many pages goes in as a table of its own.
+const INGEST_FROM_PAGES: usize = 4096;
+
 pub(super) struct Database {
     db: DB,
     owner: bool,
     repository: [u8; 16],
+    /// Where a table is made before it is taken in.
+    table_path: PathBuf,
 }
 
 /// How the database was found.
@@ -65,7 +70,7 @@ impl Database {
         } else {
             match DB::open(&options(), &path) {
                 Ok(db) => {
-                    let database = Self { db, owner: true, repository: *repository };
+                    let database = Self::new(db, true, repository, directory);
                     if database.is_complete() {
                         return Ok(Opened::Owner(database));
                     }
@@ -92,7 +97,7 @@ impl Database {
         }
         pending::clear(directory)?;
         match DB::open(&options(), &path) {
-            Ok(db) => Ok(Opened::Empty(Self { db, owner: true, repository: *repository }, reason)),
+            Ok(db) => Ok(Opened::Empty(Self::new(db, true, repository, directory), reason)),
             Err(error) if is_locked(&error) => Self::open_reader(&path, repository),
             Err(error) => Err(failed(&error)),
         }
@@ -100,12 +105,16 @@ impl Database {
 
     fn open_reader(path: &Path, repository: &[u8; 16]) -> Result<Opened> {
         let db = DB::open_for_read_only(&options(), path, false).map_err(|error| failed(&error))?;
-        let database = Self { db, owner: false, repository: *repository };
+        let database = Self::new(db, false, repository, path);
         if database.is_complete() {
             Ok(Opened::Reader(database))
         } else {
             Err(Error::new(Kind::Io, "another process is rebuilding the page index"))
         }
+    }
+
+    fn new(db: DB, owner: bool, repository: &[u8; 16], directory: &Path) -> Self {
+        Self { db, owner, repository: *repository, table_path: directory.join("new.sst") }
     }
 
     pub fn is_owner(&self) -> bool {
@@ -139,19 +148,33 @@ impl Database {
 
     /// Adds the pages among an object's blocks.
     pub fn put(&self, object: &ObjectRef, entries: impl Iterator<Item = FooterEntry>) -> Result<()> {
-        let mut batch = WriteBatch::default();
-        for entry in entries.filter(|entry| entry.kind == BlockKind::Page) {
-            batch.put(entry.hash, encode(object, entry.offset, entry.len));
-            if batch.len() >= 4096 {
-                self.write(std::mem::take(&mut batch))?;
-            }
+        let mut pages: Vec<FooterEntry> = entries.filter(|entry| entry.kind == BlockKind::Page).collect();
+        if pages.len() >= INGEST_FROM_PAGES {
+            pages.sort_unstable_by_key(|entry| entry.hash);
+            pages.dedup_by_key(|entry| entry.hash);
+            return self.ingest(object, &pages).map_err(|error| failed(&error));
         }
-        self.write(batch)
+        let mut batch = WriteBatch::default();
+        for entry in pages {
+            batch.put(entry.hash, encode(object, entry.offset, entry.len));
+        }
+        // Not synced: what a power cut takes from the index is found again or merely stored twice.
+        self.db.write(batch).map_err(|error| failed(&error))
     }
 
-    fn write(&self, batch: WriteBatch) -> Result<()> {
-        // Not synced: what a power cut takes from the index is found again or merely stored twice.
-        self.db.write_opt(batch, &WriteOptions::default()).map_err(|error| failed(&error))
+    /// Adds many pages as a finished table: cheaper than writing them twice, to the log and to a table, and nothing is
+    /// left for the next process to recover.
+    fn ingest(&self, object: &ObjectRef, sorted: &[FooterEntry]) -> std::result::Result<(), rocksdb::Error> {
+        let options = options();
+        let mut table = SstFileWriter::create(&options);
+        table.open(&self.table_path)?;
+        for entry in sorted {
+            table.put(entry.hash, encode(object, entry.offset, entry.len))?;
+        }
+        table.finish()?;
+        let mut ingest = IngestExternalFileOptions::default();
+        ingest.set_move_files(true);
+        self.db.ingest_external_file_opts(&ingest, vec![&self.table_path])
     }
 }
 

@@ -5,10 +5,12 @@
 //! they wrote for the next owner.
 
 mod database;
+mod learner;
 mod pending;
 mod rebuild;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use epochfs_format::{FooterBuilder, Hash, ObjectRef, Place};
@@ -16,6 +18,7 @@ use epochfs_format::{FooterBuilder, Hash, ObjectRef, Place};
 use super::objects::Objects;
 use crate::error::Result;
 use database::{Database, Opened};
+use learner::Learner;
 pub use rebuild::Rebuilt;
 
 /// What the index was asked and what came of it.
@@ -31,9 +34,10 @@ pub struct IndexCounters {
 
 /// The index of one repository on this host.
 pub struct Index {
-    database: Option<Database>,
-    directory: std::path::PathBuf,
-    distrusted: AtomicBool,
+    database: Option<Arc<Database>>,
+    learner: Option<Learner>,
+    directory: PathBuf,
+    distrusted: Arc<AtomicBool>,
     pub counters: IndexCounters,
 }
 
@@ -42,8 +46,9 @@ impl Index {
     pub fn none() -> Self {
         Self {
             database: None,
-            directory: std::path::PathBuf::new(),
-            distrusted: AtomicBool::new(false),
+            learner: None,
+            directory: PathBuf::new(),
+            distrusted: Arc::new(AtomicBool::new(false)),
             counters: IndexCounters::default(),
         }
     }
@@ -56,7 +61,12 @@ impl Index {
         let mut index = Self { directory: directory.to_owned(), ..Self::none() };
         match Self::open_database(directory, objects, progress) {
             Ok((database, rebuilt)) => {
+                let database = Arc::new(database);
+                if database.is_owner() {
+                    index.learner = Some(Learner::start(database.clone(), directory, &index.distrusted));
+                }
                 index.database = Some(database);
+                tracing::debug!("index is open");
                 (index, rebuilt)
             }
             Err(error) => {
@@ -119,24 +129,28 @@ impl Index {
         found
     }
 
-    /// Learns the pages of an object that is durable.
+    /// Learns the pages of an object that is durable, in the background.
     pub fn learn(&self, object: &ObjectRef, footer: &FooterBuilder) {
-        let Some(database) = &self.database else { return };
-        let learnt = if database.is_owner() {
-            database.put(object, footer.entries())
-        } else {
-            pending::note(&self.directory, object)
-        };
-        if let Err(error) = learnt {
-            self.distrust(&format!("it could not learn new pages: {error}"));
+        match (&self.learner, &self.database) {
+            (Some(learner), _) => learner.learn(object, footer),
+            (None, Some(_)) => {
+                if let Err(error) = pending::note(&self.directory, object) {
+                    self.distrust(&format!("it could not be told of new pages: {error}"));
+                }
+            }
+            (None, None) => {}
         }
     }
 
-    /// Stops using the index, and has it rebuilt when it is next opened.
     fn distrust(&self, reason: &str) {
-        if !self.distrusted.swap(true, Ordering::Relaxed) {
-            tracing::warn!(directory = %self.directory.display(), reason, "the page index will be rebuilt");
-            pending::request_rebuild(&self.directory);
-        }
+        distrust(&self.distrusted, &self.directory, reason);
+    }
+}
+
+/// Stops using the index, and has it rebuilt when it is next opened.
+fn distrust(distrusted: &AtomicBool, directory: &Path, reason: &str) {
+    if !distrusted.swap(true, Ordering::Relaxed) {
+        tracing::warn!(directory = %directory.display(), reason, "the page index will be rebuilt");
+        pending::request_rebuild(directory);
     }
 }
