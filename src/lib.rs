@@ -1,3 +1,6 @@
+pub mod cli;
+pub mod epoch;
 pub mod error;
 pub mod platform;
+pub mod repo;
 pub use error::{Error, Kind, Result};

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `epochfs` command.
+
+fn main() -> std::process::ExitCode {
+    epochfs::cli::main()
+}

@@ -1,5 +1,37 @@
-#[derive(Debug, thiserror::Error)]
-pub enum FormatError {
-    #[error("{what} was written by a newer version ({found})")]
-    NewerVersion { what: &'static str, found: u16 },
-}
+//! The format of EpochFS: how pages, trees, manifests and log records become bytes and come back.
+//!
+//! Pure: no I/O, no clock, no threads, and no panic on any input. `FORMAT.md` beside this crate has the byte tables.
+
+mod block;
+mod descriptor;
+mod error;
+mod manifest;
+mod name;
+mod node;
+mod object;
+mod page;
+mod record;
+mod reference;
+mod wire;
+
+pub use block::{BLOCK_HEADER_LEN, BLOCK_PAYLOAD_LEN_MAX, Block, BlockKind, PageDecoder, PageEncoder, put_raw_block};
+pub use descriptor::Descriptor;
+pub use error::{FormatError, Result};
+pub use manifest::{Attributes, EntryKind, Image, Manifest, ManifestEntry, Root};
+pub use name::{
+    DESCRIPTOR_KEY, NAME_LEN_MAX, RECORDS_A_SEGMENT, STREAM_PATH_LEN_MAX, check_machine, check_stream_path, check_tag,
+    decode_component, encode_component, hex, log_prefix, pack_key, parse_id, record_key, record_seq, segment_name,
+};
+pub use node::{
+    FANOUT, LEVELS_MAX, Node, NodeEditor, NodePatch, Slot, StoredNode, decode_node, level_span, levels_for,
+};
+pub use object::{
+    FOOTER_ENTRY_LEN, Footer, FooterBuilder, FooterEntry, HEADER_LEN, PACK_BLOCKS_MAX, PACK_LEN_TARGET, TRAILER_LEN,
+    Trailer, check_header, encode_header,
+};
+pub use page::{Hash, PAGE_SIZE, Page, hash_page, hash_pages, is_zero};
+pub use record::{Body, Commit, INLINE_MANIFEST_LEN_MAX, ManifestPlace, Owner, Record};
+pub use reference::{ObjectRef, Place};
+
+/// The version of the format that this crate writes, and the newest it reads.
+pub const FORMAT_VERSION: u16 = 1;

@@ -1,0 +1,25 @@
+//! `epochfs init`
+
+use std::process::ExitCode;
+
+use epochfs_format::hex;
+use serde_json::json;
+
+use super::context::Context;
+use crate::error::Result;
+use crate::repo::Repository;
+
+/// Make a new, empty repository.
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  epochfs --repo /srv/epochs init")]
+pub struct Init {}
+
+impl Init {
+    pub fn run(&self, context: &Context) -> Result<ExitCode> {
+        let store = context.create_store(&context.repository_path()?)?;
+        let repository = Repository::create(store)?;
+        let (id, url) = (hex(repository.id()), repository.url());
+        context.print(&json!({"repository": url, "id": id}), || format!("made repository {id} at {url}\n"))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,131 @@
+//! The command line: one file a command, each of which parses, calls the library and prints.
+//!
+//! Data goes to stdout, logs and progress to stderr. Exit codes: 0 ok, 1 failure, 2 usage, 3 damaged data found,
+//! 4 fenced or conflict, 5 not found.
+
+mod clone;
+mod commit;
+mod context;
+mod diff;
+mod export;
+mod init;
+mod log;
+mod ls;
+mod output;
+mod progress;
+mod rm;
+mod show;
+mod stats;
+mod tag;
+mod verify;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::Result;
+use context::Context;
+
+/// A content-addressed, copy-on-write checkpoint store for virtual machines.
+///
+/// Every checkpoint is an epoch: an immutable, complete set of a machine's streams (memory, device state, disks).
+/// Pages that did not change are stored once, across epochs and machines.
+#[derive(Parser)]
+#[command(name = "epochfs", version, max_term_width = 100)]
+#[command(
+    after_help = "Example:\n  epochfs --repo /srv/epochs init\n  epochfs --repo /srv/epochs commit web1 memory=/run/web1/mem.raw vmstate=/run/web1/state\n  epochfs --repo /srv/epochs log web1"
+)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command takes.
+#[derive(Args, Clone)]
+pub struct Global {
+    /// The repository: a directory, or a file:// URL.
+    #[arg(long, global = true, env = "EPOCHFS_REPO", value_name = "URL", hide_env_values = true)]
+    repo: Option<String>,
+    /// Where this host keeps what it derives: the page index.
+    #[arg(long, global = true, env = "EPOCHFS_STATE_DIR", value_name = "DIR", hide_env_values = true)]
+    state_dir: Option<PathBuf>,
+    /// Print one JSON document on stdout instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Neither progress nor notices on stderr.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Say more on stderr; twice for even more. EPOCHFS_LOG takes tracing filters.
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Init(init::Init),
+    Commit(commit::Commit),
+    Log(log::Log),
+    Ls(ls::Ls),
+    Show(show::Show),
+    Diff(diff::Diff),
+    Export(export::Export),
+    Clone(clone::Clone),
+    Tag(tag::Tag),
+    Rm(rm::Rm),
+    Verify(verify::Verify),
+    Stats(stats::Stats),
+}
+
+impl Command {
+    fn run(&self, context: &Context) -> Result<ExitCode> {
+        match self {
+            Self::Init(command) => command.run(context),
+            Self::Commit(command) => command.run(context),
+            Self::Log(command) => command.run(context),
+            Self::Ls(command) => command.run(context),
+            Self::Show(command) => command.run(context),
+            Self::Diff(command) => command.run(context),
+            Self::Export(command) => command.run(context),
+            Self::Clone(command) => command.run(context),
+            Self::Tag(command) => command.run(context),
+            Self::Rm(command) => command.run(context),
+            Self::Verify(command) => command.run(context),
+            Self::Stats(command) => command.run(context),
+        }
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    run(std::env::args_os())
+}
+
+/// Runs a command line.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // A reader of our output that goes away (`epochfs log | head`) ends us quietly, like other tools.
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { 2 } else { 0 };
+            // Nothing is left to do if the terminal is gone.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    output::start_logging(cli.global.verbose, cli.global.quiet);
+    tracing::debug!("command begins");
+    let context = Context::new(cli.global);
+    let result = cli.command.run(&context);
+    tracing::debug!("command is done");
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            output::print_error(&error, context.json());
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

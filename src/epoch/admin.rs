@@ -1,0 +1,213 @@
+//! Everything else that is appended to a log: creating, cloning, tagging, dropping, removing, owning.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use epochfs_format::{Body, Commit, ManifestPlace, Owner, Record, check_machine, check_tag};
+
+use super::commit::FIRST_TERM;
+use super::view::{EpochStore, commit_of};
+use crate::error::{Error, Kind, Result};
+use crate::repo::{Draft, Head, Inline, Rebase};
+
+/// What a machine's owner holds. Every record it appends names this term; a later term ends it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ownership {
+    pub machine: Arc<str>,
+    pub term: u64,
+}
+
+fn draft(record: Option<&Record>, body: Body) -> Draft {
+    Draft {
+        term: record.map_or(FIRST_TERM, |record| record.term),
+        owner: record.and_then(|record| record.owner.clone()),
+        latest_epoch: record.map_or(0, |record| record.latest_epoch),
+        body,
+        inline: Inline::empty(),
+    }
+}
+
+/// Lets a record go behind any other that leaves the machine in being, with the state that one left.
+fn behind_any(record: &Record, draft: &mut Draft) -> Rebase {
+    if record.body == Body::Remove {
+        return Rebase::Refuse(Error::not_found(format!("{} was removed meanwhile", record.machine)));
+    }
+    draft.term = record.term;
+    draft.owner.clone_from(&record.owner);
+    draft.latest_epoch = record.latest_epoch;
+    Rebase::After
+}
+
+impl EpochStore {
+    /// Makes a machine without an epoch.
+    pub fn create_machine(&self, name: &str) -> Result<Head> {
+        let machine: Arc<str> = name.into();
+        let taken = || Error::conflict(format!("the machine {machine} exists already"));
+        let head = self.repository().log_head(&machine)?;
+        if head.as_ref().is_some_and(|head| head.record.body != Body::Remove) {
+            return Err(taken());
+        }
+        let term = head.as_ref().map_or(FIRST_TERM, |head| head.record.term);
+        let draft = Draft { term, ..draft(None, Body::Create) };
+        self.repository().append(&machine, head, draft, &mut |_, _| Ok(Rebase::Refuse(taken())))
+    }
+
+    /// Makes a new machine whose first epoch is an epoch of another: nothing is copied.
+    pub fn clone_epoch(&self, from: &Record, to: &str) -> Result<Head> {
+        check_machine(to).map_err(|error| Error::usage(format!("{to:?}: {error}")))?;
+        let machine: Arc<str> = to.into();
+        let taken = || {
+            Error::conflict(format!("the machine {machine} exists already"))
+                .hint("clone to another name; a machine in use is never replaced")
+        };
+        let head = self.repository().log_head(&machine)?;
+        if head.as_ref().is_some_and(|head| head.record.body != Body::Remove) {
+            return Err(taken());
+        }
+        let source = commit_of(from)?;
+        // The manifest refers to the blocks of the source's record by that record's name, here as there.
+        let manifest: ManifestPlace = source.manifest.clone();
+        let commit = Commit {
+            parent: 0,
+            origin: Some((from.machine.clone(), from.seq)),
+            digest: source.digest,
+            logical_len: source.logical_len,
+            changed_pages: 0,
+            new_pages: 0,
+            stored_len: 0,
+            packs: Vec::new(),
+            tags: Vec::new(),
+            message: String::new(),
+            notes: source.notes.clone(),
+            manifest,
+        };
+        let term = head.as_ref().map_or(FIRST_TERM, |head| head.record.term);
+        let draft = Draft { term, ..draft(None, Body::Commit(commit)) };
+        self.repository().append(&machine, head, draft, &mut |_, _| Ok(Rebase::Refuse(taken())))
+    }
+
+    /// Names an epoch. A tag that names another epoch moves only if `move_it` says so.
+    pub fn tag(&self, machine: &Arc<str>, epoch: u64, name: &str, move_it: bool) -> Result<Head> {
+        check_tag(name).map_err(|error| Error::usage(format!("{name:?}: {error}")))?;
+        let head = self.repository().require(machine)?;
+        if !move_it {
+            match self.repository().tagged_record(machine, name) {
+                Ok(record) if record.seq == epoch => return Ok(head),
+                Ok(record) => {
+                    return Err(Error::conflict(format!("{name} names epoch {} of {machine}", record.seq))
+                        .hint("move it with --force, or choose another name"));
+                }
+                Err(error) if error.kind() == Kind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let body = Body::Tag { epoch, name: name.to_owned() };
+        let draft = draft(Some(&head.record), body);
+        self.repository().append(machine, Some(head), draft, &mut |record, draft| {
+            if let Body::Drop { epochs } = &record.body
+                && epochs.contains(&epoch)
+            {
+                return Ok(Rebase::Refuse(Error::not_found(format!(
+                    "epoch {epoch} of {machine} was dropped meanwhile"
+                ))));
+            }
+            Ok(behind_any(record, draft))
+        })
+    }
+
+    /// Forgets a tag.
+    pub fn untag(&self, machine: &Arc<str>, name: &str) -> Result<Head> {
+        self.repository().tagged_record(machine, name)?;
+        let head = self.repository().require(machine)?;
+        let draft = draft(Some(&head.record), Body::Untag { name: name.to_owned() });
+        self.repository().append(machine, Some(head), draft, &mut |record, draft| Ok(behind_any(record, draft)))
+    }
+
+    /// Drops epochs. Their bytes stay until they are collected.
+    pub fn drop_epochs(&self, machine: &Arc<str>, epochs: &BTreeSet<u64>) -> Result<Head> {
+        loop {
+            let head = self.repository().require(machine)?;
+            let state = self.repository().state(&head, &mut |_, _| {})?;
+            for epoch in epochs {
+                if !state.epochs.contains_key(epoch) {
+                    return Err(Error::not_found(format!("{machine} has no epoch {epoch}"))
+                        .hint(format!("`epochfs log {machine}` lists its epochs")));
+                }
+            }
+            let latest = state.epochs.keys().rev().find(|epoch| !epochs.contains(*epoch)).copied().unwrap_or(0);
+            let body = Body::Drop { epochs: epochs.iter().copied().collect() };
+            let draft = Draft { latest_epoch: latest, ..draft(Some(&head.record), body) };
+            // What is the newest epoch afterwards depends on every record before: whoever came first, begin again.
+            let mut lost = false;
+            let appended = self.repository().append(machine, Some(head), draft, &mut |_, _| {
+                lost = true;
+                Ok(Rebase::Refuse(Error::conflict("another record came first")))
+            });
+            match appended {
+                Err(_) if lost => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Removes a machine with all its epochs. An owned one only if `forced`.
+    pub fn remove_machine(&self, machine: &Arc<str>, forced: bool) -> Result<Head> {
+        let head = self.repository().require(machine)?;
+        if let (Some(owner), false) = (&head.record.owner, forced) {
+            return Err(Error::conflict(format!("{machine} is owned by host {}", owner.name))
+                .hint("stop protecting it there first, or remove it with --force"));
+        }
+        // The term rises, so that an owner that is still there learns that it is fenced.
+        let term = head.record.term + 1;
+        let draft = Draft { term, owner: None, latest_epoch: 0, ..draft(Some(&head.record), Body::Remove) };
+        self.repository().append(machine, Some(head), draft, &mut |record, draft| {
+            let rebase = behind_any(record, draft);
+            draft.term = record.term + 1;
+            draft.owner = None;
+            draft.latest_epoch = 0;
+            Ok(rebase)
+        })
+    }
+
+    /// Becomes the machine's owner: begins a new term. Another owner's term is ended only if `take_over` says so.
+    pub fn own(&self, machine: &Arc<str>, owner: Owner, take_over: bool) -> Result<Ownership> {
+        let head = self.repository().require(machine)?;
+        if let (Some(other), false) = (&head.record.owner, take_over)
+            && other.host != owner.host
+        {
+            return Err(Error::conflict(format!("{machine} is owned by host {}", other.name))
+                .hint("take it over only if that host is certainly dead: it can then never commit again"));
+        }
+        let base = head.record.term;
+        let term = base + 1;
+        let draft = Draft { term, owner: Some(owner), ..draft(Some(&head.record), Body::Term) };
+        self.repository().append(machine, Some(head), draft, &mut |record, draft| {
+            if record.term != base || record.body == Body::Remove {
+                let error = Error::conflict(format!("another host became the owner of {machine} first"));
+                return Ok(Rebase::Refuse(error));
+            }
+            draft.latest_epoch = record.latest_epoch;
+            Ok(Rebase::After)
+        })?;
+        Ok(Ownership { machine: machine.clone(), term })
+    }
+
+    /// Gives a machine up: its term goes on without an owner.
+    pub fn release(&self, ownership: &Ownership) -> Result<()> {
+        let machine = &ownership.machine;
+        let head = self.repository().require(machine)?;
+        let fenced = || Error::new(Kind::Fenced, format!("{machine} was taken over: nothing is left to release"));
+        if head.record.term != ownership.term {
+            return Err(fenced());
+        }
+        let draft = Draft { owner: None, ..draft(Some(&head.record), Body::Term) };
+        self.repository().append(machine, Some(head), draft, &mut |record, draft| {
+            if record.term != ownership.term {
+                return Ok(Rebase::Refuse(fenced()));
+            }
+            draft.latest_epoch = record.latest_epoch;
+            Ok(Rebase::After)
+        })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,392 @@
+//! Committing: streams in, an epoch out.
+
+use std::sync::{Arc, RwLock};
+
+use epochfs_format::{
+    Attributes, Body, Commit, EntryKind, INLINE_MANIFEST_LEN_MAX, Image, Manifest, ManifestEntry, ManifestPlace, Owner,
+    Record, Root, check_stream_path, check_tag,
+};
+
+use super::edit::NewRoot;
+use super::leaf::{Recent, Shared, Worker};
+use super::nodes::Nodes;
+use super::pipeline::{CommitCounts, StreamJob, commit_stream};
+use super::ranges::Ranges;
+use super::source::{BytesSource, Source};
+use super::view::{commit_of, load_manifest};
+use crate::error::{Error, Kind, Result};
+use crate::repo::{Draft, Head, Index, Inline, PackWriter, Rebase, Repository};
+
+/// The term of a machine that nobody ever owned.
+pub const FIRST_TERM: u64 = 1;
+
+/// How to commit. Plain data.
+#[derive(Clone, Debug)]
+pub struct CommitOptions {
+    pub message: String,
+    pub tags: Vec<String>,
+    /// What the writer says about the epoch: CPU features, the VMM's version, and the like.
+    pub notes: Vec<(String, String)>,
+    /// The zstd level for new pages.
+    pub compression_level: i32,
+    /// Threads that hash and compress; 0 for one a processor.
+    pub threads: usize,
+    /// The epoch that the dirty ranges are relative to: the commit fails if another one is the newest.
+    pub parent: Option<u64>,
+    /// The term under which the caller owns the machine.
+    pub term: Option<u64>,
+    /// Ends another owner's term. Only right when that owner is known to be dead.
+    pub take_over: bool,
+}
+
+impl Default for CommitOptions {
+    fn default() -> Self {
+        Self {
+            message: String::new(),
+            tags: Vec::new(),
+            notes: Vec::new(),
+            compression_level: 1,
+            threads: 0,
+            parent: None,
+            term: None,
+            take_over: false,
+        }
+    }
+}
+
+/// What a commit made.
+#[derive(Clone, Debug)]
+pub struct Committed {
+    pub machine: Arc<str>,
+    pub epoch: u64,
+    pub record: Record,
+    pub counts: CommitCounts,
+    /// Bytes of all objects written for it.
+    pub stored_bytes: u64,
+}
+
+/// A file of the epoch whose tree is not stored yet.
+struct PendingStream {
+    path: Vec<u8>,
+    attributes: Attributes,
+    length: u64,
+    root: NewRoot,
+}
+
+/// An epoch being made. Dropping it leaves the machine as it was.
+pub struct CommitBuilder {
+    repository: Repository,
+    nodes: Arc<Nodes>,
+    index: Arc<Index>,
+    machine: Arc<str>,
+    options: CommitOptions,
+    head: Option<Head>,
+    parent: Option<(Record, Arc<Manifest>)>,
+    packs: PackWriter<'static>,
+    workers: Vec<Worker>,
+    recent: RwLock<Recent>,
+    streams: Vec<PendingStream>,
+    others: Vec<ManifestEntry>,
+    counts: CommitCounts,
+    on_read: Box<dyn FnMut(u64) + Send>,
+}
+
+impl CommitBuilder {
+    pub(super) fn begin(
+        repository: Repository,
+        nodes: Arc<Nodes>,
+        index: Arc<Index>,
+        machine: Arc<str>,
+        options: CommitOptions,
+    ) -> Result<Self> {
+        for tag in &options.tags {
+            check_tag(tag).map_err(|error| Error::usage(format!("{tag:?}: {error}")))?;
+        }
+        for (name, value) in &options.notes {
+            if name.is_empty() || name.len() > 255 || value.len() > 64 << 10 {
+                return Err(Error::usage(format!("note {name:?}: its name may have 1 to 255 bytes, its value 64 KiB")));
+            }
+        }
+        if options.message.len() > 64 << 10 || options.notes.len() > 1000 || options.tags.len() > 1000 {
+            return Err(Error::usage("an epoch takes a message of at most 64 KiB, and at most 1,000 tags and notes"));
+        }
+        let head = repository.log_head(&machine)?;
+        if let Some(head) = &head {
+            check_ownership(&head.record, &options)?;
+        }
+        let exists = head.as_ref().filter(|head| head.record.body != Body::Remove);
+        let parent = match exists.map(|head| repository.latest_of(head)).transpose()?.flatten() {
+            Some(record) => {
+                let manifest = load_manifest(&nodes, commit_of(&record)?)
+                    .map_err(|error| error.context(format!("{machine}@{}", record.seq)))?;
+                Some((record, Arc::new(manifest)))
+            }
+            None => None,
+        };
+        if let Some(expected) = options.parent {
+            let newest = parent.as_ref().map_or(0, |(record, _)| record.seq);
+            if newest != expected {
+                return Err(lost_race(&machine, newest));
+            }
+        }
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from).min(16),
+            threads => threads.min(64),
+        };
+        let learner = index.clone();
+        let packs = PackWriter::new(
+            repository.objects().clone(),
+            Box::new(move |object, footer| {
+                learner.learn(object, footer);
+                Ok(())
+            }),
+        );
+        Ok(Self {
+            workers: (0..threads).map(|_| Worker::new(options.compression_level)).collect(),
+            recent: RwLock::new(Recent::default()),
+            streams: Vec::new(),
+            others: Vec::new(),
+            counts: CommitCounts::default(),
+            on_read: Box::new(|_| {}),
+            repository,
+            nodes,
+            index,
+            machine,
+            options,
+            head,
+            parent,
+            packs,
+        })
+    }
+
+    /// Called with the number of bytes read from a source, again and again.
+    pub fn on_read(&mut self, on_read: impl FnMut(u64) + Send + 'static) {
+        self.on_read = Box::new(on_read);
+    }
+
+    /// The epoch that this one is compared with, or 0.
+    pub fn parent(&self) -> u64 {
+        self.parent.as_ref().map_or(0, |(record, _)| record.seq)
+    }
+
+    /// Adds a stream, all of it, or only what `dirty` says may differ from the parent epoch's stream of this name.
+    /// Where there is no such stream all of it is read.
+    pub fn add_stream(
+        &mut self,
+        path: &[u8],
+        attributes: Attributes,
+        source: &dyn Source,
+        dirty: Option<&Ranges>,
+    ) -> Result<()> {
+        self.check_new_path(path)?;
+        let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
+        let job = StreamJob { source, dirty, parent };
+        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent };
+        let root =
+            commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut self.counts, &mut self.on_read)
+                .map_err(|error| error.context(format!("stream {}", path.escape_ascii())))?;
+        tracing::debug!(stream = %path.escape_ascii(), "stream is read");
+        self.streams.push(PendingStream { path: path.to_vec(), attributes, length: source.len(), root });
+        Ok(())
+    }
+
+    /// Takes a stream over from the parent epoch as it is.
+    pub fn keep_stream(&mut self, path: &[u8]) -> Result<()> {
+        self.check_new_path(path)?;
+        let entry = self.parent.as_ref().and_then(|(_, manifest)| manifest.get(path)).ok_or_else(|| {
+            Error::not_found(format!("{}@{} has no stream {}", self.machine, self.parent(), path.escape_ascii()))
+        })?;
+        self.others.push(entry.clone());
+        Ok(())
+    }
+
+    /// Adds a directory or a symbolic link, or a stream that is stored already.
+    pub fn add_entry(&mut self, entry: ManifestEntry) -> Result<()> {
+        self.check_new_path(&entry.path)?;
+        self.others.push(entry);
+        Ok(())
+    }
+
+    fn check_new_path(&self, path: &[u8]) -> Result<()> {
+        check_stream_path(path).map_err(|error| Error::usage(format!("{}: {error}", path.escape_ascii())))?;
+        let taken =
+            self.streams.iter().any(|stream| stream.path == path) || self.others.iter().any(|entry| entry.path == path);
+        if taken {
+            return Err(Error::usage(format!("the stream {} is given twice", path.escape_ascii())));
+        }
+        Ok(())
+    }
+
+    /// Makes the epoch durable. When this returns, it is committed.
+    pub fn finish(mut self) -> Result<Committed> {
+        let estimate: usize = self.streams.iter().map(|stream| stream.path.len() + 160).sum::<usize>()
+            + Manifest::new(self.others.clone())?.encode(None).len();
+        let inline_manifest = estimate <= INLINE_MANIFEST_LEN_MAX;
+        let streams = std::mem::take(&mut self.streams);
+        let mut entries = std::mem::take(&mut self.others);
+        let (packs, inline, manifest_place, manifest) = if inline_manifest {
+            let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
+            let (packs, mut inline) = packs.finish(true)?;
+            tracing::debug!(packs = packs.len(), "packs are durable");
+            for stream in streams {
+                let root = place_in_record(stream.root, &mut inline);
+                entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
+            }
+            let manifest = Manifest::new(entries)?;
+            (packs, inline, ManifestPlace::Inline(manifest.clone()), manifest)
+        } else {
+            for stream in streams {
+                let root = place_in_pack(stream.root, &mut self.packs)?;
+                entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
+            }
+            let manifest = Manifest::new(entries)?;
+            let (image, packs, inline) = self.store_manifest(&manifest)?;
+            (packs, inline, ManifestPlace::Image(image), manifest)
+        };
+        self.append(packs, inline, manifest_place, &manifest)
+    }
+
+    /// Stores a large manifest as a byte image, so that what did not change since the parent's is shared.
+    fn store_manifest(&mut self, manifest: &Manifest) -> Result<(Image, Vec<([u8; 16], u64)>, Inline)> {
+        let source = BytesSource::new("manifest", manifest.encode(None));
+        let parent = self.parent.as_ref().and_then(|(record, _)| match &commit_of(record).ok()?.manifest {
+            ManifestPlace::Image(image) => Some(image.clone()),
+            ManifestPlace::Inline(_) => None,
+        });
+        let job = StreamJob { source: &source, dirty: None, parent: parent.as_ref() };
+        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent };
+        let mut ignored = CommitCounts::default();
+        let root = commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut ignored, &mut |_| {})?;
+        let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
+        // The streams' roots are named by the packs they lie in, so these must be packs.
+        let (packs, mut inline) = packs.finish(false)?;
+        let root = place_in_record(root, &mut inline);
+        Ok((Image { length: source.len(), root }, packs, inline))
+    }
+
+    fn append(
+        self,
+        packs: Vec<([u8; 16], u64)>,
+        inline: Inline,
+        manifest_place: ManifestPlace,
+        manifest: &Manifest,
+    ) -> Result<Committed> {
+        let pack_bytes: u64 = packs.iter().map(|(_, len)| len).sum();
+        let base_term = self.head.as_ref().map_or(FIRST_TERM, |head| head.record.term);
+        let (term, owner) = next_term(self.head.as_ref().map(|head| &head.record), &self.options);
+        let commit = Commit {
+            parent: self.parent(),
+            origin: None,
+            digest: manifest.digest(),
+            logical_len: manifest.logical_len(),
+            changed_pages: self.counts.changed_pages,
+            new_pages: self.counts.new_pages,
+            stored_len: pack_bytes + inline.blocks.len() as u64,
+            packs,
+            tags: self.options.tags.clone(),
+            message: self.options.message.clone(),
+            notes: self.options.notes.clone(),
+            manifest: manifest_place,
+        };
+        let footer = inline.footer.clone();
+        let draft = Draft { term, owner, latest_epoch: 0, body: Body::Commit(commit), inline };
+        let (machine, options) = (&self.machine, &self.options);
+        let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, _| {
+            Ok(after_other(record, base_term, machine, options))
+        })?;
+        tracing::debug!(epoch = head.record.seq, "record is durable");
+        if footer.block_count() > 0 {
+            let object = epochfs_format::ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
+            self.index.learn(&object, &footer);
+        }
+        let stored_bytes = commit_of(&head.record)?.stored_len;
+        Ok(Committed {
+            machine: machine.clone(),
+            epoch: head.record.seq,
+            record: head.record,
+            counts: self.counts,
+            stored_bytes,
+        })
+    }
+}
+
+fn unused_packs(repository: &Repository) -> PackWriter<'static> {
+    PackWriter::new(repository.objects().clone(), Box::new(|_, _| Ok(())))
+}
+
+fn stream_entry(path: Vec<u8>, attributes: Attributes, length: u64, root: Option<Root>) -> ManifestEntry {
+    ManifestEntry { path, attributes, kind: EntryKind::Stream(Image { length, root }) }
+}
+
+fn place_in_record(root: NewRoot, inline: &mut Inline) -> Option<Root> {
+    match root {
+        NewRoot::Empty => None,
+        NewRoot::Stored(root) => Some(root),
+        NewRoot::New(new) => {
+            let digest = new.digest();
+            let place = inline.push_node(digest, |own, out| new.put(own, out));
+            Some(Root { digest, place })
+        }
+    }
+}
+
+fn place_in_pack(root: NewRoot, packs: &mut PackWriter<'_>) -> Result<Option<Root>> {
+    Ok(match root {
+        NewRoot::Empty => None,
+        NewRoot::Stored(root) => Some(root),
+        NewRoot::New(new) => {
+            let digest = new.digest();
+            let place = packs.push_node(digest, |own, out| new.put(own, out))?;
+            Some(Root { digest, place })
+        }
+    })
+}
+
+fn lost_race(machine: &str, newest: u64) -> Error {
+    Error::conflict(format!("another writer committed to {machine} first: its newest epoch is {newest}"))
+        .hint("nothing was committed; look at the new epoch and repeat")
+}
+
+/// Whether these options may commit after this record.
+fn check_ownership(record: &Record, options: &CommitOptions) -> Result<()> {
+    match (options.term, &record.owner) {
+        (Some(term), _) if term != record.term => Err(fenced(&record.machine, record)),
+        (Some(_), _) | (None, None) => Ok(()),
+        (None, Some(_)) if options.take_over => Ok(()),
+        (None, Some(owner)) => Err(owned(&record.machine, owner)),
+    }
+}
+
+fn fenced(machine: &str, record: &Record) -> Error {
+    let now = record.owner.as_ref().map_or("nobody".to_owned(), |owner| format!("host {}", owner.name));
+    Error::new(Kind::Fenced, format!("{machine} was taken over: term {} belongs to {now}", record.term))
+        .hint("this owner must stop its VM; nothing was committed")
+}
+
+fn owned(machine: &str, owner: &Owner) -> Error {
+    Error::conflict(format!("{machine} is owned by host {}", owner.name)).hint(
+        "commit through that host; or, if it is certainly dead, end its term with --take-over: it can then never commit again",
+    )
+}
+
+/// Term and owner of the new record.
+fn next_term(head: Option<&Record>, options: &CommitOptions) -> (u64, Option<Owner>) {
+    match head {
+        None => (FIRST_TERM, None),
+        Some(record) if options.term.is_none() && record.owner.is_some() => (record.term + 1, None),
+        Some(record) => (record.term, record.owner.clone()),
+    }
+}
+
+/// Whether a commit that began in this term may go behind a record that came first.
+fn after_other(record: &Record, base_term: u64, machine: &str, options: &CommitOptions) -> Rebase {
+    match &record.body {
+        Body::Commit(_) if record.term == base_term => Rebase::Refuse(lost_race(machine, record.seq)),
+        Body::Remove => Rebase::Refuse(Error::conflict(format!("{machine} was removed meanwhile"))),
+        _ if record.term == base_term => Rebase::After,
+        _ if options.term.is_some() => Rebase::Refuse(fenced(machine, record)),
+        _ => {
+            Rebase::Refuse(Error::conflict(format!("{machine} was taken over meanwhile")).hint("nothing was committed"))
+        }
+    }
+}

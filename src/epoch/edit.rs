@@ -1,0 +1,241 @@
+//! Building a stream's new tree, leaf by leaf in order, from its parent's.
+//!
+//! Nodes that come out as they were are shared with the parent. Of the others, those with few changes are written as
+//! patches of what is stored whole.
+
+use std::sync::Arc;
+
+use epochfs_format::{
+    BlockKind, FANOUT, Hash, Image, Node, NodeEditor, ObjectRef, Place, Root, level_span, levels_for,
+};
+
+use super::leaf::{LeafWork, PageChange};
+use super::nodes::{LoadedNode, Nodes, Stored};
+use super::tree::{child, page_count};
+use crate::error::Result;
+use crate::repo::PackWriter;
+
+/// A node that is not stored yet.
+pub struct NewNode {
+    node: Node,
+    digest: Hash,
+    /// Stored as these slots of a whole node.
+    patch: Option<(Place, Vec<u16>)>,
+}
+
+impl NewNode {
+    fn new(node: Node, digest: Hash, parent: Option<&LoadedNode>) -> Self {
+        let patch = parent.and_then(|parent| {
+            let mut slots: Vec<u16> = (0..FANOUT)
+                .filter(|slot| node.hash(*slot) != parent.node.hash(*slot))
+                .map(|slot| slot as u16)
+                .collect();
+            let base = match &parent.stored {
+                Stored::Whole => parent.root.place.clone(),
+                Stored::Patch { base, slots: before } => {
+                    slots.extend(before);
+                    slots.sort_unstable();
+                    slots.dedup();
+                    base.clone()
+                }
+            };
+            node.patch_is_worth_it(slots.len()).then_some((base, slots))
+        });
+        Self { node, digest, patch }
+    }
+
+    pub fn digest(&self) -> Hash {
+        self.digest
+    }
+
+    /// Appends the node's block, as part of the object `own`.
+    pub fn put(&self, own: &ObjectRef, out: &mut Vec<u8>) -> (BlockKind, u32) {
+        match &self.patch {
+            Some((base, slots)) => (BlockKind::Patch, self.node.put_patch(base, slots, Some(own), out)),
+            None => (BlockKind::Node, self.node.put_whole(Some(own), out)),
+        }
+    }
+}
+
+/// How a tree came out.
+pub enum NewRoot {
+    /// All zeros.
+    Empty,
+    /// As the parent's, or as another one that is stored.
+    Stored(Root),
+    /// To be stored with the record.
+    New(Box<NewNode>),
+}
+
+/// A node on the path to the leaf that is being set.
+struct Open {
+    level: u8,
+    index: u64,
+    editor: NodeEditor,
+    parent: Option<Arc<LoadedNode>>,
+}
+
+/// Builds one tree.
+pub struct TreeEditor<'a> {
+    nodes: &'a Nodes,
+    levels: u8,
+    pages: u64,
+    /// The parent's tree, of as many levels as the new one.
+    parent: Option<Root>,
+    /// Whether what is not set stays as the parent has it.
+    keeps: bool,
+    open: Vec<Open>,
+    root: NewRoot,
+}
+
+impl<'a> TreeEditor<'a> {
+    /// Begins the tree of an image of this length.
+    pub fn new(
+        nodes: &'a Nodes,
+        length: u64,
+        parent: Option<&Image>,
+        keeps: bool,
+        packs: &mut PackWriter<'_>,
+    ) -> Result<Self> {
+        let levels = levels_for(length);
+        let mut parent_root = parent.and_then(|image| image.root.clone());
+        let mut parent_levels = parent.map_or(0, |image| levels_for(image.length));
+        while parent_levels > levels && parent_root.is_some() {
+            parent_root = match (parent_levels, &parent_root) {
+                (2.., Some(root)) => child(&*nodes.load(root, parent_levels - 1)?, 0),
+                _ => None,
+            };
+            parent_levels -= 1;
+        }
+        while parent_levels < levels
+            && let Some(root) = &parent_root
+        {
+            let mut editor = NodeEditor::new(parent_levels);
+            editor.set(0, root.digest, &root.place);
+            let node = editor.finish();
+            let digest = node.digest();
+            let new = NewNode { node, digest, patch: None };
+            let place = packs.push_node(digest, |own, out| new.put(own, out))?;
+            parent_root = Some(Root { digest, place });
+            parent_levels += 1;
+        }
+        let root = match (&parent_root, keeps) {
+            (Some(root), true) => NewRoot::Stored(root.clone()),
+            _ => NewRoot::Empty,
+        };
+        Ok(Self { nodes, levels, pages: page_count(length), parent: parent_root, keeps, open: Vec::new(), root })
+    }
+
+    /// Adds a leaf's changes. Leaves come in order. `store_page` is asked for the place of each new page.
+    pub fn set_leaf(
+        &mut self,
+        work: &LeafWork,
+        packs: &mut PackWriter<'_>,
+        store_page: &mut dyn FnMut(&mut PackWriter<'_>, &Hash, &[u8]) -> Result<Place>,
+    ) -> Result<()> {
+        // The parent's last leaf may hold pages past the new end, whether or not one of the others changed.
+        let is_cut = self.keeps && (work.index + 1) * FANOUT as u64 > self.pages;
+        let stored = if work.changes.is_empty() && !is_cut {
+            work.parent.as_ref().map(|leaf| NewRoot::Stored(leaf.root.clone())).unwrap_or(NewRoot::Empty)
+        } else {
+            let mut editor = match &work.parent {
+                Some(leaf) => NodeEditor::of(&leaf.node),
+                None => NodeEditor::new(0),
+            };
+            for (slot, change) in &work.changes {
+                let slot = usize::from(*slot);
+                match change {
+                    PageChange::Zero => editor.clear(slot),
+                    PageChange::Known { hash, place } => editor.set(slot, *hash, place),
+                    PageChange::New { hash, block } => {
+                        let place = store_page(packs, hash, &work.blocks[block.clone()])?;
+                        editor.set(slot, *hash, &place);
+                    }
+                }
+            }
+            self.close_editor(0, work.index, editor, work.parent.as_deref())
+        };
+        if self.levels == 1 {
+            self.root = stored;
+            return Ok(());
+        }
+        self.open_path(work.index, packs)?;
+        let slot = (work.index % FANOUT as u64) as usize;
+        let parent = self.open.last_mut().expect("the path to a leaf below the root has inner nodes");
+        set_child(&mut parent.editor, slot, stored, packs)
+    }
+
+    /// Finishes the tree.
+    pub fn finish(mut self, packs: &mut PackWriter<'_>) -> Result<NewRoot> {
+        while !self.open.is_empty() {
+            self.close_last(packs)?;
+        }
+        Ok(self.root)
+    }
+
+    /// Has the inner nodes above this leaf open, and no others.
+    fn open_path(&mut self, leaf: u64, packs: &mut PackWriter<'_>) -> Result<()> {
+        while self.open.last().is_some_and(|open| open.index != leaf / level_span(open.level)) {
+            self.close_last(packs)?;
+        }
+        while self.open.len() < usize::from(self.levels) - 1 {
+            let level = self.levels - 1 - self.open.len() as u8;
+            let index = leaf / level_span(level);
+            let root = match self.open.last() {
+                None => self.parent.clone(),
+                Some(above) => above.parent.as_ref().and_then(|node| child(node, (index % FANOUT as u64) as usize)),
+            };
+            let parent = root.map(|root| self.nodes.load(&root, level)).transpose()?;
+            let editor = match &parent {
+                Some(parent) if self.keeps => NodeEditor::of(&parent.node),
+                _ => NodeEditor::new(level),
+            };
+            self.open.push(Open { level, index, editor, parent });
+        }
+        Ok(())
+    }
+
+    fn close_last(&mut self, packs: &mut PackWriter<'_>) -> Result<()> {
+        let open = self.open.pop().expect("a node is open");
+        let closed = self.close_editor(open.level, open.index, open.editor, open.parent.as_deref());
+        match self.open.last_mut() {
+            None => self.root = closed,
+            Some(above) => set_child(&mut above.editor, (open.index % FANOUT as u64) as usize, closed, packs)?,
+        }
+        Ok(())
+    }
+
+    fn close_editor(&self, level: u8, index: u64, mut editor: NodeEditor, parent: Option<&LoadedNode>) -> NewRoot {
+        if self.keeps {
+            // The parent may have been longer: what lies past the end goes.
+            let span = level_span(level);
+            let first = index * FANOUT as u64;
+            let end = self.pages.div_ceil(span).saturating_sub(first).min(FANOUT as u64);
+            for slot in end as usize..FANOUT {
+                editor.clear(slot);
+            }
+        }
+        let node = editor.finish();
+        if node.is_empty() {
+            return NewRoot::Empty;
+        }
+        let digest = node.digest();
+        match parent {
+            Some(parent) if parent.root.digest == digest => NewRoot::Stored(parent.root.clone()),
+            _ => NewRoot::New(Box::new(NewNode::new(node, digest, parent))),
+        }
+    }
+}
+
+/// Puts a finished node below another one, storing it if it is new.
+fn set_child(editor: &mut NodeEditor, slot: usize, closed: NewRoot, packs: &mut PackWriter<'_>) -> Result<()> {
+    match closed {
+        NewRoot::Empty => editor.clear(slot),
+        NewRoot::Stored(root) => editor.set(slot, root.digest, &root.place),
+        NewRoot::New(new) => {
+            let place = packs.push_node(new.digest, |own, out| new.put(own, out))?;
+            editor.set(slot, new.digest, &place);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,190 @@
+//! Exporting an epoch to files: sparse, and proven page by page.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use epochfs_format::{EntryKind, Image, ManifestEntry, PAGE_SIZE};
+
+use super::fetch::Fetcher;
+use super::reader::{Epoch, wanted_pages};
+use super::tree::{LEAF_PAGES, next_leaf};
+use crate::error::{Error, Result};
+
+/// What an export wrote.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Exported {
+    pub files: u64,
+    /// The sum of the files' lengths.
+    pub logical_bytes: u64,
+    /// Bytes that are not holes.
+    pub written_bytes: u64,
+}
+
+/// Writes all of an epoch, or the streams named, below a directory. Files that exist are not touched: the export fails.
+pub fn export(epoch: &Epoch, only: &[Vec<u8>], directory: &Path, on_write: &(dyn Fn(u64) + Sync)) -> Result<Exported> {
+    for path in only {
+        epoch.stream(path)?;
+    }
+    create_dir_all(directory)?;
+    let mut exported = Exported::default();
+    for entry in epoch.manifest().entries() {
+        if !only.is_empty() && !only.contains(&entry.path) {
+            continue;
+        }
+        let target = directory.join(std::ffi::OsStr::from_bytes(&entry.path));
+        let failed = |error| Error::io(format!("cannot create {}", target.display()), error);
+        if let Some(parent) = target.parent() {
+            create_dir_all(parent)?;
+        }
+        match &entry.kind {
+            EntryKind::Stream(image) => {
+                exported.files += 1;
+                exported.logical_bytes += image.length;
+                exported.written_bytes += export_stream(epoch, entry, image, &target, on_write)?;
+            }
+            EntryKind::Directory => create_dir_all(&target)?,
+            EntryKind::Symlink(link) => {
+                std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(link), &target).map_err(failed)?;
+            }
+        }
+    }
+    Ok(exported)
+}
+
+fn create_dir_all(path: &Path) -> Result<()> {
+    fs::create_dir_all(path)
+        .map_err(|error| Error::io(format!("cannot create the directory {}", path.display()), error))
+}
+
+fn create(target: &Path) -> Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(target).map_err(|error| {
+        let exists = error.kind() == io::ErrorKind::AlreadyExists;
+        let error = Error::io(format!("cannot create {}", target.display()), error);
+        if exists {
+            error.hint("export to another directory, or remove that file: nothing is overwritten")
+        } else {
+            error
+        }
+    })
+}
+
+fn export_stream(
+    epoch: &Epoch,
+    entry: &ManifestEntry,
+    image: &Image,
+    target: &Path,
+    on_write: &(dyn Fn(u64) + Sync),
+) -> Result<u64> {
+    let file = create(target)?;
+    let result = write_stream(epoch, image, &file, target, on_write);
+    if result.is_err() {
+        // Half a file must not be taken for a whole one.
+        if let Err(error) = fs::remove_file(target) {
+            tracing::warn!(path = %target.display(), %error, "an incomplete export could not be removed");
+        }
+    }
+    let written = result.map_err(|error| error.context(format!("{}: {}", epoch.name(), entry.path.escape_ascii())))?;
+    let mode = fs::Permissions::from_mode(entry.attributes.mode & 0o7777);
+    file.set_permissions(mode)
+        .map_err(|error| Error::io(format!("cannot set the mode of {}", target.display()), error))?;
+    Ok(written)
+}
+
+fn write_stream(
+    epoch: &Epoch,
+    image: &Image,
+    file: &File,
+    target: &Path,
+    on_write: &(dyn Fn(u64) + Sync),
+) -> Result<u64> {
+    let failed = |error| Error::io(format!("cannot write to {}", target.display()), error);
+    file.set_len(image.length).map_err(failed)?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(16);
+    let (sender, receiver) = crossbeam_channel::bounded::<u64>(threads * 2);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..threads)
+            .map(|_| {
+                let (receiver, stop) = (receiver.clone(), &stop);
+                scope.spawn(move || {
+                    let mut writer = LeafWriter::default();
+                    let mut written = 0;
+                    for leaf in receiver {
+                        if stop.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        match writer.write(epoch, image, leaf, file, target) {
+                            Ok(bytes) => {
+                                on_write(bytes);
+                                written += bytes;
+                            }
+                            Err(error) => {
+                                stop.store(true, Ordering::Relaxed);
+                                return Err(error);
+                            }
+                        }
+                    }
+                    Ok(written)
+                })
+            })
+            .collect();
+        drop(receiver);
+        let fed = feed(epoch, image, &sender, &stop);
+        drop(sender);
+        let mut written = 0;
+        for writer in writers {
+            written += writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        fed.map(|()| written)
+    })
+}
+
+fn feed(epoch: &Epoch, image: &Image, sender: &crossbeam_channel::Sender<u64>, stop: &AtomicBool) -> Result<()> {
+    let mut from = 0;
+    while let Some((index, _)) = next_leaf(epoch.nodes(), image, from)? {
+        if stop.load(Ordering::Relaxed) || sender.send(index).is_err() {
+            break;
+        }
+        from = index + 1;
+    }
+    Ok(())
+}
+
+/// A thread's decoder and buffer.
+#[derive(Default)]
+struct LeafWriter {
+    fetcher: Fetcher,
+    buffer: Vec<u8>,
+}
+
+impl LeafWriter {
+    /// Writes one leaf's pages, runs of neighbours in one call; returns how many bytes.
+    fn write(&mut self, epoch: &Epoch, image: &Image, leaf: u64, file: &File, target: &Path) -> Result<u64> {
+        let first = leaf * LEAF_PAGES;
+        let mut wanted = wanted_pages(epoch.nodes(), image, first..first + LEAF_PAGES)?;
+        let mut filled: Vec<u64> = wanted.iter().map(|wanted| wanted.page).collect();
+        self.buffer.resize(LEAF_PAGES as usize * PAGE_SIZE, 0);
+        let buffer = &mut self.buffer;
+        self.fetcher.fetch(epoch.nodes().objects(), &mut wanted, &mut |page, bytes| {
+            let offset = (page - first) as usize * PAGE_SIZE;
+            buffer[offset..offset + PAGE_SIZE].copy_from_slice(bytes?);
+            Ok(())
+        })?;
+        filled.sort_unstable();
+        let mut written = 0;
+        for run in filled.chunk_by(|a, b| a + 1 == *b) {
+            let start = run[0] * PAGE_SIZE as u64;
+            let len = (run.len() * PAGE_SIZE) as u64;
+            let len = len.min(image.length - start) as usize;
+            let from = (run[0] - first) as usize * PAGE_SIZE;
+            file.write_all_at(&self.buffer[from..from + len], start)
+                .map_err(|error| Error::io(format!("cannot write to {}", target.display()), error))?;
+            written += len as u64;
+        }
+        Ok(written)
+    }
+}

@@ -1,0 +1,189 @@
+//! One leaf's worth of a commit: read, hash, compare with the parent, look up, compress. Runs on a worker thread.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use epochfs_format::{Hash, PAGE_SIZE, Page, PageEncoder, Place, Root, hash_pages, is_zero};
+
+use super::nodes::{LoadedNode, Nodes};
+use super::source::Source;
+use super::tree::LEAF_PAGES;
+use crate::error::Result;
+use crate::repo::Index;
+
+/// Bytes that a leaf covers.
+pub const LEAF_LEN: u64 = LEAF_PAGES * PAGE_SIZE as u64;
+
+/// What to do for one leaf.
+pub struct LeafJob {
+    pub index: u64,
+    /// The byte ranges to read, page-aligned except at the end of the image, all within the leaf.
+    pub runs: Vec<Range<u64>>,
+    /// The parent's leaf.
+    pub parent: Option<Root>,
+    /// Whether pages outside the runs are zeros; otherwise they are the parent's.
+    pub rest_is_zero: bool,
+}
+
+/// What became of one page.
+pub enum PageChange {
+    Zero,
+    /// A page that is stored already.
+    Known {
+        hash: Hash,
+        place: Place,
+    },
+    /// A new page, by its block's range in the leaf's blocks.
+    New {
+        hash: Hash,
+        block: Range<usize>,
+    },
+}
+
+/// What became of one leaf.
+pub struct LeafWork {
+    pub index: u64,
+    pub parent: Option<Arc<LoadedNode>>,
+    /// Slots that differ from the parent, in order.
+    pub changes: Vec<(u16, PageChange)>,
+    pub blocks: Vec<u8>,
+    /// Bytes that were read.
+    pub read: u64,
+}
+
+/// Pages that this commit stored a moment ago: the index does not know them yet. Bounded by forgetting the older half.
+#[derive(Default)]
+pub struct Recent {
+    young: HashMap<Hash, Place>,
+    old: HashMap<Hash, Place>,
+}
+
+const RECENT_MAX: usize = 1 << 18;
+
+impl Recent {
+    pub fn get(&self, hash: &Hash) -> Option<&Place> {
+        self.young.get(hash).or_else(|| self.old.get(hash))
+    }
+
+    pub fn insert(&mut self, hash: Hash, place: Place) {
+        if self.young.len() >= RECENT_MAX {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(hash, place);
+    }
+}
+
+/// What all workers of a commit share.
+pub struct Shared<'a> {
+    pub nodes: &'a Nodes,
+    pub index: &'a Index,
+    pub recent: &'a RwLock<Recent>,
+}
+
+/// A thread's buffers, kept from leaf to leaf.
+pub struct Worker {
+    buffer: Vec<u8>,
+    encoder: PageEncoder,
+    hashes: Vec<Hash>,
+}
+
+impl Worker {
+    pub fn new(level: i32) -> Self {
+        Self { buffer: Vec::new(), encoder: PageEncoder::new(level), hashes: Vec::new() }
+    }
+
+    pub fn run(&mut self, job: &LeafJob, source: &dyn Source, shared: &Shared<'_>) -> Result<LeafWork> {
+        let parent = job.parent.as_ref().map(|root| shared.nodes.load(root, 0)).transpose()?;
+        let mut work = LeafWork { index: job.index, parent, changes: Vec::new(), blocks: Vec::new(), read: 0 };
+        let mut next_slot = 0;
+        for run in &job.runs {
+            let first = ((run.start - job.index * LEAF_LEN) / PAGE_SIZE as u64) as usize;
+            if job.rest_is_zero {
+                clear_slots(&mut work, next_slot..first);
+            }
+            let len = (run.end - run.start) as usize;
+            let pages = len.div_ceil(PAGE_SIZE);
+            if self.buffer.len() < pages * PAGE_SIZE {
+                self.buffer.resize(pages * PAGE_SIZE, 0);
+            }
+            source.read_at(run.start, &mut self.buffer[..len])?;
+            self.buffer[len..pages * PAGE_SIZE].fill(0);
+            work.read += len as u64;
+            self.compare(first, pages, shared, &mut work);
+            next_slot = first + pages;
+        }
+        if job.rest_is_zero {
+            clear_slots(&mut work, next_slot..LEAF_PAGES as usize);
+        }
+        Ok(work)
+    }
+
+    /// Finds what changed among the pages in the buffer, the first of which belongs in slot `first`.
+    fn compare(&mut self, first: usize, pages: usize, shared: &Shared<'_>, work: &mut LeafWork) {
+        let (all, _) = self.buffer[..pages * PAGE_SIZE].as_chunks::<PAGE_SIZE>();
+        let parent = work.parent.clone();
+        let before = |slot: usize| parent.as_ref().and_then(|leaf| leaf.node.hash(slot));
+        let mut filled: Vec<(usize, &Page)> = Vec::with_capacity(pages);
+        let mut zeros = Vec::new();
+        for (number, page) in all.iter().enumerate() {
+            let slot = first + number;
+            if !is_zero(page) {
+                filled.push((slot, page));
+            } else if before(slot).is_some() {
+                zeros.push(slot);
+            }
+        }
+        let borrowed: Vec<&Page> = filled.iter().map(|(_, page)| *page).collect();
+        hash_pages(&borrowed, &mut self.hashes);
+        let changed: Vec<(usize, &Page, Hash)> = filled
+            .iter()
+            .zip(&self.hashes)
+            .filter(|((slot, _), hash)| before(*slot) != Some(hash))
+            .map(|((slot, page), hash)| (*slot, *page, *hash))
+            .collect();
+        let known = find_known(&changed, shared);
+        let mut zeros = zeros.into_iter().peekable();
+        for ((slot, page, hash), known) in changed.iter().zip(known) {
+            while let Some(zero) = zeros.next_if(|zero| zero < slot) {
+                work.changes.push((zero as u16, PageChange::Zero));
+            }
+            let change = match known {
+                Some(place) => PageChange::Known { hash: *hash, place },
+                None => {
+                    let start = work.blocks.len();
+                    self.encoder.put(page, &mut work.blocks);
+                    PageChange::New { hash: *hash, block: start..work.blocks.len() }
+                }
+            };
+            work.changes.push((*slot as u16, change));
+        }
+        work.changes.extend(zeros.map(|zero| (zero as u16, PageChange::Zero)));
+    }
+}
+
+fn clear_slots(work: &mut LeafWork, slots: Range<usize>) {
+    let Some(parent) = work.parent.clone() else { return };
+    let mut from = slots.start;
+    while let Some(slot) = parent.node.next_slot(from).filter(|slot| *slot < slots.end) {
+        work.changes.push((slot as u16, PageChange::Zero));
+        from = slot + 1;
+    }
+}
+
+/// Where the changed pages are stored already: in this commit, or by the index.
+fn find_known(changed: &[(usize, &Page, Hash)], shared: &Shared<'_>) -> Vec<Option<Place>> {
+    if changed.is_empty() {
+        return Vec::new();
+    }
+    let mut known: Vec<Option<Place>> = {
+        let recent = shared.recent.read().unwrap_or_else(PoisonError::into_inner);
+        changed.iter().map(|(_, _, hash)| recent.get(hash).cloned()).collect()
+    };
+    let missing: Vec<usize> = (0..changed.len()).filter(|at| known[*at].is_none()).collect();
+    let hashes: Vec<Hash> = missing.iter().map(|at| changed[*at].2).collect();
+    for (at, found) in missing.into_iter().zip(shared.index.find(&hashes, shared.nodes.objects())) {
+        known[at] = found;
+    }
+    known
+}

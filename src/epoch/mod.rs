@@ -1,0 +1,31 @@
+//! Epochs: committing byte images as trees of pages, reading them back, and comparing, cloning, exporting and
+//! verifying them.
+
+mod admin;
+mod commit;
+mod diff;
+mod edit;
+mod export;
+mod fetch;
+mod leaf;
+mod nodes;
+mod pipeline;
+mod ranges;
+mod reader;
+mod source;
+mod stats;
+mod tree;
+mod verify;
+mod view;
+
+pub use admin::Ownership;
+pub use commit::{CommitBuilder, CommitOptions, Committed};
+pub use diff::{Change, FileDiff, diff};
+pub use export::{Exported, export};
+pub use pipeline::CommitCounts;
+pub use ranges::Ranges;
+pub use reader::{Epoch, StreamReader};
+pub use source::{BytesSource, FileSource, PagesSource, Source};
+pub use stats::Stats;
+pub use verify::{BrokenEpoch, Problem, Verified};
+pub use view::{EpochName, EpochStore, Which, commit_of};

@@ -1,0 +1,98 @@
+//! Tree nodes as they are read: resolved, proven against their digest, and kept while they are used.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use epochfs_format::{Node, Place, Root, StoredNode, decode_node};
+
+use crate::error::{Error, Result};
+use crate::repo::{Objects, TwoGenerations, object_key};
+
+const CACHE_LEN: usize = 48 << 20;
+
+/// How a node is stored: what a later patch of it would refer to.
+#[derive(Clone, Debug)]
+pub enum Stored {
+    Whole,
+    /// As these slots of the whole node at `base`.
+    Patch {
+        base: Place,
+        slots: Vec<u16>,
+    },
+}
+
+/// A node and where it came from.
+#[derive(Debug)]
+pub struct LoadedNode {
+    pub node: Node,
+    pub root: Root,
+    pub stored: Stored,
+}
+
+/// Loads nodes.
+pub struct Nodes {
+    objects: Arc<Objects>,
+    cache: Mutex<TwoGenerations<Place, Arc<LoadedNode>>>,
+}
+
+impl Nodes {
+    pub fn new(objects: Arc<Objects>) -> Self {
+        Self { objects, cache: Mutex::new(TwoGenerations::new(CACHE_LEN)) }
+    }
+
+    pub fn objects(&self) -> &Arc<Objects> {
+        &self.objects
+    }
+
+    /// The node at this place, if it has this digest and level.
+    pub fn load(&self, root: &Root, level: u8) -> Result<Arc<LoadedNode>> {
+        let cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&root.place);
+        let loaded = match cached {
+            Some(loaded) => loaded,
+            None => {
+                let loaded = Arc::new(self.read(root)?);
+                let weight = 256 + loaded.node.count() * 44;
+                let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+                cache.insert(root.place.clone(), loaded.clone(), weight);
+                loaded
+            }
+        };
+        if loaded.root.digest != root.digest || loaded.node.level() != level {
+            return Err(Error::damaged(format!(
+                "{}: the tree node there is not the one recorded",
+                describe(&root.place)
+            )));
+        }
+        Ok(loaded)
+    }
+
+    fn read(&self, root: &Root) -> Result<LoadedNode> {
+        let place = &root.place;
+        let at = |error: Error| error.context(describe(place));
+        let (node, stored) = match self.decode(place).map_err(at)? {
+            StoredNode::Whole(node) => (node, Stored::Whole),
+            StoredNode::Patch(patch) => {
+                let StoredNode::Whole(base) =
+                    self.decode(&patch.base).map_err(|error| error.context(describe(&patch.base)))?
+                else {
+                    return Err(at(Error::damaged("it is a patch of a patch")));
+                };
+                let node = patch.apply(&base).map_err(|error| at(error.into()))?;
+                (node, Stored::Patch { slots: patch.slots(), base: patch.base })
+            }
+        };
+        if node.digest() != root.digest {
+            return Err(at(Error::damaged("its content has another digest")));
+        }
+        Ok(LoadedNode { node, root: root.clone(), stored })
+    }
+
+    fn decode(&self, place: &Place) -> Result<StoredNode> {
+        let bytes = self.objects.read(place)?;
+        Ok(decode_node(&bytes, &place.object)?)
+    }
+}
+
+/// A place in words.
+pub fn describe(place: &Place) -> String {
+    format!("{} at offset {}", object_key(&place.object), place.offset)
+}

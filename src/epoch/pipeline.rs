@@ -1,0 +1,262 @@
+//! Committing one stream: leaves are worked on by several threads and taken up in order.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{PoisonError, RwLock};
+
+use epochfs_format::{Image, PAGE_SIZE};
+
+use super::edit::{NewRoot, TreeEditor};
+use super::leaf::{LEAF_LEN, LeafJob, LeafWork, PageChange, Recent, Shared, Worker};
+use super::ranges::Ranges;
+use super::source::Source;
+use super::tree::leaf_root;
+use crate::error::Result;
+use crate::repo::PackWriter;
+
+/// Holes shorter than this are read: cheaper than another call.
+const BRIDGED_HOLE_LEN: u64 = 32 << 10;
+
+/// What a commit counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct CommitCounts {
+    /// Bytes read from the sources.
+    pub read_bytes: u64,
+    /// Pages that differ from the parent's.
+    pub changed_pages: u64,
+    /// Pages stored by this commit.
+    pub new_pages: u64,
+    /// Bytes of their blocks.
+    pub new_page_bytes: u64,
+    /// Changed pages that were stored already, by another epoch or machine or earlier in this commit.
+    pub deduplicated_pages: u64,
+}
+
+/// A stream to commit.
+pub struct StreamJob<'a> {
+    pub source: &'a dyn Source,
+    /// What may differ from the parent; everything when there is none.
+    pub dirty: Option<&'a Ranges>,
+    pub parent: Option<&'a Image>,
+}
+
+/// The leaves to work on, in order.
+struct Jobs<'a> {
+    job: &'a StreamJob<'a>,
+    shared: &'a Shared<'a>,
+    /// Page-aligned ranges still to be cut into leaves.
+    ranges: Box<dyn Iterator<Item = Result<Range<u64>>> + 'a>,
+    held: Option<Range<u64>>,
+}
+
+impl<'a> Jobs<'a> {
+    fn new(job: &'a StreamJob<'a>, shared: &'a Shared<'a>) -> Result<Self> {
+        let len = job.source.len();
+        let ranges: Box<dyn Iterator<Item = Result<Range<u64>>>> = match (job.dirty, job.parent) {
+            (Some(dirty), Some(parent)) => {
+                let mut ranges: Vec<Range<u64>> =
+                    dirty.iter().filter(|range| range.start < len).map(|range| align(range, len)).collect();
+                if parent.length < len {
+                    // What lies beyond the parent's end is new, and so is the rest of its last page.
+                    let from = parent.length / PAGE_SIZE as u64 * PAGE_SIZE as u64;
+                    for range in (DataRanges { source: job.source, len, from }) {
+                        ranges.push(range?);
+                    }
+                } else if parent.length > len && len > 0 {
+                    // The last page may have been cut.
+                    ranges.push(align(&(len - 1..len), len));
+                }
+                Box::new(Ranges::new(ranges).into_iter().map(Ok))
+            }
+            _ => Box::new(DataRanges { source: job.source, len, from: 0 }),
+        };
+        Ok(Self { job, shared, ranges, held: None })
+    }
+
+    fn next_range(&mut self) -> Result<Option<Range<u64>>> {
+        match self.held.take() {
+            Some(range) => Ok(Some(range)),
+            None => self.ranges.next().transpose(),
+        }
+    }
+
+    fn next(&mut self) -> Result<Option<LeafJob>> {
+        let Some(first) = self.next_range()? else { return Ok(None) };
+        let index = first.start / LEAF_LEN;
+        let end = (index + 1).saturating_mul(LEAF_LEN);
+        let rest_is_zero = self.job.dirty.is_none() || self.job.parent.is_none();
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        let mut next = Some(first);
+        while let Some(range) = next {
+            if range.start >= end {
+                self.held = Some(range);
+                break;
+            }
+            let run = range.start..range.end.min(end);
+            match runs.last_mut() {
+                Some(last) if rest_is_zero && run.start <= last.end + BRIDGED_HOLE_LEN => last.end = run.end,
+                _ => runs.push(run),
+            }
+            if range.end > end {
+                self.held = Some(end..range.end);
+                break;
+            }
+            next = self.next_range()?;
+        }
+        let parent = match self.job.parent {
+            Some(image) => leaf_root(self.shared.nodes, image, index)?,
+            None => None,
+        };
+        Ok(Some(LeafJob { index, runs, parent, rest_is_zero }))
+    }
+}
+
+/// Extends a range to whole pages, but not past the end of the image.
+fn align(range: &Range<u64>, len: u64) -> Range<u64> {
+    let size = PAGE_SIZE as u64;
+    range.start / size * size..range.end.checked_next_multiple_of(size).unwrap_or(u64::MAX).min(len)
+}
+
+/// The source's data, page-aligned and without overlap.
+struct DataRanges<'a> {
+    source: &'a dyn Source,
+    len: u64,
+    from: u64,
+}
+
+impl Iterator for DataRanges<'_> {
+    type Item = Result<Range<u64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.from >= self.len {
+            return None;
+        }
+        let data = match self.source.next_data(self.from) {
+            Ok(data) => data?,
+            Err(error) => return Some(Err(error)),
+        };
+        let mut range = align(&data, self.len);
+        range.start = range.start.max(self.from);
+        self.from = range.end;
+        Some(Ok(range))
+    }
+}
+
+/// Takes up finished leaves in order.
+struct Sequencer<'a, 'p> {
+    tree: TreeEditor<'a>,
+    packs: &'a mut PackWriter<'p>,
+    recent: &'a RwLock<Recent>,
+    counts: &'a mut CommitCounts,
+    on_read: &'a mut dyn FnMut(u64),
+}
+
+impl Sequencer<'_, '_> {
+    fn take(&mut self, work: &LeafWork) -> Result<()> {
+        let counts = &mut *self.counts;
+        counts.read_bytes += work.read;
+        counts.changed_pages += work.changes.len() as u64;
+        let known = work.changes.iter().filter(|(_, change)| matches!(change, PageChange::Known { .. })).count();
+        counts.deduplicated_pages += known as u64;
+        let recent = self.recent;
+        self.tree.set_leaf(work, self.packs, &mut |packs, hash, block| {
+            // Another leaf may have stored the same page since this one looked.
+            if let Some(place) = recent.read().unwrap_or_else(PoisonError::into_inner).get(hash) {
+                counts.deduplicated_pages += 1;
+                return Ok(place.clone());
+            }
+            let place = packs.push_page(*hash, block)?;
+            counts.new_pages += 1;
+            counts.new_page_bytes += block.len() as u64;
+            recent.write().unwrap_or_else(PoisonError::into_inner).insert(*hash, place.clone());
+            Ok(place)
+        })?;
+        (self.on_read)(work.read);
+        Ok(())
+    }
+}
+
+/// Commits one stream: stores its new pages and nodes, and returns its root.
+pub fn commit_stream(
+    job: &StreamJob<'_>,
+    shared: &Shared<'_>,
+    workers: &mut [Worker],
+    packs: &mut PackWriter<'_>,
+    counts: &mut CommitCounts,
+    on_read: &mut dyn FnMut(u64),
+) -> Result<NewRoot> {
+    let keeps = job.dirty.is_some() && job.parent.is_some();
+    let tree = TreeEditor::new(shared.nodes, job.source.len(), job.parent, keeps, packs)?;
+    let mut sequencer = Sequencer { tree, packs, recent: shared.recent, counts, on_read };
+    let mut jobs = Jobs::new(job, shared)?;
+    // A single leaf, and a machine with a single processor, need no threads.
+    let first = jobs.next()?;
+    let second = if first.is_some() { jobs.next()? } else { None };
+    match (first, second) {
+        (None, _) => {}
+        (Some(first), None) => sequencer.take(&workers[0].run(&first, job.source, shared)?)?,
+        (Some(first), Some(second)) => {
+            run_threads(job.source, shared, workers, &mut sequencer, [first, second], &mut jobs)?;
+        }
+    }
+    let Sequencer { tree, packs, .. } = sequencer;
+    let root = tree.finish(packs)?;
+    job.source.check_unchanged()?;
+    Ok(root)
+}
+
+fn run_threads(
+    source: &dyn Source,
+    shared: &Shared<'_>,
+    workers: &mut [Worker],
+    sequencer: &mut Sequencer<'_, '_>,
+    first: [LeafJob; 2],
+    jobs: &mut Jobs<'_>,
+) -> Result<()> {
+    let window = workers.len() * 2 + 2;
+    let (job_sender, job_receiver) = crossbeam_channel::bounded::<(u64, LeafJob)>(window);
+    let (work_sender, work_receiver) = crossbeam_channel::bounded::<(u64, Result<LeafWork>)>(window);
+    std::thread::scope(|scope| {
+        // Moved in, so that the channel closes when this ends, early or not, and the workers with it.
+        let job_sender = job_sender;
+        for worker in workers {
+            let (job_receiver, work_sender) = (job_receiver.clone(), work_sender.clone());
+            scope.spawn(move || {
+                for (number, job) in job_receiver {
+                    if work_sender.send((number, worker.run(&job, source, shared))).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop((job_receiver, work_sender));
+        let mut first = first.into_iter();
+        let (mut sent, mut taken) = (0_u64, 0_u64);
+        let mut finished: BTreeMap<u64, LeafWork> = BTreeMap::new();
+        let mut more = true;
+        loop {
+            while more && sent - taken < window as u64 {
+                let next = match first.next() {
+                    Some(job) => Some(job),
+                    None => jobs.next()?,
+                };
+                match next {
+                    Some(job) => {
+                        job_sender.send((sent, job)).expect("the workers run until the channel closes");
+                        sent += 1;
+                    }
+                    None => more = false,
+                }
+            }
+            if taken == sent {
+                return Ok(());
+            }
+            let (number, work) = work_receiver.recv().expect("the workers run until the channel closes");
+            finished.insert(number, work?);
+            while let Some(work) = finished.remove(&taken) {
+                sequencer.take(&work)?;
+                taken += 1;
+            }
+        }
+    })
+}

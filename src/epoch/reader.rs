@@ -1,0 +1,179 @@
+//! Reading epochs.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use epochfs_format::{EntryKind, Image, Manifest, ManifestEntry, PAGE_SIZE, Record};
+
+use super::fetch::{Fetcher, Wanted};
+use super::nodes::Nodes;
+use super::tree::{LEAF_PAGES, leaf, next_leaf, page_count};
+use super::view::commit_of;
+use crate::error::{Error, Result};
+
+/// An open epoch. Immutable; cheap to clone.
+#[derive(Clone)]
+pub struct Epoch {
+    nodes: Arc<Nodes>,
+    record: Arc<Record>,
+    manifest: Arc<Manifest>,
+}
+
+impl Epoch {
+    pub(super) fn new(nodes: Arc<Nodes>, record: Arc<Record>, manifest: Arc<Manifest>) -> Self {
+        Self { nodes, record, manifest }
+    }
+
+    pub fn machine(&self) -> &Arc<str> {
+        &self.record.machine
+    }
+
+    pub fn number(&self) -> u64 {
+        self.record.seq
+    }
+
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    pub fn commit(&self) -> &epochfs_format::Commit {
+        commit_of(&self.record).expect("an epoch is only opened from a commit record")
+    }
+
+    pub fn manifest(&self) -> &Arc<Manifest> {
+        &self.manifest
+    }
+
+    pub(crate) fn nodes(&self) -> &Arc<Nodes> {
+        &self.nodes
+    }
+
+    /// The epoch's name, as commands take it.
+    pub fn name(&self) -> String {
+        format!("{}@{}", self.record.machine, self.record.seq)
+    }
+
+    /// Opens one of its streams.
+    pub fn stream(&self, path: &[u8]) -> Result<StreamReader> {
+        match self.manifest.get(path) {
+            Some(ManifestEntry { kind: EntryKind::Stream(image), .. }) => Ok(self.reader(image)),
+            Some(_) => Err(Error::usage(format!("{}: {} is not a stream", self.name(), path.escape_ascii()))),
+            None => Err(Error::not_found(format!("{} has no stream {}", self.name(), path.escape_ascii()))
+                .hint(format!("`epochfs show {}` lists its streams", self.name()))),
+        }
+    }
+
+    pub(crate) fn reader(&self, image: &Image) -> StreamReader {
+        StreamReader { nodes: self.nodes.clone(), image: image.clone(), fetcher: Fetcher::default() }
+    }
+}
+
+/// Reads a stream. One a thread.
+pub struct StreamReader {
+    nodes: Arc<Nodes>,
+    image: Image,
+    fetcher: Fetcher,
+}
+
+impl StreamReader {
+    pub fn len(&self) -> u64 {
+        self.image.length
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.image.length == 0
+    }
+
+    /// Fills the buffer from this offset, up to the stream's end; returns how much that was. Every page is proven
+    /// against its hash; after an error the buffer holds nothing useful.
+    pub fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        let end = self.image.length.min(offset.saturating_add(buffer.len() as u64));
+        if offset >= end {
+            return Ok(0);
+        }
+        let len = (end - offset) as usize;
+        let buffer = &mut buffer[..len];
+        buffer.fill(0);
+        let size = PAGE_SIZE as u64;
+        let mut wanted = wanted_pages(&self.nodes, &self.image, offset / size..end.div_ceil(size))?;
+        self.fetcher.fetch(self.nodes.objects(), &mut wanted, &mut |number, page| {
+            let page = page?;
+            let start = number * size;
+            let from = offset.max(start);
+            let to = end.min(start + size);
+            buffer[(from - offset) as usize..(to - offset) as usize]
+                .copy_from_slice(&page[(from - start) as usize..(to - start) as usize]);
+            Ok(())
+        })?;
+        Ok(len)
+    }
+
+    /// The next run of pages at or after `from` that are stored, as a byte range within the stream.
+    pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        let size = PAGE_SIZE as u64;
+        let mut page = from / size;
+        let mut run: Option<Range<u64>> = None;
+        while page < page_count(self.image.length) {
+            let Some((index, root)) = next_leaf(&self.nodes, &self.image, page / LEAF_PAGES)? else { break };
+            let first = index * LEAF_PAGES;
+            if run.is_some() && page < first {
+                break;
+            }
+            let leaf = self.nodes.load(&root, 0)?;
+            let mut slot = page.saturating_sub(first) as usize;
+            if run.is_none() {
+                match leaf.node.next_slot(slot) {
+                    None => {
+                        page = first + LEAF_PAGES;
+                        continue;
+                    }
+                    Some(found) => {
+                        slot = found;
+                        run = Some(first + found as u64..first + found as u64);
+                    }
+                }
+            }
+            let run = run.as_mut().expect("it was just begun");
+            while slot < LEAF_PAGES as usize && leaf.node.hash(slot).is_some() {
+                slot += 1;
+            }
+            run.end = first + slot as u64;
+            if slot < LEAF_PAGES as usize {
+                break;
+            }
+            page = first + LEAF_PAGES;
+        }
+        Ok(run.map(|run| (run.start * size).max(from)..(run.end * size).min(self.image.length)))
+    }
+}
+
+/// The stored pages of this page range.
+pub(super) fn wanted_pages(nodes: &Nodes, image: &Image, pages: Range<u64>) -> Result<Vec<Wanted>> {
+    let mut wanted = Vec::new();
+    let mut index = pages.start / LEAF_PAGES;
+    while index * LEAF_PAGES < pages.end {
+        if let Some(leaf) = leaf(nodes, image, index)? {
+            let first = index * LEAF_PAGES;
+            let within = pages.start.saturating_sub(first)..(pages.end - first).min(LEAF_PAGES);
+            wanted.extend(leaf.node.iter().filter(|slot| within.contains(&(slot.slot as u64))).map(|slot| Wanted {
+                page: first + slot.slot as u64,
+                hash: *slot.hash,
+                place: slot.place(),
+            }));
+        }
+        index += 1;
+    }
+    Ok(wanted)
+}
+
+/// A whole image in memory; only for small ones.
+pub(super) fn read_image(nodes: &Arc<Nodes>, image: &Image) -> Result<Vec<u8>> {
+    const MANIFEST_LEN_MAX: u64 = 1 << 30;
+    if image.length > MANIFEST_LEN_MAX {
+        return Err(Error::damaged(format!("a manifest of {} bytes", image.length)));
+    }
+    let mut reader = StreamReader { nodes: nodes.clone(), image: image.clone(), fetcher: Fetcher::default() };
+    let mut bytes = vec![0; image.length as usize];
+    reader.read_at(0, &mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,338 @@
+//! Verifying a repository: every object is read whole, every page proven, every reference followed.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use epochfs_format::{
+    Block, BlockKind, Body, DESCRIPTOR_KEY, Descriptor, HEADER_LEN, Hash, ObjectRef, PAGE_SIZE, PageDecoder, Place,
+    Root, TRAILER_LEN, Trailer, check_header, hash_page, levels_for, log_prefix, parse_id, record_seq,
+};
+
+use super::nodes::{Stored, describe};
+use super::tree::child;
+use super::view::{EpochStore, commit_of, load_manifest};
+use crate::error::{Error, Kind, Result};
+use crate::platform::store::ObjectInfo;
+use crate::repo::{MachineState, machines, object_key};
+
+/// Something wrong.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Problem {
+    /// The object or epoch concerned.
+    pub object: String,
+    pub problem: String,
+}
+
+/// An epoch that cannot be read whole.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct BrokenEpoch {
+    pub machine: String,
+    pub epoch: u64,
+    /// The stream concerned, or nothing when it is the epoch itself.
+    pub stream: Option<String>,
+    /// Pages of the stream that cannot be read, as far as they were reached.
+    pub pages: u64,
+    pub problem: String,
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Verified {
+    pub objects: u64,
+    pub bytes: u64,
+    pub pages: u64,
+    pub machines: u64,
+    pub epochs: u64,
+    /// Damage in objects, whether an epoch needs what is damaged or not.
+    pub problems: Vec<Problem>,
+    pub broken_epochs: Vec<BrokenEpoch>,
+    /// Objects that no format knows: left alone.
+    pub unknown_objects: Vec<String>,
+}
+
+impl Verified {
+    pub fn is_whole(&self) -> bool {
+        self.problems.is_empty() && self.broken_epochs.is_empty()
+    }
+
+    fn problem(&mut self, object: impl Into<String>, problem: impl ToString) {
+        self.problems.push(Problem { object: object.into(), problem: problem.to_string() });
+    }
+}
+
+/// Damage is noted and the verification goes on; a failing store ends it.
+fn is_damage(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Damaged | Kind::NotFound | Kind::Unsupported)
+}
+
+struct Verifier<'a> {
+    store: &'a EpochStore,
+    verified: Verified,
+    decoder: PageDecoder,
+    /// Blocks found damaged, by object.
+    bad: HashMap<ObjectRef, Vec<(u32, u32)>>,
+    /// Nodes that were walked, with how many unreadable pages lie below.
+    walked: HashMap<Place, u64>,
+    on_bytes: &'a mut dyn FnMut(u64, u64),
+    total: u64,
+}
+
+impl EpochStore {
+    /// Reads and checks everything. `on_bytes` is told how many bytes of how many were read.
+    pub fn verify(&self, on_bytes: &mut dyn FnMut(u64, u64)) -> Result<Verified> {
+        let mut verifier = Verifier {
+            store: self,
+            verified: Verified::default(),
+            decoder: PageDecoder::new(),
+            bad: HashMap::new(),
+            walked: HashMap::new(),
+            on_bytes,
+            total: 0,
+        };
+        verifier.check_objects()?;
+        verifier.check_machines()?;
+        Ok(verifier.verified)
+    }
+}
+
+impl Verifier<'_> {
+    fn check_objects(&mut self) -> Result<()> {
+        let store = self.store.repository().objects().store().clone();
+        let mut all: Vec<ObjectInfo> = Vec::new();
+        store.list("", None, &mut |info| {
+            all.push(info);
+            Ok(true)
+        })?;
+        self.total = all.iter().map(|info| info.len).sum();
+        for info in all {
+            self.verified.objects += 1;
+            let checked = match name_of(&info.key) {
+                Named::Descriptor => self.check_descriptor(),
+                Named::Object(object) => self.check_object(&object, &info.key),
+                Named::Unknown => {
+                    self.verified.unknown_objects.push(info.key.clone());
+                    Ok(())
+                }
+            };
+            match checked {
+                Err(error) if is_damage(&error) => self.verified.problem(&info.key, error),
+                other => other?,
+            }
+            self.verified.bytes += info.len;
+            (self.on_bytes)(self.verified.bytes, self.total);
+        }
+        Ok(())
+    }
+
+    fn check_descriptor(&self) -> Result<()> {
+        let bytes = self.store.repository().objects().store().get(DESCRIPTOR_KEY)?;
+        let descriptor = Descriptor::decode(&bytes)?;
+        if descriptor.id != *self.store.repository().id() {
+            return Err(Error::damaged("the descriptor changed while the repository was open"));
+        }
+        Ok(())
+    }
+
+    /// Reads one object from end to end: every byte is under a checksum, every page under its hash.
+    fn check_object(&mut self, object: &ObjectRef, key: &str) -> Result<()> {
+        let objects = self.store.repository().objects();
+        let bytes: Bytes = objects.store().get(key)?;
+        check_header(&bytes, objects.repository(), object)?;
+        let trailer = Trailer::decode(&bytes, bytes.len() as u64)?;
+        let footer_end = bytes.len() - TRAILER_LEN;
+        let footer = trailer.decode_footer(&bytes[trailer.footer_offset as usize..footer_end])?;
+        let mut page = [0; PAGE_SIZE];
+        let mut end = HEADER_LEN;
+        for entry in footer.iter() {
+            let block = &bytes[entry.offset as usize..][..entry.len as usize];
+            end = entry.offset as usize + entry.len as usize;
+            let checked = Block::only(block, entry.kind).and_then(|block| {
+                if entry.kind == BlockKind::Page {
+                    self.decoder.decode_unproven(block, &mut page)?;
+                }
+                Ok(())
+            });
+            let problem = match checked {
+                Err(error) => Some(error.to_string()),
+                Ok(()) if entry.kind == BlockKind::Page && hash_page(&page) != entry.hash => {
+                    Some("the page's content has another hash".to_owned())
+                }
+                Ok(()) => None,
+            };
+            if entry.kind == BlockKind::Page {
+                self.verified.pages += 1;
+            }
+            if let Some(problem) = problem {
+                self.bad.entry(object.clone()).or_default().push((entry.offset, entry.len));
+                self.verified.problem(format!("{key} at offset {}", entry.offset), problem);
+            }
+        }
+        if end != trailer.footer_offset as usize {
+            return Err(Error::damaged("it has bytes that its footer does not list"));
+        }
+        let record_bytes = &bytes[trailer.record_offset as usize..][..trailer.record_len as usize];
+        match object {
+            ObjectRef::Record { machine, seq } => {
+                epochfs_format::Record::decode_block(record_bytes, machine, *seq)?;
+            }
+            ObjectRef::Pack(_) if trailer.record_len != 0 => {
+                return Err(Error::damaged("a pack holds a log record"));
+            }
+            ObjectRef::Pack(_) => {}
+        }
+        Ok(())
+    }
+
+    fn check_machines(&mut self) -> Result<()> {
+        for machine in machines(self.store.repository().objects())? {
+            match self.check_machine(&machine) {
+                Err(error) if is_damage(&error) => {
+                    self.verified.problem(log_prefix(&machine), error);
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    fn check_machine(&mut self, machine: &Arc<str>) -> Result<()> {
+        let repository = self.store.repository();
+        let Some(head) = repository.log_head(machine)? else { return Ok(()) };
+        if head.record.body != Body::Remove {
+            self.verified.machines += 1;
+        }
+        let state = match repository.state(&head, &mut |_, _| {}) {
+            Ok(state) => state,
+            Err(error) if is_damage(&error) => {
+                self.verified.problem(log_prefix(machine), &error);
+                self.readable_epochs(machine, head.record.seq)?
+            }
+            Err(error) => return Err(error),
+        };
+        for record in state.epochs.values() {
+            self.verified.epochs += 1;
+            let (epoch, commit) = (record.seq, commit_of(record)?);
+            let manifest = match load_manifest(self.store.nodes(), commit) {
+                Ok(manifest) => manifest,
+                Err(error) if is_damage(&error) => {
+                    self.broken(machine, epoch, None, 0, &error);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            for (path, image) in manifest.streams() {
+                let Some(root) = &image.root else { continue };
+                match self.walk(root, levels_for(image.length) - 1) {
+                    Ok(0) => {}
+                    Ok(pages) => {
+                        let error = Error::damaged(format!("{pages} pages cannot be read"));
+                        self.broken(machine, epoch, Some(path), pages, &error);
+                    }
+                    Err(error) if is_damage(&error) => self.broken(machine, epoch, Some(path), 0, &error),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Of a log with a damaged record, the epochs that can still be opened.
+    fn readable_epochs(&mut self, machine: &Arc<str>, newest: u64) -> Result<MachineState> {
+        let mut state = MachineState::default();
+        for seq in 1..=newest {
+            match self.store.repository().epoch_record(machine, seq) {
+                Ok(record) => {
+                    state.epochs.insert(seq, record);
+                }
+                Err(error) if error.kind() == Kind::Damaged => self.broken(machine, seq, None, 0, &error),
+                Err(error) if is_damage(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(state)
+    }
+
+    fn broken(&mut self, machine: &str, epoch: u64, stream: Option<&[u8]>, pages: u64, error: &Error) {
+        self.verified.broken_epochs.push(BrokenEpoch {
+            machine: machine.to_owned(),
+            epoch,
+            stream: stream.map(|path| path.escape_ascii().to_string()),
+            pages,
+            problem: error.to_string(),
+        });
+    }
+
+    /// Follows a subtree; returns how many of its pages cannot be read.
+    fn walk(&mut self, root: &Root, level: u8) -> Result<u64> {
+        if let Some(unreadable) = self.walked.get(&root.place) {
+            return Ok(*unreadable);
+        }
+        let loaded = self.store.nodes().load(root, level)?;
+        self.check_node_block(&root.place)?;
+        if let Stored::Patch { base, .. } = &loaded.stored {
+            self.check_node_block(base)?;
+        }
+        let mut unreadable = 0;
+        if level == 0 {
+            for slot in loaded.node.iter() {
+                if !self.page_is_whole(slot.hash, &slot.place())? {
+                    unreadable += 1;
+                }
+            }
+        } else {
+            let slots: Vec<usize> = loaded.node.iter().map(|slot| slot.slot).collect();
+            for slot in slots {
+                let below = child(&loaded, slot).expect("the slot is full");
+                unreadable += self.walk(&below, level - 1)?;
+            }
+        }
+        self.walked.insert(root.place.clone(), unreadable);
+        Ok(unreadable)
+    }
+
+    /// A node was read and proven; its object's footer must know it as well.
+    fn check_node_block(&mut self, place: &Place) -> Result<()> {
+        let footer = self.store.repository().objects().footer(&place.object)?;
+        match footer.find(place.offset) {
+            Some(entry) if entry.len == place.len && matches!(entry.kind, BlockKind::Node | BlockKind::Patch) => Ok(()),
+            _ => Err(Error::damaged(format!("{}: the footer does not list this node", describe(place)))),
+        }
+    }
+
+    /// Whether the page is where the tree says, and was found whole when its object was read.
+    fn page_is_whole(&self, hash: &Hash, place: &Place) -> Result<bool> {
+        let confirmed = match self.store.repository().objects().confirms(hash, place) {
+            Ok(confirmed) => confirmed,
+            Err(error) if is_damage(&error) => false,
+            Err(error) => return Err(error),
+        };
+        let bad = self.bad.get(&place.object);
+        Ok(confirmed && !bad.is_some_and(|blocks| blocks.contains(&(place.offset, place.len))))
+    }
+}
+
+enum Named {
+    Descriptor,
+    Object(ObjectRef),
+    Unknown,
+}
+
+/// What an object's key says that it is.
+fn name_of(key: &str) -> Named {
+    if key == DESCRIPTOR_KEY {
+        return Named::Descriptor;
+    }
+    let object = if key.starts_with("packs/") {
+        key.rsplit('/').next().and_then(parse_id).map(ObjectRef::Pack)
+    } else if let Some(rest) = key.strip_prefix("machines/") {
+        let machine = rest.split('/').next().and_then(epochfs_format::decode_component);
+        machine.zip(record_seq(key)).map(|(machine, seq)| ObjectRef::Record { machine: machine.into(), seq })
+    } else {
+        None
+    };
+    match object {
+        Some(object) if object_key(&object) == key => Named::Object(object),
+        _ => Named::Unknown,
+    }
+}

@@ -1,0 +1,148 @@
+//! The entry point: a repository with what is needed to commit epochs to it and to read them.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, OnceLock};
+
+use epochfs_format::{Body, Commit, Manifest, ManifestPlace, Record, check_machine};
+
+use super::commit::{CommitBuilder, CommitOptions};
+use super::nodes::Nodes;
+use super::reader::{Epoch, read_image};
+use crate::error::{Error, Result};
+use crate::repo::{Index, Rebuilt, Repository};
+
+/// Which epoch of a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    Latest,
+    Number(u64),
+    Tag(String),
+}
+
+/// An epoch's name: `MACHINE`, `MACHINE@latest`, `MACHINE@17` or `MACHINE@tag`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EpochName {
+    pub machine: Arc<str>,
+    /// What was given behind the `@`.
+    pub which: Option<Which>,
+}
+
+impl FromStr for EpochName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (machine, which) = match text.split_once('@') {
+            None => (text, None),
+            Some((machine, "latest")) => (machine, Some(Which::Latest)),
+            Some((machine, epoch)) if !epoch.is_empty() && epoch.bytes().all(|byte| byte.is_ascii_digit()) => {
+                let number =
+                    epoch.parse().map_err(|_| Error::usage(format!("{text:?}: the epoch number is too large")))?;
+                (machine, Some(Which::Number(number)))
+            }
+            Some((machine, tag)) => {
+                epochfs_format::check_tag(tag).map_err(|error| Error::usage(format!("{text:?}: {error}")))?;
+                (machine, Some(Which::Tag(tag.to_owned())))
+            }
+        };
+        check_machine(machine).map_err(|error| Error::usage(format!("{text:?}: {error}")))?;
+        Ok(Self { machine: machine.into(), which })
+    }
+}
+
+type Progress = Box<dyn FnMut(u64, u64) + Send>;
+
+/// A repository, ready for work.
+pub struct EpochStore {
+    repository: Repository,
+    nodes: Arc<Nodes>,
+    index: OnceLock<(Arc<Index>, Option<Rebuilt>)>,
+    index_directory: Option<PathBuf>,
+}
+
+impl EpochStore {
+    /// Works without an index: pages are compared with the parent epoch only.
+    pub fn new(repository: Repository) -> Self {
+        let nodes = Arc::new(Nodes::new(repository.objects().clone()));
+        Self { repository, nodes, index: OnceLock::new(), index_directory: None }
+    }
+
+    /// Keeps the page index under this directory, opened when it is first needed.
+    #[must_use]
+    pub fn with_state(mut self, state: impl Into<PathBuf>) -> Self {
+        self.index_directory = Some(self.repository.local_directory(&state.into()).join("index"));
+        self
+    }
+
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    pub(crate) fn nodes(&self) -> &Arc<Nodes> {
+        &self.nodes
+    }
+
+    /// The page index, opened or rebuilt now if it was not.
+    pub fn index(&self, progress: Option<Progress>) -> &(Arc<Index>, Option<Rebuilt>) {
+        self.index.get_or_init(|| match &self.index_directory {
+            None => (Arc::new(Index::none()), None),
+            Some(directory) => {
+                let mut progress = progress;
+                let (index, rebuilt) = Index::open(directory, self.repository.objects(), &mut |done, total| {
+                    if let Some(progress) = &mut progress {
+                        progress(done, total);
+                    }
+                });
+                (Arc::new(index), rebuilt)
+            }
+        })
+    }
+
+    /// Begins the next epoch of a machine, which comes into being with its first.
+    pub fn begin_commit(&self, machine: &str, options: CommitOptions) -> Result<CommitBuilder> {
+        let index = self.index(None).0.clone();
+        CommitBuilder::begin(self.repository.clone(), self.nodes.clone(), index, machine.into(), options)
+    }
+
+    /// Opens an epoch for reading.
+    pub fn epoch(&self, name: &EpochName) -> Result<Epoch> {
+        let machine = &name.machine;
+        let record = match &name.which {
+            None | Some(Which::Latest) => self.repository.latest_record(machine)?,
+            Some(Which::Number(number)) => self.repository.epoch_record(machine, *number)?,
+            Some(Which::Tag(tag)) => self.repository.tagged_record(machine, tag)?,
+        };
+        self.open(record)
+    }
+
+    /// Opens the epoch that a commit record is.
+    pub fn open(&self, record: Record) -> Result<Epoch> {
+        let manifest = Arc::new(load_manifest(&self.nodes, commit_of(&record)?)?);
+        Ok(Epoch::new(self.nodes.clone(), Arc::new(record), manifest))
+    }
+}
+
+/// The commit that a record is.
+pub fn commit_of(record: &Record) -> Result<&Commit> {
+    match &record.body {
+        Body::Commit(commit) => Ok(commit),
+        other => Err(Error::not_found(format!(
+            "record {} of {} is not an epoch but a {} record",
+            record.seq,
+            record.machine,
+            other.name()
+        ))),
+    }
+}
+
+/// The manifest of a commit, proven against its digest.
+pub fn load_manifest(nodes: &Arc<Nodes>, commit: &Commit) -> Result<Manifest> {
+    let manifest = match &commit.manifest {
+        ManifestPlace::Inline(manifest) => manifest.clone(),
+        ManifestPlace::Image(image) => Manifest::decode(&read_image(nodes, image)?, None)?,
+    };
+    if manifest.digest() != commit.digest {
+        return Err(Error::damaged("an epoch's manifest is not the one recorded"));
+    }
+    Ok(manifest)
+}

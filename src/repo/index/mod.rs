@@ -1,0 +1,156 @@
+//! The index: where a page with a given hash lies, for all packs of the repository that this host knows.
+//!
+//! Derived, never trusted: an answer is only used after the pack's own footer confirms it. Losing it costs
+//! deduplication until it is rebuilt, nothing else. One process owns it; others read it, and leave a note of what
+//! they wrote for the next owner.
+
+mod database;
+mod learner;
+mod pending;
+mod rebuild;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use epochfs_format::{FooterBuilder, Hash, ObjectRef, Place};
+
+use super::objects::Objects;
+use crate::error::Result;
+use database::{Database, Opened};
+use learner::Learner;
+pub use rebuild::Rebuilt;
+
+/// What the index was asked and what came of it.
+#[derive(Debug, Default)]
+pub struct IndexCounters {
+    /// Hashes looked up.
+    pub lookups: AtomicU64,
+    /// Answers that the footer confirmed.
+    pub hits: AtomicU64,
+    /// Answers that it did not: the index is rebuilt when next opened.
+    pub refuted: AtomicU64,
+}
+
+/// The index of one repository on this host.
+pub struct Index {
+    database: Option<Arc<Database>>,
+    learner: Option<Learner>,
+    directory: PathBuf,
+    distrusted: Arc<AtomicBool>,
+    pub counters: IndexCounters,
+}
+
+impl Index {
+    /// No index: every look-up misses.
+    pub fn none() -> Self {
+        Self {
+            database: None,
+            learner: None,
+            directory: PathBuf::new(),
+            distrusted: Arc::new(AtomicBool::new(false)),
+            counters: IndexCounters::default(),
+        }
+    }
+
+    /// Opens the index in this directory; makes it anew from the repository's footers when it is missing, older,
+    /// damaged, or of another repository. `progress` is told how many objects of how many are done.
+    ///
+    /// Whatever goes wrong with the index is logged and costs deduplication only.
+    pub fn open(directory: &Path, objects: &Objects, progress: &mut dyn FnMut(u64, u64)) -> (Self, Option<Rebuilt>) {
+        let mut index = Self { directory: directory.to_owned(), ..Self::none() };
+        match Self::open_database(directory, objects, progress) {
+            Ok((database, rebuilt)) => {
+                let database = Arc::new(database);
+                if database.is_owner() {
+                    index.learner = Some(Learner::start(database.clone(), directory, &index.distrusted));
+                }
+                index.database = Some(database);
+                tracing::debug!("index is open");
+                (index, rebuilt)
+            }
+            Err(error) => {
+                tracing::warn!(directory = %directory.display(), %error, "no page index: pages of other epochs are not found again");
+                (index, None)
+            }
+        }
+    }
+
+    fn open_database(
+        directory: &Path,
+        objects: &Objects,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(Database, Option<Rebuilt>)> {
+        pending::create_directory(directory)?;
+        match Database::open(directory, objects.repository())? {
+            Opened::Reader(database) => Ok((database, None)),
+            Opened::Owner(database) => {
+                pending::ingest(directory, &database, objects)?;
+                Ok((database, None))
+            }
+            Opened::Empty(database, reason) => {
+                let rebuilt = rebuild::rebuild(&database, objects, reason, progress)?;
+                Ok((database, Some(rebuilt)))
+            }
+        }
+    }
+
+    /// The confirmed places of pages with these hashes.
+    pub fn find(&self, hashes: &[Hash], objects: &Objects) -> Vec<Option<Place>> {
+        let Some(database) = self.database.as_ref().filter(|_| !self.distrusted.load(Ordering::Relaxed)) else {
+            return vec![None; hashes.len()];
+        };
+        self.counters.lookups.fetch_add(hashes.len() as u64, Ordering::Relaxed);
+        let mut found = match database.get(hashes) {
+            Ok(found) => found,
+            Err(error) => {
+                self.distrust(&format!("a look-up failed: {error}"));
+                return vec![None; hashes.len()];
+            }
+        };
+        for (hash, slot) in hashes.iter().zip(&mut found) {
+            let Some(place) = slot else { continue };
+            match objects.confirms(hash, place) {
+                Ok(true) => {
+                    self.counters.hits.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(false) => {
+                    self.counters.refuted.fetch_add(1, Ordering::Relaxed);
+                    self.distrust("it names a place where the page is not");
+                    *slot = None;
+                }
+                Err(error) => {
+                    self.counters.refuted.fetch_add(1, Ordering::Relaxed);
+                    self.distrust(&format!("it names an object that cannot be read: {error}"));
+                    *slot = None;
+                }
+            }
+        }
+        found
+    }
+
+    /// Learns the pages of an object that is durable, in the background.
+    pub fn learn(&self, object: &ObjectRef, footer: &FooterBuilder) {
+        match (&self.learner, &self.database) {
+            (Some(learner), _) => learner.learn(object, footer),
+            (None, Some(_)) => {
+                if let Err(error) = pending::note(&self.directory, object) {
+                    self.distrust(&format!("it could not be told of new pages: {error}"));
+                }
+            }
+            (None, None) => {}
+        }
+    }
+
+    fn distrust(&self, reason: &str) {
+        distrust(&self.distrusted, &self.directory, reason);
+    }
+}
+
+/// Stops using the index, and has it rebuilt when it is next opened.
+fn distrust(distrusted: &AtomicBool, directory: &Path, reason: &str) {
+    if !distrusted.swap(true, Ordering::Relaxed) {
+        tracing::warn!(directory = %directory.display(), reason, "the page index will be rebuilt");
+        pending::request_rebuild(directory);
+    }
+}

@@ -1,0 +1,63 @@
+//! Making the index anew from the footers of all packs and records.
+
+use epochfs_format::{ObjectRef, log_prefix, parse_id, record_seq};
+
+use super::database::Database;
+use crate::error::{Kind, Result};
+use crate::repo::log::machines;
+use crate::repo::objects::Objects;
+
+/// What a rebuild found.
+#[derive(Clone, Copy, Debug)]
+pub struct Rebuilt {
+    /// Why it was made.
+    pub reason: &'static str,
+    pub objects: u64,
+    /// Objects whose footer could not be read: their pages are not found again.
+    pub unreadable: u64,
+}
+
+/// Fills an empty index.
+pub(super) fn rebuild(
+    database: &Database,
+    objects: &Objects,
+    reason: &'static str,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Rebuilt> {
+    let all = all_objects(objects)?;
+    let mut rebuilt = Rebuilt { reason, objects: all.len() as u64, unreadable: 0 };
+    for (done, object) in all.iter().enumerate() {
+        progress(done as u64, rebuilt.objects);
+        match objects.footer(object) {
+            Ok(footer) => database.put(object, footer.iter())?,
+            // One deleted meanwhile, or damaged: `verify` reports it; here it is only not indexed.
+            Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged | Kind::Unsupported) => {
+                tracing::warn!(%error, "an object is not indexed");
+                rebuilt.unreadable += 1;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    database.set_complete()?;
+    progress(rebuilt.objects, rebuilt.objects);
+    Ok(rebuilt)
+}
+
+fn all_objects(objects: &Objects) -> Result<Vec<ObjectRef>> {
+    let mut all = Vec::new();
+    objects.store().list("packs/", None, &mut |info| {
+        if let Some(id) = info.key.rsplit('/').next().and_then(parse_id) {
+            all.push(ObjectRef::Pack(id));
+        }
+        Ok(true)
+    })?;
+    for machine in machines(objects)? {
+        objects.store().list(&log_prefix(&machine), None, &mut |info| {
+            if let Some(seq) = record_seq(&info.key) {
+                all.push(ObjectRef::Record { machine: machine.clone(), seq });
+            }
+            Ok(true)
+        })?;
+    }
+    Ok(all)
+}

@@ -1,0 +1,149 @@
+//! Reading objects that hold blocks: single blocks, footers, log records.
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use epochfs_format::{
+    Footer, HEADER_LEN, Hash, ObjectRef, Place, Record, TRAILER_LEN, Trailer, check_header, pack_key, record_key,
+};
+
+use super::cache::TwoGenerations;
+use crate::error::{Error, Kind, Result};
+use crate::platform::store::{Store, Tail};
+
+/// The end of a record that is read first: enough for a small one, its roots included.
+const RECORD_TAIL_LEN: u64 = 32 << 10;
+const FOOTER_CACHE_LEN: usize = 24 << 20;
+const TAIL_CACHE_LEN: usize = 4 << 20;
+
+/// The key under which an object is stored.
+pub fn object_key(object: &ObjectRef) -> String {
+    match object {
+        ObjectRef::Pack(id) => pack_key(id),
+        ObjectRef::Record { machine, seq } => record_key(machine, *seq),
+    }
+}
+
+/// The objects of one repository.
+pub struct Objects {
+    store: Arc<dyn Store>,
+    repository: [u8; 16],
+    footers: Mutex<TwoGenerations<ObjectRef, Arc<Footer>>>,
+    /// The ends of records read lately, which hold the roots of their trees.
+    tails: Mutex<TwoGenerations<ObjectRef, Tail>>,
+}
+
+impl Objects {
+    pub fn new(store: Arc<dyn Store>, repository: [u8; 16]) -> Self {
+        Self {
+            store,
+            repository,
+            footers: Mutex::new(TwoGenerations::new(FOOTER_CACHE_LEN)),
+            tails: Mutex::new(TwoGenerations::new(TAIL_CACHE_LEN)),
+        }
+    }
+
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// The repository's id, which every object's header carries.
+    pub fn repository(&self) -> &[u8; 16] {
+        &self.repository
+    }
+
+    /// The bytes of one block, not yet checked.
+    pub fn read(&self, place: &Place) -> Result<Bytes> {
+        self.read_range(&place.object, place.offset, place.len)
+    }
+
+    /// Any bytes of an object.
+    pub fn read_range(&self, object: &ObjectRef, offset: u32, len: u32) -> Result<Bytes> {
+        let (start, end) = (u64::from(offset), u64::from(offset) + u64::from(len));
+        if matches!(object, ObjectRef::Record { .. })
+            && let Some(tail) = lock(&self.tails).get(object)
+        {
+            let tail_start = tail.object_len - tail.bytes.len() as u64;
+            if start >= tail_start && end <= tail.object_len {
+                return Ok(tail.bytes.slice((start - tail_start) as usize..(end - tail_start) as usize));
+            }
+        }
+        self.store.get_range(&object_key(object), start..end).map_err(|error| match error.kind() {
+            Kind::NotFound => Error::damaged(error.to_string())
+                .hint("an object that epochs refer to is missing; `epochfs verify` lists what is affected"),
+            _ => error,
+        })
+    }
+
+    /// A log record and its digest, or `None` when the log has no such record.
+    pub fn record(&self, machine: &Arc<str>, seq: u64) -> Result<Option<(Record, Hash)>> {
+        let object = ObjectRef::Record { machine: machine.clone(), seq };
+        let key = object_key(&object);
+        let tail = match self.store.get_tail(&key, RECORD_TAIL_LEN) {
+            Ok(tail) => tail,
+            Err(error) if error.kind() == Kind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let decoded = self.decode_record(&object, &tail).map_err(|error| error.context(&key))?;
+        let weight = tail.bytes.len();
+        lock(&self.tails).insert(object, tail, weight);
+        Ok(Some(decoded))
+    }
+
+    fn decode_record(&self, object: &ObjectRef, tail: &Tail) -> Result<(Record, Hash)> {
+        let ObjectRef::Record { machine, seq } = object else { unreachable!("only records are asked for here") };
+        let start = tail.object_len - tail.bytes.len() as u64;
+        if start == 0 {
+            check_header(&tail.bytes, &self.repository, object)?;
+        }
+        let trailer = Trailer::decode(&tail.bytes, tail.object_len)?;
+        let offset = u64::from(trailer.record_offset);
+        let end = offset + u64::from(trailer.record_len);
+        let block = if offset >= start && end <= tail.object_len {
+            tail.bytes.slice((offset - start) as usize..(end - start) as usize)
+        } else {
+            self.read_range(object, trailer.record_offset, trailer.record_len)?
+        };
+        Ok(Record::decode_block(&block, machine, *seq)?)
+    }
+
+    /// The list of an object's blocks.
+    pub fn footer(&self, object: &ObjectRef) -> Result<Arc<Footer>> {
+        if let Some(footer) = lock(&self.footers).get(object) {
+            return Ok(footer);
+        }
+        let footer = Arc::new(self.read_footer(object).map_err(|error| error.context(object_key(object)))?);
+        lock(&self.footers).insert(object.clone(), footer.clone(), footer.weight());
+        Ok(footer)
+    }
+
+    fn read_footer(&self, object: &ObjectRef) -> Result<Footer> {
+        let key = object_key(object);
+        let tail = self.store.get_tail(&key, 64 << 10)?;
+        let start = tail.object_len - tail.bytes.len() as u64;
+        let header = if start == 0 { tail.bytes.clone() } else { self.store.get_range(&key, 0..HEADER_LEN as u64)? };
+        check_header(&header, &self.repository, object)?;
+        let trailer = Trailer::decode(&tail.bytes, tail.object_len)?;
+        let offset = u64::from(trailer.footer_offset);
+        let end = tail.object_len - TRAILER_LEN as u64;
+        let block = if offset >= start {
+            tail.bytes.slice((offset - start) as usize..(end - start) as usize)
+        } else {
+            self.store.get_range(&key, offset..end)?
+        };
+        Ok(trailer.decode_footer(&block)?)
+    }
+
+    /// Whether a page with this hash really begins at this place, by the footer of the object: what the index says
+    /// is only believed after this.
+    pub fn confirms(&self, hash: &Hash, place: &Place) -> Result<bool> {
+        let entry = self.footer(&place.object)?.find(place.offset);
+        Ok(entry.is_some_and(|entry| {
+            entry.hash == *hash && entry.len == place.len && entry.kind == epochfs_format::BlockKind::Page
+        }))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,182 @@
+//! A repository: opened by its URL, asked for machines, epochs and records.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, Record, check_machine, check_tag, hex};
+
+use super::append::{Draft, Rebase, append};
+use super::log::{Edits, Head, MachineState, head, machines};
+use super::objects::Objects;
+use crate::error::{Error, Kind, Result};
+use crate::platform::store::{Put, Store};
+use crate::platform::{clock, random};
+
+/// An open repository.
+#[derive(Clone)]
+pub struct Repository {
+    objects: Arc<Objects>,
+}
+
+impl Repository {
+    /// Makes a new repository in a store that holds none.
+    pub fn create(store: Arc<dyn Store>) -> Result<Self> {
+        let descriptor = Descriptor { id: random::id16(), created_ns: clock::now_ns() };
+        match store.put_if_absent(DESCRIPTOR_KEY, &[&descriptor.encode()])? {
+            Put::Created => Ok(Self { objects: Arc::new(Objects::new(store, descriptor.id)) }),
+            Put::Exists => Err(Error::conflict(format!("{} already holds a repository", store.url()))
+                .hint("use it as it is, or choose an empty place")),
+        }
+    }
+
+    /// Opens the repository that a store holds.
+    pub fn open(store: Arc<dyn Store>) -> Result<Self> {
+        let url = store.url();
+        let bytes = store.get(DESCRIPTOR_KEY).map_err(|error| match error.kind() {
+            Kind::NotFound => Error::not_found(format!("{url} holds no repository"))
+                .hint(format!("make one: epochfs --repo {url} init")),
+            _ => error,
+        })?;
+        let descriptor = Descriptor::decode(&bytes).map_err(|error| Error::from(error).context(&url))?;
+        Ok(Self { objects: Arc::new(Objects::new(store, descriptor.id)) })
+    }
+
+    pub fn objects(&self) -> &Arc<Objects> {
+        &self.objects
+    }
+
+    pub fn url(&self) -> String {
+        self.objects.store().url()
+    }
+
+    pub fn id(&self) -> &[u8; 16] {
+        self.objects.repository()
+    }
+
+    /// Where this host keeps what it derives from this repository, under a state directory.
+    pub fn local_directory(&self, state: &Path) -> PathBuf {
+        state.join(hex(self.id()))
+    }
+
+    /// The machines that exist, by name.
+    pub fn machines(&self) -> Result<Vec<Arc<str>>> {
+        let mut existing = Vec::new();
+        for machine in machines(&self.objects)? {
+            if self.head(&machine)?.is_some() {
+                existing.push(machine);
+            }
+        }
+        Ok(existing)
+    }
+
+    /// The newest record of a machine's log, or `None` for one that does not exist (any more).
+    pub fn head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
+        Ok(self.log_head(machine)?.filter(|head| head.record.body != Body::Remove))
+    }
+
+    /// The newest record of a log, that of a removed machine too.
+    pub fn log_head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
+        check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
+        head(&self.objects, machine)
+    }
+
+    /// The newest record of a machine that must exist.
+    pub fn require(&self, machine: &Arc<str>) -> Result<Head> {
+        self.head(machine)?.ok_or_else(|| {
+            Error::not_found(format!("there is no machine {machine} in {}", self.url()))
+                .hint("`epochfs ls` lists the machines")
+        })
+    }
+
+    /// Everything the log tells about a machine.
+    pub fn state(&self, head: &Head, progress: &mut dyn FnMut(u64, u64)) -> Result<MachineState> {
+        MachineState::replay(&self.objects, head, progress)
+    }
+
+    /// The record of an epoch that exists.
+    pub fn epoch_record(&self, machine: &Arc<str>, epoch: u64) -> Result<Record> {
+        let head = self.require(machine)?;
+        self.epoch_of(&head, epoch)
+    }
+
+    fn epoch_of(&self, head: &Head, epoch: u64) -> Result<Record> {
+        let machine = &head.record.machine;
+        let missing = || {
+            Error::not_found(format!("{machine} has no epoch {epoch}"))
+                .hint(format!("`epochfs log {machine}` lists its epochs"))
+        };
+        if epoch == 0 || epoch > head.record.seq {
+            return Err(missing());
+        }
+        let record = if epoch == head.record.seq {
+            head.record.clone()
+        } else {
+            self.objects
+                .record(machine, epoch)?
+                .map(|(record, _)| record)
+                .ok_or_else(|| Error::damaged(format!("record {epoch} of {machine} is missing")))?
+        };
+        if !matches!(record.body, Body::Commit(_)) {
+            return Err(missing());
+        }
+        if epoch != head.record.latest_epoch && !Edits::read(&self.objects, head, epoch)?.keep(epoch) {
+            return Err(missing());
+        }
+        Ok(record)
+    }
+
+    /// The record of the newest epoch.
+    pub fn latest_record(&self, machine: &Arc<str>) -> Result<Record> {
+        let head = self.require(machine)?;
+        self.latest_of(&head)?.ok_or_else(|| {
+            Error::not_found(format!("{machine} has no epoch yet"))
+                .hint(format!("make one: epochfs commit {machine} ..."))
+        })
+    }
+
+    /// The record of the newest epoch as this head knows it.
+    pub fn latest_of(&self, head: &Head) -> Result<Option<Record>> {
+        match head.record.latest_epoch {
+            0 => Ok(None),
+            epoch => self.epoch_of(head, epoch).map(Some),
+        }
+    }
+
+    /// The record of the epoch that a tag names.
+    pub fn tagged_record(&self, machine: &Arc<str>, tag: &str) -> Result<Record> {
+        check_tag(tag).map_err(|error| Error::usage(format!("{tag:?}: {error}")))?;
+        let head = self.require(machine)?;
+        match Edits::read(&self.objects, &head, 0)?.tagged(tag) {
+            Some(epoch) => self.epoch_of(&head, epoch),
+            None => Err(Error::not_found(format!("{machine} has no tag {tag}"))
+                .hint(format!("`epochfs log {machine}` lists its epochs and their tags"))),
+        }
+    }
+
+    /// Appends a record after `head`; see [`append`].
+    pub fn append(
+        &self,
+        machine: &Arc<str>,
+        head: Option<Head>,
+        draft: Draft,
+        rebase: &mut dyn FnMut(&Record, &mut Draft) -> Result<Rebase>,
+    ) -> Result<Head> {
+        append(&self.objects, machine, head, draft, rebase)
+    }
+}
+
+/// Where this host keeps derived data unless told otherwise: per user, or for the system when that is root's.
+pub fn state_dir(environment: &dyn Fn(&str) -> Option<String>, is_root: bool) -> PathBuf {
+    let set = |name: &str| environment(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(path) = set("EPOCHFS_STATE_DIR") {
+        return path;
+    }
+    if is_root {
+        return PathBuf::from("/var/lib/epochfs");
+    }
+    match (set("XDG_STATE_HOME"), set("HOME")) {
+        (Some(state), _) => state.join("epochfs"),
+        (None, Some(home)) => home.join(".local/state/epochfs"),
+        (None, None) => PathBuf::from("/tmp/epochfs"),
+    }
+}

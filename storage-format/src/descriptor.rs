@@ -1,0 +1,84 @@
+//! The descriptor: the object that makes a prefix of a store a repository.
+
+use serde::{Deserialize, Serialize};
+
+use crate::FORMAT_VERSION;
+use crate::error::{FormatError, Result, invalid};
+use crate::name::{hex, parse_id};
+
+const WHAT: &str = "repository descriptor";
+
+/// A repository's identity and parameters, fixed when it is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    pub id: [u8; 16],
+    /// When it was made, in nanoseconds since 1970.
+    pub created_ns: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Text {
+    epochfs: String,
+    version: u16,
+    id: String,
+    created_ns: u64,
+    page_size: u32,
+    hash: String,
+    checksum: String,
+}
+
+/// Read first, alone: a newer version may have any other fields.
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u16,
+}
+
+impl Descriptor {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut text = Text {
+            epochfs: "repository".into(),
+            version: FORMAT_VERSION,
+            id: hex(&self.id),
+            created_ns: self.created_ns,
+            page_size: crate::PAGE_SIZE as u32,
+            hash: "blake3".into(),
+            checksum: String::new(),
+        };
+        text.checksum = format!("{:08x}", crc32c::crc32c(&render(&text)));
+        render(&text)
+    }
+
+    /// Decodes the descriptor, which must be byte for byte what `encode` makes of it.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        if bytes.len() > 64 << 10 {
+            return invalid(WHAT, "it is too long");
+        }
+        let text: Text = match serde_json::from_slice(bytes) {
+            Ok(text) => text,
+            Err(_) => {
+                return match serde_json::from_slice::<VersionOnly>(bytes) {
+                    Ok(only) if only.version > FORMAT_VERSION => {
+                        Err(FormatError::NewerVersion { what: "repository", found: only.version })
+                    }
+                    _ => invalid(WHAT, "it is not the expected JSON"),
+                };
+            }
+        };
+        if text.version > FORMAT_VERSION {
+            return Err(FormatError::NewerVersion { what: "repository", found: text.version });
+        }
+        let Some(id) = parse_id(&text.id) else { return invalid(WHAT, "its id is not 32 hexadecimal digits") };
+        let descriptor = Self { id, created_ns: text.created_ns };
+        if descriptor.encode() != bytes {
+            return Err(FormatError::Checksum { what: WHAT });
+        }
+        Ok(descriptor)
+    }
+}
+
+fn render(text: &Text) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(text).expect("plain text and numbers are JSON");
+    bytes.push(b'\n');
+    bytes
+}

@@ -1,0 +1,498 @@
+//! Tree nodes: 512 slots, each empty (zeros) or holding a hash and the place of the bytes with that hash.
+//!
+//! A leaf's entries are pages; an inner node's are nodes, by their logical digests. A node is stored whole, or, when
+//! few of its slots changed, as a patch of a node that is stored whole. Never as a patch of a patch.
+
+use std::collections::HashMap;
+
+use crate::block::{Block, BlockKind, put_raw_block};
+use crate::error::{FormatError, Result, invalid};
+use crate::page::Hash;
+use crate::reference::{OBJECT_REF_LEN_MIN, ObjectRef, Place};
+use crate::wire::{Put, Reader};
+
+/// Slots of a node.
+pub const FANOUT: usize = 512;
+
+/// Levels above which no stream length reaches.
+pub const LEVELS_MAX: u8 = 6;
+
+const ENTRY_LEN: usize = 32 + 2 + 4 + 3;
+const REMOVED: u16 = 1 << 15;
+const WHAT: &str = "tree node";
+
+/// How many levels the tree of a stream of this length has: a function of the length alone, so that equal
+/// content has equal digests whatever its history.
+pub fn levels_for(length: u64) -> u8 {
+    let mut levels = 0;
+    let mut covered = 0_u64;
+    while covered < length {
+        levels += 1;
+        covered = level_span(levels - 1).saturating_mul(crate::PAGE_SIZE as u64).saturating_mul(FANOUT as u64);
+    }
+    levels
+}
+
+/// How many pages one slot of a node of this level covers.
+pub fn level_span(level: u8) -> u64 {
+    1_u64.checked_shl(9 * u32::from(level)).unwrap_or(u64::MAX)
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    hash: Hash,
+    offset: u32,
+    len: u32,
+    object: u16,
+}
+
+/// A node in memory: always whole.
+#[derive(Clone, Debug)]
+pub struct Node {
+    level: u8,
+    objects: Vec<ObjectRef>,
+    present: [u64; FANOUT / 64],
+    entries: Vec<Entry>,
+}
+
+impl Node {
+    pub fn empty(level: u8) -> Self {
+        Self { level, objects: Vec::new(), present: [0; FANOUT / 64], entries: Vec::new() }
+    }
+
+    pub fn level(&self) -> u8 {
+        self.level
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    pub fn count(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn holds(&self, slot: usize) -> bool {
+        self.present[slot / 64] >> (slot % 64) & 1 == 1
+    }
+
+    fn rank(&self, slot: usize) -> usize {
+        let whole: u32 = self.present[..slot / 64].iter().map(|word| word.count_ones()).sum();
+        let part = self.present[slot / 64] & ((1 << (slot % 64)) - 1);
+        (whole + part.count_ones()) as usize
+    }
+
+    fn entry(&self, slot: usize) -> Option<&Entry> {
+        self.holds(slot).then(|| &self.entries[self.rank(slot)])
+    }
+
+    /// The hash in a slot, if it holds one.
+    pub fn hash(&self, slot: usize) -> Option<&Hash> {
+        self.entry(slot).map(|entry| &entry.hash)
+    }
+
+    /// The place of what a slot holds.
+    pub fn place(&self, slot: usize) -> Option<Place> {
+        self.entry(slot).map(|entry| self.place_of(entry))
+    }
+
+    fn place_of(&self, entry: &Entry) -> Place {
+        Place { object: self.objects[usize::from(entry.object)].clone(), offset: entry.offset, len: entry.len }
+    }
+
+    /// The slots that hold something, in order, without copying the object names.
+    pub fn iter(&self) -> impl Iterator<Item = Slot<'_>> {
+        (0..FANOUT).filter(|slot| self.holds(*slot)).zip(&self.entries).map(|(slot, entry)| Slot {
+            slot,
+            hash: &entry.hash,
+            object: &self.objects[usize::from(entry.object)],
+            offset: entry.offset,
+            len: entry.len,
+        })
+    }
+
+    /// The first slot from `from` on that holds something.
+    pub fn next_slot(&self, from: usize) -> Option<usize> {
+        let mut word = from / 64;
+        let mut bits = *self.present.get(word)? & (u64::MAX << (from % 64));
+        while bits == 0 {
+            word += 1;
+            bits = *self.present.get(word)?;
+        }
+        Some(word * 64 + bits.trailing_zeros() as usize)
+    }
+
+    /// The objects that the entries may lie in.
+    pub fn objects(&self) -> &[ObjectRef] {
+        &self.objects
+    }
+
+    /// The digest of what the node holds, wherever it lies.
+    pub fn digest(&self) -> Hash {
+        let mut hasher = blake3::Hasher::new_derive_key("EpochFS v1 tree node digest");
+        hasher.update(&[self.level]);
+        for word in self.present {
+            hasher.update(&word.to_le_bytes());
+        }
+        let mut hashes = Vec::with_capacity(self.entries.len() * 32);
+        for entry in &self.entries {
+            hashes.extend_from_slice(&entry.hash);
+        }
+        hasher.update(&hashes);
+        *hasher.finalize().as_bytes()
+    }
+
+    /// Appends the node as a whole block; returns the block's length.
+    pub fn put_whole(&self, own: Option<&ObjectRef>, out: &mut Vec<u8>) -> u32 {
+        let mut objects = ObjectTable::default();
+        let mut body = Vec::with_capacity(self.entries.len() * ENTRY_LEN);
+        for entry in &self.entries {
+            put_entry(entry, objects.number_of(entry.object), &mut body);
+        }
+        let mut payload = Vec::with_capacity(body.len() + 256);
+        payload.put_u8(self.level);
+        payload.put_u8(0);
+        payload.put_u16(objects.kept.len() as u16);
+        payload.put_u16(self.entries.len() as u16);
+        objects.put(&self.objects, own, &mut payload);
+        for word in self.present {
+            payload.put_u64(word);
+        }
+        payload.put(&body);
+        put_raw_block(BlockKind::Node, &payload, out)
+    }
+
+    /// Appends the node as a patch of the whole node at `base`: these slots are as they are here, every other one
+    /// as it is there. Returns the block's length.
+    pub fn put_patch(&self, base: &Place, slots: &[u16], own: Option<&ObjectRef>, out: &mut Vec<u8>) -> u32 {
+        let mut objects = ObjectTable::default();
+        let mut body = Vec::with_capacity(slots.len() * (ENTRY_LEN + 2));
+        for slot in slots {
+            match self.entry(usize::from(*slot)) {
+                Some(entry) => {
+                    body.put_u16(*slot);
+                    put_entry(entry, objects.number_of(entry.object), &mut body);
+                }
+                None => body.put_u16(*slot | REMOVED),
+            }
+        }
+        let mut payload = Vec::with_capacity(body.len() + 128);
+        payload.put_u8(self.level);
+        payload.put_u8(0);
+        payload.put_u16(objects.kept.len() as u16);
+        payload.put_u16(slots.len() as u16);
+        base.put(own, &mut payload);
+        objects.put(&self.objects, own, &mut payload);
+        payload.put(&body);
+        put_raw_block(BlockKind::Patch, &payload, out)
+    }
+
+    /// How long the node would be as a whole block, and as a patch of this many slots, give or take the names of
+    /// objects: enough to choose between them.
+    pub fn patch_is_worth_it(&self, slots: usize) -> bool {
+        slots * (ENTRY_LEN + 2) * 2 <= self.entries.len() * ENTRY_LEN + FANOUT / 8
+    }
+}
+
+/// One full slot of a node.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot<'a> {
+    pub slot: usize,
+    pub hash: &'a Hash,
+    pub object: &'a ObjectRef,
+    pub offset: u32,
+    pub len: u32,
+}
+
+impl Slot<'_> {
+    pub fn place(&self) -> Place {
+        Place { object: self.object.clone(), offset: self.offset, len: self.len }
+    }
+}
+
+/// The objects that an encoding needs, numbered in the order of their first use.
+#[derive(Default)]
+struct ObjectTable {
+    kept: Vec<u16>,
+    numbers: HashMap<u16, u16>,
+    last: Option<(u16, u16)>,
+}
+
+impl ObjectTable {
+    fn number_of(&mut self, object: u16) -> u16 {
+        if let Some((last, number)) = self.last
+            && last == object
+        {
+            return number;
+        }
+        let next = self.kept.len() as u16;
+        let number = *self.numbers.entry(object).or_insert(next);
+        if number == next {
+            self.kept.push(object);
+        }
+        self.last = Some((object, number));
+        number
+    }
+
+    fn put(&self, objects: &[ObjectRef], own: Option<&ObjectRef>, out: &mut Vec<u8>) {
+        for index in &self.kept {
+            objects[usize::from(*index)].put(own, out);
+        }
+    }
+}
+
+fn put_entry(entry: &Entry, object: u16, out: &mut Vec<u8>) {
+    out.put(&entry.hash);
+    out.put_u16(object);
+    out.put_u32(entry.offset);
+    out.put_u24(entry.len);
+}
+
+fn read_entry(from: &mut Reader<'_>, objects: usize) -> Result<Entry> {
+    let hash = from.array()?;
+    let object = from.u16()?;
+    if usize::from(object) >= objects {
+        return invalid(WHAT, "an entry names an object that the node does not list");
+    }
+    Ok(Entry { hash, object, offset: from.u32()?, len: from.u24()? })
+}
+
+/// A node as it was stored.
+#[derive(Clone, Debug)]
+pub enum StoredNode {
+    Whole(Node),
+    Patch(NodePatch),
+}
+
+/// Changes to a node that is stored whole elsewhere.
+#[derive(Clone, Debug)]
+pub struct NodePatch {
+    pub base: Place,
+    level: u8,
+    objects: Vec<ObjectRef>,
+    changes: Vec<(u16, Option<Entry>)>,
+}
+
+impl NodePatch {
+    /// The slots that differ from the base, in order.
+    pub fn slots(&self) -> Vec<u16> {
+        self.changes.iter().map(|(slot, _)| *slot).collect()
+    }
+
+    /// The node, given its base.
+    pub fn apply(&self, base: &Node) -> Result<Node> {
+        if base.level != self.level {
+            return invalid(WHAT, "a patch and its base are of different levels");
+        }
+        let mut editor = NodeEditor::of(base);
+        for (slot, entry) in &self.changes {
+            match entry {
+                Some(entry) => {
+                    let object = &self.objects[usize::from(entry.object)];
+                    editor.set_parts(usize::from(*slot), entry.hash, object, entry.offset, entry.len);
+                }
+                None => editor.clear(usize::from(*slot)),
+            }
+        }
+        Ok(editor.finish())
+    }
+}
+
+/// Decodes a node's block, which is part of the object `own`.
+pub fn decode_node(bytes: &[u8], own: &ObjectRef) -> Result<StoredNode> {
+    let (block, rest) = Block::split(bytes)?;
+    if !rest.is_empty() {
+        return invalid("block", "its length is not the one recorded");
+    }
+    let mut from = Reader::new(WHAT, block.payload);
+    let level = from.u8()?;
+    if level >= LEVELS_MAX || from.u8()? != 0 {
+        return invalid(WHAT, "its level or a reserved field is out of range");
+    }
+    let object_count = usize::from(from.u16()?);
+    let count = usize::from(from.u16()?);
+    if count > FANOUT || object_count > FANOUT {
+        return invalid(WHAT, "it has more entries than slots");
+    }
+    match block.kind {
+        BlockKind::Node => {
+            let objects = read_objects(&mut from, object_count, own)?;
+            let mut present = [0; FANOUT / 64];
+            for word in &mut present {
+                *word = from.u64()?;
+            }
+            if present.iter().map(|word| word.count_ones() as usize).sum::<usize>() != count {
+                return invalid(WHAT, "its bitmap does not fit its entries");
+            }
+            let mut entries = Vec::with_capacity(from.bounded(count, ENTRY_LEN)?);
+            for _ in 0..count {
+                entries.push(read_entry(&mut from, objects.len())?);
+            }
+            from.end()?;
+            Ok(StoredNode::Whole(Node { level, objects, present, entries }))
+        }
+        BlockKind::Patch => {
+            let base = Place::read(Some(own), &mut from)?;
+            let objects = read_objects(&mut from, object_count, own)?;
+            let mut changes = Vec::with_capacity(from.bounded(count, 2)?);
+            let mut next_slot = 0;
+            for _ in 0..count {
+                let word = from.u16()?;
+                let slot = word & !REMOVED;
+                if slot < next_slot || usize::from(slot) >= FANOUT {
+                    return invalid(WHAT, "a patch's slots are out of order or out of range");
+                }
+                next_slot = slot + 1;
+                let entry = if word & REMOVED == 0 { Some(read_entry(&mut from, objects.len())?) } else { None };
+                changes.push((slot, entry));
+            }
+            from.end()?;
+            Ok(StoredNode::Patch(NodePatch { base, level, objects, changes }))
+        }
+        _ => Err(FormatError::Mismatch { what: "block", why: "it is not a tree node" }),
+    }
+}
+
+fn read_objects(from: &mut Reader<'_>, count: usize, own: &ObjectRef) -> Result<Vec<ObjectRef>> {
+    let mut objects = Vec::with_capacity(from.bounded(count, OBJECT_REF_LEN_MIN)?);
+    for _ in 0..count {
+        objects.push(ObjectRef::read(Some(own), from)?);
+    }
+    Ok(objects)
+}
+
+/// Builds a node, from nothing or from another, slot by slot in any order.
+pub struct NodeEditor {
+    level: u8,
+    objects: Vec<ObjectRef>,
+    numbers: HashMap<ObjectRef, u16>,
+    slots: Vec<Option<Entry>>,
+}
+
+impl NodeEditor {
+    pub fn new(level: u8) -> Self {
+        Self::of(&Node::empty(level))
+    }
+
+    pub fn of(node: &Node) -> Self {
+        let mut slots = vec![None; FANOUT];
+        let mut next = node.entries.iter();
+        for (index, slot) in slots.iter_mut().enumerate() {
+            if node.holds(index) {
+                *slot = next.next().copied();
+            }
+        }
+        let numbers = node.objects.iter().enumerate().map(|(index, object)| (object.clone(), index as u16)).collect();
+        Self { level: node.level, objects: node.objects.clone(), numbers, slots }
+    }
+
+    pub fn set(&mut self, slot: usize, hash: Hash, place: &Place) {
+        self.set_parts(slot, hash, &place.object, place.offset, place.len);
+    }
+
+    fn set_parts(&mut self, slot: usize, hash: Hash, object: &ObjectRef, offset: u32, len: u32) {
+        let object = match self.numbers.get(object) {
+            Some(number) => *number,
+            None => {
+                let number = self.objects.len() as u16;
+                self.objects.push(object.clone());
+                self.numbers.insert(object.clone(), number);
+                number
+            }
+        };
+        self.slots[slot] = Some(Entry { hash, offset, len, object });
+    }
+
+    pub fn clear(&mut self, slot: usize) {
+        self.slots[slot] = None;
+    }
+
+    /// The node, listing only the objects it still needs.
+    pub fn finish(self) -> Node {
+        let mut present = [0; FANOUT / 64];
+        let mut entries = Vec::with_capacity(FANOUT);
+        let mut table = ObjectTable::default();
+        for (slot, entry) in self.slots.iter().enumerate() {
+            if let Some(entry) = entry {
+                present[slot / 64] |= 1 << (slot % 64);
+                let object = table.number_of(entry.object);
+                entries.push(Entry { object, ..*entry });
+            }
+        }
+        let objects = table.kept.iter().map(|index| self.objects[usize::from(*index)].clone()).collect();
+        Node { level: self.level, objects, present, entries }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(pack: u8, offset: u32) -> Place {
+        Place { object: ObjectRef::Pack([pack; 16]), offset, len: 100 + u32::from(pack) }
+    }
+
+    #[test]
+    fn levels_follow_the_length() {
+        let page = crate::PAGE_SIZE as u64;
+        for (length, levels) in [
+            (0, 0),
+            (1, 1),
+            (page * 512, 1),
+            (page * 512 + 1, 2),
+            (page << 18, 2),
+            ((page << 18) + 1, 3),
+            (1 << 44, 4),
+            (u64::MAX, 6),
+        ] {
+            assert_eq!(levels_for(length), levels, "{length}");
+        }
+    }
+
+    #[test]
+    fn nodes_and_patches_come_back() {
+        let own = ObjectRef::Pack([9; 16]);
+        let record = ObjectRef::Record { machine: "web1".into(), seq: 7 };
+        let mut editor = NodeEditor::new(1);
+        for slot in (0..FANOUT).step_by(3) {
+            editor.set(slot, [slot as u8; 32], &place((slot % 5) as u8 + 5, slot as u32));
+        }
+        editor.set(511, [1; 32], &Place { object: record, offset: 64, len: 30 });
+        let node = editor.finish();
+        let mut bytes = Vec::new();
+        let len = node.put_whole(Some(&own), &mut bytes);
+        assert_eq!(len as usize, bytes.len());
+        let StoredNode::Whole(back) = decode_node(&bytes, &own).unwrap() else { panic!("a whole node") };
+        assert_eq!(back.digest(), node.digest());
+        assert!((0..FANOUT).all(|slot| back.place(slot) == node.place(slot) && back.hash(slot) == node.hash(slot)));
+
+        let mut editor = NodeEditor::of(&node);
+        editor.clear(0);
+        editor.set(1, [3; 32], &place(77, 5));
+        let changed = editor.finish();
+        let mut bytes = Vec::new();
+        changed.put_patch(&place(9, 64), &[0, 1], Some(&own), &mut bytes);
+        let StoredNode::Patch(patch) = decode_node(&bytes, &own).unwrap() else { panic!("a patch") };
+        assert_eq!((patch.base.clone(), patch.slots()), (place(9, 64), vec![0, 1]));
+        let back = patch.apply(&node).unwrap();
+        assert_eq!(back.digest(), changed.digest());
+        assert_ne!(back.digest(), node.digest());
+        assert!((0..FANOUT).all(|slot| back.place(slot) == changed.place(slot)));
+    }
+
+    #[test]
+    fn next_slot_walks_the_bitmap() {
+        let mut editor = NodeEditor::new(0);
+        for slot in [3, 63, 64, 300, 511] {
+            editor.set(slot, [0; 32], &place(1, 0));
+        }
+        let node = editor.finish();
+        let mut found = Vec::new();
+        let mut from = 0;
+        while let Some(slot) = node.next_slot(from) {
+            found.push(slot);
+            from = slot + 1;
+        }
+        assert_eq!(found, [3, 63, 64, 300, 511]);
+    }
+}

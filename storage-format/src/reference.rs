@@ -1,0 +1,80 @@
+//! Where bytes lie: which object, and where in it.
+
+use std::sync::Arc;
+
+use crate::error::{Result, invalid};
+use crate::name::check_machine;
+use crate::wire::{Put, Reader};
+
+/// The name of an immutable object that holds blocks.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ObjectRef {
+    /// A pack, by its random id.
+    Pack([u8; 16]),
+    /// A log record, which carries the blocks of a small commit.
+    Record { machine: Arc<str>, seq: u64 },
+}
+
+const TAG_OWN: u8 = 0;
+const TAG_PACK: u8 = 1;
+const TAG_RECORD: u8 = 2;
+
+/// The fewest bytes an encoded reference takes.
+pub(crate) const OBJECT_REF_LEN_MIN: usize = 1;
+
+impl ObjectRef {
+    /// Encodes the reference. One to `own`, the object that the bytes will be part of, is a single byte, so that
+    /// a record's blocks need not know the number that the record will get.
+    pub(crate) fn put(&self, own: Option<&ObjectRef>, out: &mut Vec<u8>) {
+        match self {
+            _ if own == Some(self) => out.put_u8(TAG_OWN),
+            Self::Pack(id) => {
+                out.put_u8(TAG_PACK);
+                out.put(id);
+            }
+            Self::Record { machine, seq } => {
+                out.put_u8(TAG_RECORD);
+                out.put_u64(*seq);
+                out.put_short(machine.as_bytes());
+            }
+        }
+    }
+
+    pub(crate) fn read(own: Option<&ObjectRef>, from: &mut Reader<'_>) -> Result<Self> {
+        match from.u8()? {
+            TAG_OWN => match own {
+                Some(own) => Ok(own.clone()),
+                None => invalid("object reference", "it refers to its own object where there is none"),
+            },
+            TAG_PACK => Ok(Self::Pack(from.array()?)),
+            TAG_RECORD => {
+                let seq = from.u64()?;
+                let machine = from.short_text()?;
+                check_machine(machine)?;
+                Ok(Self::Record { machine: machine.into(), seq })
+            }
+            _ => invalid("object reference", "its kind is unknown"),
+        }
+    }
+}
+
+/// One block's place.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    pub object: ObjectRef,
+    pub offset: u32,
+    /// The block's whole length, header included.
+    pub len: u32,
+}
+
+impl Place {
+    pub(crate) fn put(&self, own: Option<&ObjectRef>, out: &mut Vec<u8>) {
+        self.object.put(own, out);
+        out.put_u32(self.offset);
+        out.put_u24(self.len);
+    }
+
+    pub(crate) fn read(own: Option<&ObjectRef>, from: &mut Reader<'_>) -> Result<Self> {
+        Ok(Self { object: ObjectRef::read(own, from)?, offset: from.u32()?, len: from.u24()? })
+    }
+}
