@@ -82,6 +82,8 @@ pub struct TreeEditor<'a> {
     pages: u64,
     /// The parent's tree, of as many levels as the new one.
     parent: Option<Root>,
+    /// Nodes put on top of the parent's tree, which can be read from no object yet.
+    grown: Vec<Arc<LoadedNode>>,
     /// Whether what is not set stays as the parent has it.
     keeps: bool,
     open: Vec<Open>,
@@ -107,6 +109,7 @@ impl<'a> TreeEditor<'a> {
             };
             parent_levels -= 1;
         }
+        let mut grown = Vec::new();
         while parent_levels < levels
             && let Some(root) = &parent_root
         {
@@ -116,14 +119,17 @@ impl<'a> TreeEditor<'a> {
             let digest = node.digest();
             let new = NewNode { node, digest, patch: None };
             let place = packs.push_node(digest, |own, out| new.put(own, out))?;
-            parent_root = Some(Root { digest, place });
+            let root = Root { digest, place };
+            grown.push(Arc::new(LoadedNode { node: new.node, root: root.clone(), stored: Stored::Whole }));
+            parent_root = Some(root);
             parent_levels += 1;
         }
         let root = match (&parent_root, keeps) {
             (Some(root), true) => NewRoot::Stored(root.clone()),
             _ => NewRoot::Empty,
         };
-        Ok(Self { nodes, levels, pages: page_count(length), parent: parent_root, keeps, open: Vec::new(), root })
+        let pages = page_count(length);
+        Ok(Self { nodes, levels, pages, parent: parent_root, grown, keeps, open: Vec::new(), root })
     }
 
     /// Adds a leaf's changes. Leaves come in order. `store_page` is asked for the place of each new page.
@@ -185,7 +191,7 @@ impl<'a> TreeEditor<'a> {
                 None => self.parent.clone(),
                 Some(above) => above.parent.as_ref().and_then(|node| child(node, (index % FANOUT as u64) as usize)),
             };
-            let parent = root.map(|root| self.nodes.load(&root, level)).transpose()?;
+            let parent = root.map(|root| self.load(&root, level)).transpose()?;
             let editor = match &parent {
                 Some(parent) if self.keeps => NodeEditor::of(&parent.node),
                 _ => NodeEditor::new(level),
@@ -193,6 +199,13 @@ impl<'a> TreeEditor<'a> {
             self.open.push(Open { level, index, editor, parent });
         }
         Ok(())
+    }
+
+    fn load(&self, root: &Root, level: u8) -> Result<Arc<LoadedNode>> {
+        match self.grown.iter().find(|grown| grown.root.place == root.place) {
+            Some(grown) => Ok(grown.clone()),
+            None => self.nodes.load(root, level),
+        }
     }
 
     fn close_last(&mut self, packs: &mut PackWriter<'_>) -> Result<()> {
