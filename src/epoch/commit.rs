@@ -178,7 +178,10 @@ impl CommitBuilder {
         source: &dyn Source,
         dirty: Option<&Ranges>,
     ) -> Result<()> {
-        self.check_new_path(path)?;
+        self.check_new_path(path, false)?;
+        if i64::try_from(source.len()).is_err() {
+            return Err(Error::usage(format!("{}: no file is {} bytes long", path.escape_ascii(), source.len())));
+        }
         let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
         let job = StreamJob { source, dirty, parent };
         let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent };
@@ -192,7 +195,7 @@ impl CommitBuilder {
 
     /// Takes a stream over from the parent epoch as it is.
     pub fn keep_stream(&mut self, path: &[u8]) -> Result<()> {
-        self.check_new_path(path)?;
+        self.check_new_path(path, false)?;
         let entry = self.parent.as_ref().and_then(|(_, manifest)| manifest.get(path)).ok_or_else(|| {
             Error::not_found(format!("{}@{} has no stream {}", self.machine, self.parent(), path.escape_ascii()))
         })?;
@@ -202,17 +205,26 @@ impl CommitBuilder {
 
     /// Adds a directory or a symbolic link, or a stream that is stored already.
     pub fn add_entry(&mut self, entry: ManifestEntry) -> Result<()> {
-        self.check_new_path(&entry.path)?;
+        self.check_new_path(&entry.path, entry.kind == EntryKind::Directory)?;
         self.others.push(entry);
         Ok(())
     }
 
-    fn check_new_path(&self, path: &[u8]) -> Result<()> {
+    fn check_new_path(&self, path: &[u8], is_directory: bool) -> Result<()> {
         check_stream_path(path).map_err(|error| Error::usage(format!("{}: {error}", path.escape_ascii())))?;
-        let taken =
-            self.streams.iter().any(|stream| stream.path == path) || self.others.iter().any(|entry| entry.path == path);
-        if taken {
-            return Err(Error::usage(format!("the stream {} is given twice", path.escape_ascii())));
+        let streams = self.streams.iter().map(|stream| (stream.path.as_slice(), false));
+        let others = self.others.iter().map(|entry| (entry.path.as_slice(), entry.kind == EntryKind::Directory));
+        for (taken, taken_is_directory) in streams.chain(others) {
+            if taken == path {
+                return Err(Error::usage(format!("the stream {} is given twice", path.escape_ascii())));
+            }
+            if (!taken_is_directory && is_below(path, taken)) || (!is_directory && is_below(taken, path)) {
+                return Err(Error::usage(format!(
+                    "{} and {} cannot both be: one would be a file and a directory",
+                    taken.escape_ascii(),
+                    path.escape_ascii()
+                )));
+            }
         }
         Ok(())
     }
@@ -291,8 +303,13 @@ impl CommitBuilder {
         let footer = inline.footer.clone();
         let draft = Draft { term, owner, latest_epoch: 0, body: Body::Commit(commit), inline };
         let (machine, options) = (&self.machine, &self.options);
-        let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, _| {
-            Ok(after_other(record, base_term, machine, options))
+        let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, draft| {
+            let rebase = after_other(record, base_term, machine, options);
+            // An owner that gave the machine up meanwhile does not get it back by this.
+            if record.owner.is_none() {
+                draft.owner = None;
+            }
+            Ok(rebase)
         })?;
         tracing::debug!(epoch = head.record.seq, "record is durable");
         if footer.block_count() > 0 {
@@ -308,6 +325,11 @@ impl CommitBuilder {
             stored_bytes,
         })
     }
+}
+
+/// Whether a path leads through another.
+fn is_below(path: &[u8], above: &[u8]) -> bool {
+    path.strip_prefix(above).is_some_and(|rest| rest.first() == Some(&b'/'))
 }
 
 fn unused_packs(repository: &Repository) -> PackWriter<'static> {

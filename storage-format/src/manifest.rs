@@ -50,6 +50,9 @@ impl Image {
 
     pub(crate) fn read(own: Option<&ObjectRef>, from: &mut Reader<'_>) -> Result<Self> {
         let length = from.u64()?;
+        if i64::try_from(length).is_err() {
+            return invalid(WHAT, "a stream is longer than any file");
+        }
         let root = if from.flag()? {
             if length == 0 {
                 return invalid(WHAT, "an empty stream has a tree");
@@ -106,7 +109,20 @@ impl Manifest {
         if entries.windows(2).any(|pair| pair[0].path == pair[1].path) {
             return invalid(WHAT, "two entries have the same path");
         }
-        Ok(Self { entries })
+        Self { entries }.checked()
+    }
+
+    /// What lies below an entry lies in a directory: never in a file, nor behind a link that leads elsewhere.
+    fn checked(self) -> Result<Self> {
+        for entry in &self.entries {
+            let slashes = entry.path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
+            for (end, _) in slashes {
+                if self.get(&entry.path[..end]).is_some_and(|above| above.kind != EntryKind::Directory) {
+                    return invalid(WHAT, "an entry lies below one that is no directory");
+                }
+            }
+        }
+        Ok(self)
     }
 
     pub fn entries(&self) -> &[ManifestEntry] {
@@ -232,6 +248,6 @@ impl Manifest {
             entries.push(ManifestEntry { path, attributes, kind });
         }
         from.end()?;
-        Ok(Self { entries })
+        Self { entries }.checked()
     }
 }
