@@ -210,12 +210,12 @@ fn the_store_goes_on_after_a_power_loss() {
 
 #[test]
 fn the_crash_test_finds_a_sync_that_does_nothing() {
-    for skip in [Skip::FileSyncs, Skip::DirSyncs, Skip::RootSyncs] {
+    for skip in [Skip::Files, Skip::Dirs, Skip::Root] {
         let sim = SimFiles::new(0);
         let files: Arc<dyn Files> = Arc::new(Lazy { files: sim.clone(), skip });
         let events = run(&sim, &files, Retry::SameStore);
         assert!(events.iter().all(|event| event.acknowledged.is_some()));
-        assert!(cut_everywhere(&sim, &events, 10).is_err(), "nobody noticed that {skip:?} were skipped");
+        assert!(cut_everywhere(&sim, &events, 10).is_err(), "nobody noticed that syncs were skipped: {skip:?}");
     }
 }
 
@@ -341,9 +341,9 @@ fn the_error_of_the_writing_thread_reaches_the_caller() {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Skip {
-    FileSyncs,
-    DirSyncs,
-    RootSyncs,
+    Files,
+    Dirs,
+    Root,
 }
 
 /// Says that it synced what it did not.
@@ -384,8 +384,8 @@ impl Files for Lazy {
     }
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         match self.skip {
-            Skip::DirSyncs => Ok(()),
-            Skip::RootSyncs if path == Path::new(ROOT) => Ok(()),
+            Skip::Dirs => Ok(()),
+            Skip::Root if path == Path::new(ROOT) => Ok(()),
             _ => self.files.sync_dir(path),
         }
     }
@@ -414,7 +414,7 @@ impl File for LazyFile {
         self.file.set_len(len)
     }
     fn sync(&self) -> io::Result<()> {
-        if self.skip == Skip::FileSyncs { Ok(()) } else { self.file.sync() }
+        if self.skip == Skip::Files { Ok(()) } else { self.file.sync() }
     }
     fn links(&self) -> io::Result<u64> {
         self.file.links()
