@@ -15,7 +15,7 @@ use super::ranges::Ranges;
 use super::source::{BytesSource, Source};
 use super::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
-use crate::repo::{Draft, Head, Index, Inline, PackWriter, Rebase, Repository};
+use crate::repo::{Draft, Head, Index, Inline, PackWriter, Rebase, Repository, object_key};
 
 /// The term of a machine that nobody ever owned.
 pub const FIRST_TERM: u64 = 1;
@@ -206,6 +206,9 @@ impl CommitBuilder {
     /// Adds a directory or a symbolic link, or a stream that is stored already.
     pub fn add_entry(&mut self, entry: ManifestEntry) -> Result<()> {
         self.check_new_path(&entry.path, entry.kind == EntryKind::Directory)?;
+        if let EntryKind::Stream(Image { root: Some(root), .. }) = &entry.kind {
+            self.repository.objects().store().settle(&object_key(&root.place.object))?;
+        }
         self.others.push(entry);
         Ok(())
     }
