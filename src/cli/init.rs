@@ -6,8 +6,8 @@ use epochfs_format::hex;
 use serde_json::json;
 
 use super::context::Context;
+use crate::epoch::EpochStore;
 use crate::error::Result;
-use crate::repo::Repository;
 
 /// Make a new, empty repository.
 #[derive(clap::Args)]
@@ -16,8 +16,8 @@ pub struct Init {}
 
 impl Init {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.create_store(&context.repository_path()?)?;
-        let repository = Repository::create(store)?;
+        let store = EpochStore::create_directory(&context.repository_path()?)?;
+        let repository = store.repository();
         let (id, url) = (hex(repository.id()), repository.url());
         context.print(&json!({"repository": url, "id": id}), || format!("made repository {id} at {url}\n"))?;
         Ok(ExitCode::SUCCESS)

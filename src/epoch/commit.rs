@@ -8,7 +8,7 @@ use epochfs_format::{
 };
 
 use super::edit::NewRoot;
-use super::leaf::{Recent, Shared, Worker};
+use super::leaf::{Recent, Shared, SpareBuffers, Worker};
 use super::nodes::Nodes;
 use super::pipeline::{CommitCounts, StreamJob, commit_stream};
 use super::ranges::Ranges;
@@ -85,6 +85,7 @@ pub struct CommitBuilder {
     packs: PackWriter<'static>,
     workers: Vec<Worker>,
     recent: RwLock<Recent>,
+    spare: SpareBuffers,
     streams: Vec<PendingStream>,
     others: Vec<ManifestEntry>,
     counts: CommitCounts,
@@ -144,6 +145,7 @@ impl CommitBuilder {
         Ok(Self {
             workers: (0..threads).map(|_| Worker::new(options.compression_level)).collect(),
             recent: RwLock::new(Recent::default()),
+            spare: SpareBuffers::default(),
             streams: Vec::new(),
             others: Vec::new(),
             counts: CommitCounts::default(),
@@ -181,13 +183,19 @@ impl CommitBuilder {
         self.check_new_path(path)?;
         let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
         let job = StreamJob { source, dirty, parent };
-        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent };
+        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
         let root =
             commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut self.counts, &mut self.on_read)
                 .map_err(|error| error.context(format!("stream {}", path.escape_ascii())))?;
         tracing::debug!(stream = %path.escape_ascii(), "stream is read");
         self.streams.push(PendingStream { path: path.to_vec(), attributes, length: source.len(), root });
         Ok(())
+    }
+
+    /// Adds a stream from memory.
+    pub fn add_bytes(&mut self, name: &str, bytes: impl Into<Arc<[u8]>>) -> Result<()> {
+        let attributes = Attributes { mode: 0o600, ..Attributes::default() };
+        self.add_stream(name.as_bytes(), attributes, &BytesSource::new(name, bytes), None)
     }
 
     /// Takes a stream over from the parent epoch as it is.
@@ -254,7 +262,7 @@ impl CommitBuilder {
             ManifestPlace::Inline(_) => None,
         });
         let job = StreamJob { source: &source, dirty: None, parent: parent.as_ref() };
-        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent };
+        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
         let mut ignored = CommitCounts::default();
         let root = commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut ignored, &mut |_| {})?;
         let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));

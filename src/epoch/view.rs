@@ -1,6 +1,6 @@
 //! The entry point: a repository with what is needed to commit epochs to it and to read them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 
@@ -9,7 +9,9 @@ use epochfs_format::{Body, Commit, Manifest, ManifestPlace, Record, check_machin
 use super::commit::{CommitBuilder, CommitOptions};
 use super::nodes::Nodes;
 use super::reader::{Epoch, read_image};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::platform::files::RealFiles;
+use crate::platform::store::LocalStore;
 use crate::repo::{Index, Rebuilt, Repository};
 
 /// Which epoch of a machine.
@@ -61,6 +63,21 @@ pub struct EpochStore {
 }
 
 impl EpochStore {
+    /// Makes a new repository in a directory, which comes into being.
+    pub fn create_directory(path: &Path) -> Result<Self> {
+        Ok(Self::new(Repository::create(Arc::new(LocalStore::create(path, Arc::new(RealFiles))?))?))
+    }
+
+    /// Opens the repository in a directory.
+    pub fn open_directory(path: &Path) -> Result<Self> {
+        let store = LocalStore::open(path, Arc::new(RealFiles)).map_err(|error| match error.kind() {
+            Kind::NotFound => Error::not_found(format!("there is no repository at {}", path.display()))
+                .hint(format!("make one: epochfs --repo {} init", path.display())),
+            _ => error,
+        })?;
+        Ok(Self::new(Repository::open(Arc::new(store))?))
+    }
+
     /// Works without an index: pages are compared with the parent epoch only.
     pub fn new(repository: Repository) -> Self {
         let nodes = Arc::new(Nodes::new(repository.objects().clone()));
