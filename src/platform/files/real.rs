@@ -104,7 +104,8 @@ impl Files for RealFiles {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        fs::File::open(path)?.sync_all()
+        let only_dirs = OFlags::DIRECTORY.bits().cast_signed();
+        fs::OpenOptions::new().read(true).custom_flags(only_dirs).open(path)?.sync_all()
     }
 
     fn len(&self, path: &Path) -> io::Result<Option<u64>> {

@@ -9,16 +9,20 @@
 #[cfg(test)]
 pub(crate) mod contract;
 mod counters;
+pub mod faulty;
 mod key;
 pub mod local;
+pub mod remote;
 
 use std::ops::Range;
 
 use bytes::Bytes;
 
 pub use counters::{Counters, Totals};
+pub use faulty::FaultyStore;
 pub use key::{check_key, check_prefix};
 pub use local::LocalStore;
+pub use remote::RemoteStore;
 
 use crate::error::{Error, Result};
 

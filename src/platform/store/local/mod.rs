@@ -4,6 +4,8 @@
 //! survives a crash, and so do the names in a directory that was synced. It renames and overwrites nothing.
 
 mod buffer;
+#[cfg(test)]
+mod crash_tests;
 mod handles;
 mod list;
 mod publish;
@@ -47,9 +49,11 @@ impl LocalStore {
 
     /// Makes the directory and its missing parents, durably, and opens a store in it. One that exists is fine.
     pub fn create(root: &Path, files: Arc<dyn Files>) -> Result<Self> {
-        make_root(root, &*files)
-            .map_err(|error| Error::io(format!("cannot create file://{}", root.display()), error))?;
-        Self::open(root, files)
+        let failed = |error| Error::io(format!("cannot create file://{}", root.display()), error);
+        make_root(root, &*files).map_err(failed)?;
+        let store = Self::open(root, files)?;
+        sync_parents(&store.shared.root, &*store.shared.files).map_err(failed)?;
+        Ok(store)
     }
 
     /// Removes what crashed writers left behind and nobody has written to for so long, and says how many files.
@@ -250,25 +254,33 @@ fn is_missing(error: &io::Error) -> bool {
     matches!(error.kind(), NotFound | NotADirectory | IsADirectory)
 }
 
-/// Makes the root and the parents that are missing, each durable in its parent.
+/// Makes the root and the parents that are missing.
 fn make_root(root: &Path, files: &dyn Files) -> io::Result<()> {
-    let parent = root.parent().map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
-    match files.create_dir(root) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            // Whoever made it may not have come to this; where the parent is none of our business, its owner did.
-            if let Some(parent) = parent {
-                let _ = files.sync_dir(parent);
-            }
-            return Ok(());
-        }
+    let make = || match files.create_dir(root) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    };
+    match make() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            make_root(parent.ok_or(error)?, files)?;
-            match files.create_dir(root) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
-            }
+            let parent = root.parent().filter(|parent| !parent.as_os_str().is_empty()).ok_or(error)?;
+            make_root(parent, files)?;
+            make()
         }
-        result => result?,
+        result => result,
     }
-    parent.map_or(Ok(()), |parent| files.sync_dir(parent))
+}
+
+/// Makes the name of each directory on the way to the root durable, also of those that were there: whoever made
+/// them may not have come to this.
+fn sync_parents(root: &Path, files: &dyn Files) -> io::Result<()> {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem, Unsupported};
+    for dir in root.ancestors().skip(1) {
+        match files.sync_dir(dir) {
+            // A directory that may not be read or synced was made by somebody else, long ago.
+            Err(error)
+                if matches!(error.kind(), InvalidInput | PermissionDenied | ReadOnlyFilesystem | Unsupported) => {}
+            result => result?,
+        }
+    }
+    Ok(())
 }

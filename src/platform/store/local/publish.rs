@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::handles::Handles;
+use super::is_missing;
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::{File, Files};
 use crate::platform::random;
@@ -160,7 +161,8 @@ impl Shared {
         let mut dir = path.parent();
         while let Some(current) = dir {
             if let Err(error) = self.files.sync_dir(current) {
-                if error.kind() != io::ErrorKind::NotFound {
+                // Where there is no directory, nothing was synced and nothing was lost.
+                if !is_missing(&error) {
                     self.poison();
                 }
                 return Err(error);

@@ -1,7 +1,7 @@
 //! Streams a large object past the page cache, on a thread of its own, while the caller prepares the next bytes.
 //!
-//! Direct writes take as long as buffered ones and a quarter of their processor time, and they leave the page
-//! cache to the virtual machines.
+//! Direct writes are at least as quick as buffered ones at a fraction of their processor time, and they leave the
+//! page cache to the virtual machines.
 
 use std::io;
 use std::sync::Arc;
