@@ -11,7 +11,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use epochfs_format::{Block, BlockKind, FORMAT_VERSION, StoredNode, TRAILER_LEN, Trailer, decode_node};
+use epochfs_format::{
+    Block, BlockKind, Body, Commit, EntryKind, FANOUT, FORMAT_VERSION, FooterBuilder, HEADER_LEN, Image, Manifest,
+    ManifestEntry, ManifestPlace, NodeEditor, ObjectRef, Root, StoredNode, TRAILER_LEN, Trailer, decode_node,
+    levels_for,
+};
 use vectors::{Seal, Target, kind_of, objects, seal_block, targets};
 
 fn directory() -> PathBuf {
@@ -332,4 +336,55 @@ fn a_block_decodes_alone_and_says_where_it_ends() {
     let (first, rest) = Block::split(&both).unwrap();
     assert_eq!((first.kind, rest), (BlockKind::Patch, find("node-inner").as_slice()));
     assert!(Block::only(&both, BlockKind::Patch).is_err());
+}
+
+/// The sizes that FORMAT.md states.
+#[test]
+fn sizes_are_the_documented_ones() {
+    let own = vectors::record_object();
+    let in_pack = |offset| vectors::place(ObjectRef::Pack([1; 16]), offset, 100);
+    let here = |offset| vectors::place(own.clone(), offset, 100);
+    let mut editor = NodeEditor::new(0);
+    (0..FANOUT).for_each(|slot| editor.set(slot, [slot as u8; 32], &here(64 + slot as u32)));
+    let leaf = editor.finish();
+    let mut bytes = Vec::new();
+    assert_eq!(leaf.put_whole(Some(&own), &mut bytes), 21_071);
+    for slots in [1_u16, 100, 244] {
+        let all: Vec<u16> = (0..slots).collect();
+        assert_eq!(leaf.put_patch(&in_pack(64), &all, Some(&own), &mut bytes), 39 + 43 * u32::from(slots));
+    }
+    assert!(leaf.patch_is_worth_it(244) && !leaf.patch_is_worth_it(245));
+    let gibibyte = 1 << 30;
+    let levels = [(0, 0), (2 << 20, 1), (gibibyte, 2), (4 * gibibyte, 3), (512 * gibibyte, 3), (u64::MAX, 6)];
+    assert!(levels.iter().all(|(length, levels)| levels_for(*length) == *levels));
+
+    // The smallest commit: a page, a patch on each of three levels, the record.
+    let image = Image { length: 4 * gibibyte, root: Some(Root { digest: [1; 32], place: here(64) }) };
+    let kind = EntryKind::Stream(image);
+    let entry = ManifestEntry { path: b"memory".to_vec(), attributes: Default::default(), kind };
+    let commit = Commit {
+        origin: None,
+        tags: Vec::new(),
+        packs: Vec::new(),
+        message: String::new(),
+        notes: Vec::new(),
+        manifest: ManifestPlace::Inline(Manifest::new(vec![entry]).unwrap()),
+        ..vectors::inline_commit()
+    };
+    let record = vectors::record(Body::Commit(commit));
+    let record_len = record.put_block(Some(&own), &mut bytes).0;
+    assert_eq!(record_len, 309);
+    let page_len = 1500;
+    let mut footer = FooterBuilder::new();
+    footer.push(BlockKind::Page, [0; 32], 8 + page_len);
+    for _ in 0..3 {
+        footer.push(BlockKind::Patch, [0; 32], 39 + 43);
+    }
+    footer.push(BlockKind::Record, [0; 32], record_len);
+    assert_eq!(footer.end() as usize + footer.finish().len(), 867 + page_len as usize);
+    let takeover = vectors::record(Body::Term).put_block(Some(&own), &mut bytes).0;
+    let mut footer = FooterBuilder::new();
+    footer.push(BlockKind::Record, [0; 32], takeover);
+    assert_eq!(footer.end() as usize + footer.finish().len(), 279);
+    assert_eq!(HEADER_LEN + FooterBuilder::new().finish().len(), 104);
 }
