@@ -62,7 +62,7 @@ fn decode(target: &Target, bytes: &[u8]) -> Outcome {
     let outcome = catch_unwind(AssertUnwindSafe(|| (target.decode)(bytes)))
         .unwrap_or_else(|_| panic!("{}: decoding panics on {bytes:02x?}", target.name));
     let taken = PEAK.get() - before;
-    // The decoders of trailers and footers build the object that these come from.
+    // Some decoders build what they compare with.
     let bound = memory_bound(bytes.len().max(16 << 10));
     assert!(taken <= bound, "{}: decoding {} bytes takes {taken} bytes of memory", target.name, bytes.len());
     outcome

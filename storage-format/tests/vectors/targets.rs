@@ -1,5 +1,7 @@
 //! Every decoder behind one face: bytes in, a value that can be shown and encoded again out.
 
+use std::sync::LazyLock;
+
 use epochfs_format::{
     BLOCK_HEADER_LEN, Block, BlockKind, Descriptor, Footer, FooterBuilder, HEADER_LEN, Manifest, Node, ObjectRef,
     PAGE_SIZE, Page, PageDecoder, PageEncoder, Place, Record, Result, StoredNode, TRAILER_LEN, Trailer, check_header,
@@ -182,6 +184,9 @@ fn decode_header(bytes: &[u8], object: &ObjectRef) -> Result<Box<dyn Value>> {
     Ok(Box::new(Text(format!("{object:?}"), encode_header(&values::REPOSITORY, object).to_vec())))
 }
 
+/// The object that trailers and footers are said to be of.
+static OBJECT: LazyLock<Vec<u8>> = LazyLock::new(values::record_bytes);
+
 struct TrailerValue(Trailer);
 
 impl Value for TrailerValue {
@@ -199,8 +204,7 @@ impl Value for TrailerValue {
 }
 
 fn decode_trailer(bytes: &[u8]) -> Result<Box<dyn Value>> {
-    // The longest tail that says where its object ends is the object itself.
-    Ok(Box::new(TrailerValue(Trailer::decode(bytes, values::record_bytes().len() as u64)?)))
+    Ok(Box::new(TrailerValue(Trailer::decode(bytes, OBJECT.len() as u64)?)))
 }
 
 struct FooterValue(Footer);
@@ -222,8 +226,7 @@ impl Value for FooterValue {
 }
 
 fn decode_footer(bytes: &[u8]) -> Result<Box<dyn Value>> {
-    let object = values::record_bytes();
-    let trailer = Trailer::decode(&object, object.len() as u64)?;
+    let trailer = Trailer::decode(&OBJECT, OBJECT.len() as u64)?;
     Ok(Box::new(FooterValue(trailer.decode_footer(bytes)?)))
 }
 
