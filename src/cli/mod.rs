@@ -5,12 +5,14 @@
 
 mod clone;
 mod commit;
+mod completions;
 mod context;
 mod diff;
 mod export;
 mod init;
 mod log;
 mod ls;
+mod man;
 mod output;
 mod progress;
 mod rm;
@@ -78,6 +80,8 @@ enum Command {
     Rm(rm::Rm),
     Verify(verify::Verify),
     Stats(stats::Stats),
+    Completions(completions::Completions),
+    Man(man::Man),
 }
 
 impl Command {
@@ -95,8 +99,15 @@ impl Command {
             Self::Rm(command) => command.run(context),
             Self::Verify(command) => command.run(context),
             Self::Stats(command) => command.run(context),
+            Self::Completions(command) => command.run(context),
+            Self::Man(command) => command.run(context),
         }
     }
+}
+
+/// The whole command line: for completions, manual pages, and the test that every command's help has an example.
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// Runs the command line of this process.
