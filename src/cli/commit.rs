@@ -15,6 +15,7 @@ use super::context::Context;
 use super::output::size;
 use crate::epoch::{CommitOptions, FileSource, Ranges, Source};
 use crate::error::{Error, Result};
+use crate::platform::clock::Stopwatch;
 
 /// A stream's name and the file it is read from.
 #[derive(Clone, Debug)]
@@ -148,7 +149,7 @@ impl Commit {
         for stream in &self.streams {
             sources.push((stream, FileSource::open(&stream.file)?));
         }
-        let started = std::time::Instant::now();
+        let started = Stopwatch::start();
         let store = context.open()?;
         context.open_index(&store);
         let mut commit = store.begin_commit(&self.machine, self.options()?)?;

@@ -61,15 +61,14 @@ impl Context {
         Ok(Arc::new(LocalStore::create(path, Arc::new(RealFiles))?))
     }
 
+    /// Whether a repository is named at all.
+    pub fn names_repository(&self) -> bool {
+        self.global.repo.as_deref().is_some_and(|url| !url.is_empty())
+    }
+
     /// Opens the repository.
     pub fn open(&self) -> Result<EpochStore> {
-        let path = self.repository_path()?;
-        let store = LocalStore::open(&path, Arc::new(RealFiles)).map_err(|error| match error.kind() {
-            Kind::NotFound => Error::not_found(format!("there is no repository at {}", path.display()))
-                .hint(format!("make one: epochfs --repo {} init", path.display())),
-            _ => error,
-        })?;
-        let repository = Repository::open(Arc::new(store))?;
+        let repository = Repository::open(open_store(&self.repository_path()?)?)?;
         Ok(EpochStore::new(repository).with_state(self.state_directory()))
     }
 
@@ -85,6 +84,16 @@ impl Context {
             self.notice(&format!("rebuilt the page index from {} objects: {}", rebuilt.objects, rebuilt.reason));
         }
     }
+}
+
+/// Opens the store that a repository is in.
+pub fn open_store(path: &Path) -> Result<Arc<dyn Store>> {
+    let store = LocalStore::open(path, Arc::new(RealFiles)).map_err(|error| match error.kind() {
+        Kind::NotFound => Error::not_found(format!("there is no repository at {}", path.display()))
+            .hint(format!("make one: epochfs --repo {} init", path.display())),
+        _ => error,
+    })?;
+    Ok(Arc::new(store))
 }
 
 fn parse_url(url: &str) -> Result<PathBuf> {

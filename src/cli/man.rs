@@ -23,15 +23,14 @@ impl Man {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         match &self.output {
             None => {
-                let page = render(super::command())?;
+                let page = render(super::command().disable_help_subcommand(true))?;
                 context.print(&json!({"page": page}), || page.clone())?;
             }
             Some(directory) => {
                 let files = write_pages(directory)?;
                 let document = json!({"directory": directory.display().to_string(), "files": files});
-                context.print(&document, || {
-                    format!("wrote {} manual pages to {}\n", files.len(), directory.display())
-                })?;
+                context
+                    .print(&document, || format!("wrote {} manual pages to {}\n", files.len(), directory.display()))?;
             }
         }
         Ok(ExitCode::SUCCESS)

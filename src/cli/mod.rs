@@ -8,6 +8,7 @@ mod commit;
 mod completions;
 mod context;
 mod diff;
+mod doctor;
 mod export;
 mod init;
 mod log;
@@ -80,6 +81,7 @@ enum Command {
     Rm(rm::Rm),
     Verify(verify::Verify),
     Stats(stats::Stats),
+    Doctor(doctor::Doctor),
     Completions(completions::Completions),
     Man(man::Man),
 }
@@ -99,6 +101,7 @@ impl Command {
             Self::Rm(command) => command.run(context),
             Self::Verify(command) => command.run(context),
             Self::Stats(command) => command.run(context),
+            Self::Doctor(command) => command.run(context),
             Self::Completions(command) => command.run(context),
             Self::Man(command) => command.run(context),
         }

@@ -17,7 +17,7 @@ use std::ops::Range;
 use bytes::Bytes;
 
 pub use counters::{Counters, Totals};
-pub use key::{check_key, check_prefix};
+pub use key::{TEMPORARY, check_key, check_prefix};
 pub use local::LocalStore;
 
 use crate::error::{Error, Result};

@@ -1,0 +1,3 @@
+//! Operating a host: examining it, and measuring what it can do.
+
+pub mod doctor;
