@@ -3,6 +3,7 @@
 //! Data goes to stdout, logs and progress to stderr. Exit codes: 0 ok, 1 failure, 2 usage, 3 damaged data found,
 //! 4 fenced or conflict, 5 not found.
 
+mod bench;
 mod clone;
 mod commit;
 mod completions;
@@ -82,6 +83,7 @@ enum Command {
     Verify(verify::Verify),
     Stats(stats::Stats),
     Doctor(doctor::Doctor),
+    Bench(bench::Bench),
     Completions(completions::Completions),
     Man(man::Man),
 }
@@ -102,6 +104,7 @@ impl Command {
             Self::Verify(command) => command.run(context),
             Self::Stats(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
+            Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),
             Self::Man(command) => command.run(context),
         }

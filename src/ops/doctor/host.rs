@@ -1,8 +1,8 @@
 //! The host itself: kernel, processor, memory, limits, clock.
 
-use crate::platform::clock;
-
 use super::Check;
+use crate::ops::machine::{memory_field, processors, vector_unit};
+use crate::platform::clock;
 
 pub(super) fn check() -> Vec<Check> {
     vec![kernel(), processor(), memory(), huge_pages(), open_files(), wall_clock()]
@@ -34,7 +34,7 @@ fn version(release: &str) -> Option<(u32, u32)> {
 
 fn processor() -> Check {
     const NAME: &str = "processor";
-    let count = std::thread::available_parallelism().map_or(1, usize::from);
+    let count = processors();
     let found = |what: &str| format!("{count} processors, hashing with {what}");
     match vector_unit() {
         (what, true) => Check::ok(NAME, found(what)),
@@ -44,36 +44,6 @@ fn processor() -> Check {
             "pass the host's processor features to this VM, if it is one",
         ),
     }
-}
-
-/// The widest instructions that hashing uses here, and whether they are wide.
-#[cfg(target_arch = "x86_64")]
-fn vector_unit() -> (&'static str, bool) {
-    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-        ("AVX-512", true)
-    } else if is_x86_feature_detected!("avx2") {
-        ("AVX2", true)
-    } else if is_x86_feature_detected!("sse4.1") {
-        ("SSE4.1", false)
-    } else {
-        ("SSE2", false)
-    }
-}
-
-#[cfg(target_arch = "aarch64")]
-fn vector_unit() -> (&'static str, bool) {
-    ("NEON", true)
-}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn vector_unit() -> (&'static str, bool) {
-    ("portable code", false)
-}
-
-/// A value in KiB from /proc/meminfo, in bytes.
-fn memory_field(text: &str, field: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 const MEMORY_WANTED: u64 = 1 << 30;
@@ -148,12 +118,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_and_fields_are_read() {
+    fn versions_are_read() {
         assert_eq!(version("6.18.44-fc-v657"), Some((6, 18)));
         assert_eq!(version("5.4"), Some((5, 4)));
         assert_eq!(version("six"), None);
-        let text = "MemTotal:       24 kB\nMemAvailable:   12 kB\nMemAvailableOther: 7 kB\n";
-        assert_eq!(memory_field(text, "MemAvailable"), Some(12 << 10));
-        assert_eq!(memory_field(text, "Mem"), None);
     }
 }
