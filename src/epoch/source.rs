@@ -93,8 +93,7 @@ impl FileSource {
 }
 
 fn modified_ns(stat: &Stat) -> i64 {
-    let seconds = i64::from(stat.st_mtime);
-    seconds.saturating_mul(1_000_000_000).saturating_add(i64::try_from(stat.st_mtime_nsec).unwrap_or(0))
+    stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(i64::try_from(stat.st_mtime_nsec).unwrap_or(0))
 }
 
 impl Source for FileSource {

@@ -83,6 +83,7 @@ impl EpochStore {
     }
 
     /// The page index, opened or rebuilt now if it was not.
+    #[allow(clippy::should_implement_trait)] // It is named after what it returns, and nobody writes store[...].
     pub fn index(&self, progress: Option<Progress>) -> &(Arc<Index>, Option<Rebuilt>) {
         self.index.get_or_init(|| match &self.index_directory {
             None => (Arc::new(Index::none()), None),

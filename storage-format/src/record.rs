@@ -50,6 +50,7 @@ pub struct Record {
 
 /// What a record does.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant)] // Most records are commits: a box would save nothing.
 pub enum Body {
     /// The machine exists, without an epoch yet, or again after it was removed.
     Create,
