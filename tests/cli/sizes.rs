@@ -129,3 +129,51 @@ fn an_epoch_may_have_thousands_of_streams() {
     assert!(milliseconds(&first) < 30_000.0 && milliseconds(&second) < 30_000.0);
     world.verify();
 }
+
+/// The tree has one level more from 2 MiB, 1 GiB and 512 GiB on.
+#[test]
+fn streams_grow_and_shrink_by_any_number_of_tree_levels() {
+    const LENGTHS: [u64; 5] = [4096, 3 << 20, 2 << 30, 600 << 30, 0];
+    let list = |world: &World| stream("memory", &world.file("list", "# nothing but what the length says\n"));
+    for first in LENGTHS {
+        for second in LENGTHS.into_iter().filter(|second| *second != first) {
+            for with_list in [false, true] {
+                let world = World::new();
+                let path = world.path("image");
+                let file = std::fs::File::create(&path).unwrap();
+                let mut expected = Vec::new();
+                let mut words: Vec<OsString> = vec!["commit".into(), "web1".into(), stream("memory", &path)];
+                for (seed, length) in [first, second].into_iter().enumerate() {
+                    file.set_len(length).unwrap();
+                    expected.retain(|(place, _)| place + 100 <= length);
+                    // At the end, which is new where the stream grows; the beginning stays.
+                    if length > 0
+                        && expected.iter().all(|(place, _)| place + 100 != length)
+                        && (seed == 0 || length > first)
+                    {
+                        let bytes = pages(seed as u64, 1)[..100].to_vec();
+                        file.write_all_at(&bytes, length - 100).unwrap();
+                        expected.push((length - 100, bytes));
+                    }
+                    world.ok(&words);
+                    if with_list {
+                        words.extend(["--dirty".into(), list(&world)]);
+                    }
+                }
+                let target = world.path("out");
+                world.ok([OsStr::new("export"), OsStr::new("web1"), OsStr::new("--output"), target.as_os_str()]);
+                let exported = std::fs::File::open(target.join("memory")).unwrap();
+                assert_eq!(exported.metadata().unwrap().len(), second);
+                for (place, bytes) in &expected {
+                    let mut found = vec![0; bytes.len()];
+                    exported.read_exact_at(&mut found, *place).unwrap();
+                    assert!(found == *bytes, "{first} to {second} bytes, list {with_list}, at {place}");
+                }
+                let stored = world.json(["stats"])["filled_bytes"].as_u64().unwrap() / 4096;
+                let of_first = u64::from(first > 0);
+                assert_eq!(stored, of_first + expected.len() as u64, "{first} to {second} bytes, list {with_list}");
+                world.verify();
+            }
+        }
+    }
+}
