@@ -54,6 +54,11 @@ impl Context {
         parse_url(url)
     }
 
+    /// Whether a repository is named at all.
+    pub fn names_repository(&self) -> bool {
+        self.global.repo.as_deref().is_some_and(|url| !url.is_empty())
+    }
+
     /// Opens the repository.
     pub fn open(&self) -> Result<EpochStore> {
         Ok(EpochStore::open_directory(&self.repository_path()?)?.with_state(self.state_directory()))

@@ -1,5 +1,6 @@
 //! Committing: streams in, an epoch out.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
 
 use epochfs_format::{
@@ -88,6 +89,8 @@ pub struct CommitBuilder {
     spare: SpareBuffers,
     streams: Vec<PendingStream>,
     others: Vec<ManifestEntry>,
+    /// The paths of all of them, and whether they are directories.
+    taken: BTreeMap<Vec<u8>, bool>,
     counts: CommitCounts,
     on_read: Box<dyn FnMut(u64) + Send>,
 }
@@ -104,6 +107,9 @@ impl CommitBuilder {
             check_tag(tag).map_err(|error| Error::usage(format!("{tag:?}: {error}")))?;
         }
         for (name, value) in &options.notes {
+            if options.notes.iter().filter(|(other, _)| other == name).count() > 1 {
+                return Err(Error::usage(format!("the note {name:?} is given twice")));
+            }
             if name.is_empty() || name.len() > 255 || value.len() > 64 << 10 {
                 return Err(Error::usage(format!("note {name:?}: its name may have 1 to 255 bytes, its value 64 KiB")));
             }
@@ -148,6 +154,7 @@ impl CommitBuilder {
             spare: SpareBuffers::default(),
             streams: Vec::new(),
             others: Vec::new(),
+            taken: BTreeMap::new(),
             counts: CommitCounts::default(),
             on_read: Box::new(|_| {}),
             repository,
@@ -180,7 +187,7 @@ impl CommitBuilder {
         source: &dyn Source,
         dirty: Option<&Ranges>,
     ) -> Result<()> {
-        self.check_new_path(path)?;
+        self.take_path(path, false)?;
         let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
         let job = StreamJob { source, dirty, parent };
         let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
@@ -200,26 +207,40 @@ impl CommitBuilder {
 
     /// Takes a stream over from the parent epoch as it is.
     pub fn keep_stream(&mut self, path: &[u8]) -> Result<()> {
-        self.check_new_path(path)?;
-        let entry = self.parent.as_ref().and_then(|(_, manifest)| manifest.get(path)).ok_or_else(|| {
+        let entry = self.parent.as_ref().and_then(|(_, manifest)| manifest.get(path)).cloned().ok_or_else(|| {
             Error::not_found(format!("{}@{} has no stream {}", self.machine, self.parent(), path.escape_ascii()))
         })?;
-        self.others.push(entry.clone());
+        self.take_path(path, entry.kind == EntryKind::Directory)?;
+        self.others.push(entry);
         Ok(())
     }
 
     /// Adds a directory or a symbolic link, or a stream that is stored already.
     pub fn add_entry(&mut self, entry: ManifestEntry) -> Result<()> {
-        self.check_new_path(&entry.path)?;
+        self.take_path(&entry.path, entry.kind == EntryKind::Directory)?;
         self.others.push(entry);
         Ok(())
     }
 
-    fn check_new_path(&self, path: &[u8]) -> Result<()> {
+    /// Notes that the epoch has something at this path. Only a directory may have anything below it.
+    fn take_path(&mut self, path: &[u8], is_directory: bool) -> Result<()> {
         check_stream_path(path).map_err(|error| Error::usage(format!("{}: {error}", path.escape_ascii())))?;
-        let taken =
-            self.streams.iter().any(|stream| stream.path == path) || self.others.iter().any(|entry| entry.path == path);
-        if taken {
+        let in_the_way = |file: &[u8], below: &[u8]| {
+            let (file, below) = (file.escape_ascii(), below.escape_ascii());
+            Err(Error::usage(format!("{below} cannot be, because {file} is no directory")))
+        };
+        let parents = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| &path[..at]);
+        for parent in parents {
+            if self.taken.get(parent) == Some(&false) {
+                return in_the_way(parent, path);
+            }
+        }
+        let prefix = [path, b"/"].concat();
+        let first_below = self.taken.range(prefix.clone()..).next().filter(|(other, _)| other.starts_with(&prefix));
+        if let (Some((below, _)), false) = (first_below, is_directory) {
+            return in_the_way(path, below);
+        }
+        if self.taken.insert(path.to_vec(), is_directory).is_some() {
             return Err(Error::usage(format!("the stream {} is given twice", path.escape_ascii())));
         }
         Ok(())
