@@ -15,6 +15,7 @@ use super::context::Context;
 use super::output::size;
 use crate::epoch::{CommitOptions, FileSource, Ranges, Source};
 use crate::error::{Error, Result};
+use crate::platform::clock::Stopwatch;
 
 /// A stream's name and the file it is read from.
 #[derive(Clone, Debug)]
@@ -90,8 +91,10 @@ fn parse_stream(text: OsString) -> std::result::Result<StreamArgument, String> {
 }
 
 fn read_ranges(path: &Path) -> Result<Ranges> {
-    let text = std::fs::read_to_string(path)
+    let bytes = std::fs::read(path)
         .map_err(|error| Error::io(format!("cannot read the dirty ranges in {}", path.display()), error))?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Error::usage(format!("{}: a list of dirty ranges is text", path.display())))?;
     Ranges::parse(&text).map_err(|error| error.context(path.display()))
 }
 
@@ -148,18 +151,24 @@ impl Commit {
         for stream in &self.streams {
             sources.push((stream, FileSource::open(&stream.file)?));
         }
-        let started = std::time::Instant::now();
+        let started = Stopwatch::start();
         let store = context.open()?;
         context.open_index(&store);
         let mut commit = store.begin_commit(&self.machine, self.options()?)?;
-        let total: u64 =
-            sources.iter().map(|(stream, source)| dirty.get(&stream.name).map_or(source.len(), Ranges::total)).sum();
+        let total = sources
+            .iter()
+            .map(|(stream, source)| dirty.get(&stream.name).map_or(source.len(), Ranges::total))
+            .fold(0, u64::saturating_add);
         let bar = context.progress(&format!("committing {}", self.machine));
         let shown = bar.clone();
         commit.on_read(move |bytes| shown.add_bytes(bytes, total));
         let parent = commit.parent();
         for (stream, source) in &sources {
             commit.add_stream(&stream.name, source.attributes(), source, dirty.get(&stream.name))?;
+        }
+        // Each was unchanged when it was read; an epoch is one instant, so all still are when the last one is.
+        for (_, source) in &sources {
+            source.check_unchanged()?;
         }
         for name in &self.keep {
             commit.keep_stream(name.clone().into_vec().as_slice())?;

@@ -1,16 +1,13 @@
 //! What a command works with: the repository it names, and how to print.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use super::Global;
 use super::output;
 use super::progress::Progress;
 use crate::epoch::EpochStore;
-use crate::error::{Error, Kind, Result};
-use crate::platform::files::RealFiles;
-use crate::platform::store::{LocalStore, Store};
-use crate::repo::{Repository, state_dir};
+use crate::error::{Error, Result};
+use crate::repo::state_dir;
 
 pub struct Context {
     global: Global,
@@ -57,20 +54,14 @@ impl Context {
         parse_url(url)
     }
 
-    pub fn create_store(&self, path: &Path) -> Result<Arc<dyn Store>> {
-        Ok(Arc::new(LocalStore::create(path, Arc::new(RealFiles))?))
+    /// Whether a repository is named at all.
+    pub fn names_repository(&self) -> bool {
+        self.global.repo.as_deref().is_some_and(|url| !url.is_empty())
     }
 
     /// Opens the repository.
     pub fn open(&self) -> Result<EpochStore> {
-        let path = self.repository_path()?;
-        let store = LocalStore::open(&path, Arc::new(RealFiles)).map_err(|error| match error.kind() {
-            Kind::NotFound => Error::not_found(format!("there is no repository at {}", path.display()))
-                .hint(format!("make one: epochfs --repo {} init", path.display())),
-            _ => error,
-        })?;
-        let repository = Repository::open(Arc::new(store))?;
-        Ok(EpochStore::new(repository).with_state(self.state_directory()))
+        Ok(EpochStore::open_directory(&self.repository_path()?)?.with_state(self.state_directory()))
     }
 
     /// Opens the page index now, and shows the progress if it must be rebuilt.

@@ -12,6 +12,7 @@ use super::context::Context;
 use super::output::size;
 use crate::epoch::{self, EpochName};
 use crate::error::Result;
+use crate::platform::clock::Stopwatch;
 
 /// Write an epoch's streams to files, sparse, with every page verified.
 #[derive(clap::Args)]
@@ -32,7 +33,7 @@ pub struct Export {
 
 impl Export {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
-        let started = std::time::Instant::now();
+        let started = Stopwatch::start();
         let store = context.open()?;
         let epoch = store.epoch(&self.epoch)?;
         let only: Vec<Vec<u8>> = self.stream.iter().map(|name| name.clone().into_vec()).collect();

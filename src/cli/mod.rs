@@ -3,14 +3,18 @@
 //! Data goes to stdout, logs and progress to stderr. Exit codes: 0 ok, 1 failure, 2 usage, 3 damaged data found,
 //! 4 fenced or conflict, 5 not found.
 
+mod bench;
 mod clone;
 mod commit;
+mod completions;
 mod context;
 mod diff;
+mod doctor;
 mod export;
 mod init;
 mod log;
 mod ls;
+mod man;
 mod output;
 mod progress;
 mod rm;
@@ -78,6 +82,10 @@ enum Command {
     Rm(rm::Rm),
     Verify(verify::Verify),
     Stats(stats::Stats),
+    Doctor(doctor::Doctor),
+    Bench(bench::Bench),
+    Completions(completions::Completions),
+    Man(man::Man),
 }
 
 impl Command {
@@ -95,8 +103,17 @@ impl Command {
             Self::Rm(command) => command.run(context),
             Self::Verify(command) => command.run(context),
             Self::Stats(command) => command.run(context),
+            Self::Doctor(command) => command.run(context),
+            Self::Bench(command) => command.run(context),
+            Self::Completions(command) => command.run(context),
+            Self::Man(command) => command.run(context),
         }
     }
+}
+
+/// The whole command line: for completions, manual pages, and the test that every command's help has an example.
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// Runs the command line of this process.

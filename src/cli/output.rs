@@ -120,6 +120,11 @@ pub fn time(ns: u64) -> String {
     format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60)
 }
 
+/// Somebody's text without what could control a terminal; lines stay lines.
+pub fn plain(text: &str) -> String {
+    text.chars().filter(|letter| !letter.is_control() || *letter == '\n').collect()
+}
+
 /// A stream's name: as it is where that is plain text, with escapes where it is not.
 pub fn name(path: &[u8]) -> String {
     match std::str::from_utf8(path) {

@@ -6,7 +6,7 @@ use epochfs_format::hex;
 use serde_json::json;
 
 use super::context::Context;
-use super::output::{name, name_json, size, table, time};
+use super::output::{name, name_json, plain, size, table, time};
 use crate::epoch::EpochName;
 use crate::error::Result;
 
@@ -68,10 +68,10 @@ impl Show {
                 size(commit.stored_len)
             );
             if !commit.message.is_empty() {
-                text += &format!("message  {}\n", commit.message);
+                text += &format!("message  {}\n", plain(&commit.message).replace('\n', "\n         "));
             }
             for (name, value) in &commit.notes {
-                text += &format!("note     {name}={value}\n");
+                text += &format!("note     {}={}\n", plain(name), plain(value).replace('\n', "\n         "));
             }
             text + "\n" + &table(&["stream", ">length", ">bytes", "digest"], &rows)
         })?;

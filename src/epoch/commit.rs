@@ -1,14 +1,15 @@
 //! Committing: streams in, an epoch out.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
 
 use epochfs_format::{
-    Attributes, Body, Commit, EntryKind, INLINE_MANIFEST_LEN_MAX, Image, Manifest, ManifestEntry, ManifestPlace, Owner,
-    Record, Root, check_stream_path, check_tag,
+    Attributes, Body, Commit, EntryKind, IMAGE_LEN_MAX, INLINE_MANIFEST_LEN_MAX, Image, Manifest, ManifestEntry,
+    ManifestPlace, Owner, Record, Root, check_stream_path, check_tag,
 };
 
 use super::edit::NewRoot;
-use super::leaf::{Recent, Shared, Worker};
+use super::leaf::{Recent, Shared, SpareBuffers, Worker};
 use super::nodes::Nodes;
 use super::pipeline::{CommitCounts, StreamJob, commit_stream};
 use super::ranges::Ranges;
@@ -85,8 +86,11 @@ pub struct CommitBuilder {
     packs: PackWriter<'static>,
     workers: Vec<Worker>,
     recent: RwLock<Recent>,
+    spare: SpareBuffers,
     streams: Vec<PendingStream>,
     others: Vec<ManifestEntry>,
+    /// The paths of all of them, and whether they are directories.
+    taken: BTreeMap<Vec<u8>, bool>,
     counts: CommitCounts,
     on_read: Box<dyn FnMut(u64) + Send>,
 }
@@ -103,6 +107,9 @@ impl CommitBuilder {
             check_tag(tag).map_err(|error| Error::usage(format!("{tag:?}: {error}")))?;
         }
         for (name, value) in &options.notes {
+            if options.notes.iter().filter(|(other, _)| other == name).count() > 1 {
+                return Err(Error::usage(format!("the note {name:?} is given twice")));
+            }
             if name.is_empty() || name.len() > 255 || value.len() > 64 << 10 {
                 return Err(Error::usage(format!("note {name:?}: its name may have 1 to 255 bytes, its value 64 KiB")));
             }
@@ -144,8 +151,10 @@ impl CommitBuilder {
         Ok(Self {
             workers: (0..threads).map(|_| Worker::new(options.compression_level)).collect(),
             recent: RwLock::new(Recent::default()),
+            spare: SpareBuffers::default(),
             streams: Vec::new(),
             others: Vec::new(),
+            taken: BTreeMap::new(),
             counts: CommitCounts::default(),
             on_read: Box::new(|_| {}),
             repository,
@@ -178,13 +187,13 @@ impl CommitBuilder {
         source: &dyn Source,
         dirty: Option<&Ranges>,
     ) -> Result<()> {
-        self.check_new_path(path, false)?;
-        if i64::try_from(source.len()).is_err() {
+        self.take_path(path, false)?;
+        if source.len() > IMAGE_LEN_MAX {
             return Err(Error::usage(format!("{}: no file is {} bytes long", path.escape_ascii(), source.len())));
         }
         let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
         let job = StreamJob { source, dirty, parent };
-        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent };
+        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
         let root =
             commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut self.counts, &mut self.on_read)
                 .map_err(|error| error.context(format!("stream {}", path.escape_ascii())))?;
@@ -193,19 +202,25 @@ impl CommitBuilder {
         Ok(())
     }
 
+    /// Adds a stream from memory.
+    pub fn add_bytes(&mut self, name: &str, bytes: impl Into<Arc<[u8]>>) -> Result<()> {
+        let attributes = Attributes { mode: 0o600, ..Attributes::default() };
+        self.add_stream(name.as_bytes(), attributes, &BytesSource::new(name, bytes), None)
+    }
+
     /// Takes a stream over from the parent epoch as it is.
     pub fn keep_stream(&mut self, path: &[u8]) -> Result<()> {
-        self.check_new_path(path, false)?;
-        let entry = self.parent.as_ref().and_then(|(_, manifest)| manifest.get(path)).ok_or_else(|| {
+        let entry = self.parent.as_ref().and_then(|(_, manifest)| manifest.get(path)).cloned().ok_or_else(|| {
             Error::not_found(format!("{}@{} has no stream {}", self.machine, self.parent(), path.escape_ascii()))
         })?;
-        self.others.push(entry.clone());
+        self.take_path(path, entry.kind == EntryKind::Directory)?;
+        self.others.push(entry);
         Ok(())
     }
 
     /// Adds a directory or a symbolic link, or a stream that is stored already.
     pub fn add_entry(&mut self, entry: ManifestEntry) -> Result<()> {
-        self.check_new_path(&entry.path, entry.kind == EntryKind::Directory)?;
+        self.take_path(&entry.path, entry.kind == EntryKind::Directory)?;
         if let EntryKind::Stream(Image { root: Some(root), .. }) = &entry.kind {
             self.repository.objects().store().settle(&object_key(&root.place.object))?;
         }
@@ -213,21 +228,26 @@ impl CommitBuilder {
         Ok(())
     }
 
-    fn check_new_path(&self, path: &[u8], is_directory: bool) -> Result<()> {
+    /// Notes that the epoch has something at this path. Only a directory may have anything below it.
+    fn take_path(&mut self, path: &[u8], is_directory: bool) -> Result<()> {
         check_stream_path(path).map_err(|error| Error::usage(format!("{}: {error}", path.escape_ascii())))?;
-        let streams = self.streams.iter().map(|stream| (stream.path.as_slice(), false));
-        let others = self.others.iter().map(|entry| (entry.path.as_slice(), entry.kind == EntryKind::Directory));
-        for (taken, taken_is_directory) in streams.chain(others) {
-            if taken == path {
-                return Err(Error::usage(format!("the stream {} is given twice", path.escape_ascii())));
+        let in_the_way = |file: &[u8], below: &[u8]| {
+            let (file, below) = (file.escape_ascii(), below.escape_ascii());
+            Err(Error::usage(format!("{below} cannot be, because {file} is no directory")))
+        };
+        let parents = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| &path[..at]);
+        for parent in parents {
+            if self.taken.get(parent) == Some(&false) {
+                return in_the_way(parent, path);
             }
-            if (!taken_is_directory && is_below(path, taken)) || (!is_directory && is_below(taken, path)) {
-                return Err(Error::usage(format!(
-                    "{} and {} cannot both be: one would be a file and a directory",
-                    taken.escape_ascii(),
-                    path.escape_ascii()
-                )));
-            }
+        }
+        let prefix = [path, b"/"].concat();
+        let first_below = self.taken.range(prefix.clone()..).next().filter(|(other, _)| other.starts_with(&prefix));
+        if let (Some((below, _)), false) = (first_below, is_directory) {
+            return in_the_way(path, below);
+        }
+        if self.taken.insert(path.to_vec(), is_directory).is_some() {
+            return Err(Error::usage(format!("the stream {} is given twice", path.escape_ascii())));
         }
         Ok(())
     }
@@ -269,7 +289,7 @@ impl CommitBuilder {
             ManifestPlace::Inline(_) => None,
         });
         let job = StreamJob { source: &source, dirty: None, parent: parent.as_ref() };
-        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent };
+        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
         let mut ignored = CommitCounts::default();
         let root = commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut ignored, &mut |_| {})?;
         let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
@@ -328,11 +348,6 @@ impl CommitBuilder {
             stored_bytes,
         })
     }
-}
-
-/// Whether a path leads through another.
-fn is_below(path: &[u8], above: &[u8]) -> bool {
-    path.strip_prefix(above).is_some_and(|rest| rest.first() == Some(&b'/'))
 }
 
 fn unused_packs(repository: &Repository) -> PackWriter<'static> {

@@ -31,6 +31,7 @@ impl NewNode {
                 .map(|slot| slot as u16)
                 .collect();
             let base = match &parent.stored {
+                Stored::Pending => return None,
                 Stored::Whole => parent.root.place.clone(),
                 Stored::Patch { base, slots: before } => {
                     slots.extend(before);
@@ -82,8 +83,9 @@ pub struct TreeEditor<'a> {
     pages: u64,
     /// The parent's tree, of as many levels as the new one.
     parent: Option<Root>,
-    /// Nodes put on top of the parent's tree, which can be read from no object yet.
-    grown: Vec<Arc<LoadedNode>>,
+    /// The nodes put above the parent's root where its tree has fewer levels. They are not durable yet, so that they
+    /// cannot be loaded.
+    raised: Vec<Arc<LoadedNode>>,
     /// Whether what is not set stays as the parent has it.
     keeps: bool,
     open: Vec<Open>,
@@ -102,6 +104,7 @@ impl<'a> TreeEditor<'a> {
         let levels = levels_for(length);
         let mut parent_root = parent.and_then(|image| image.root.clone());
         let mut parent_levels = parent.map_or(0, |image| levels_for(image.length));
+        let mut raised = Vec::new();
         while parent_levels > levels && parent_root.is_some() {
             parent_root = match (parent_levels, &parent_root) {
                 (2.., Some(root)) => child(&*nodes.load(root, parent_levels - 1)?, 0),
@@ -109,7 +112,6 @@ impl<'a> TreeEditor<'a> {
             };
             parent_levels -= 1;
         }
-        let mut grown = Vec::new();
         while parent_levels < levels
             && let Some(root) = &parent_root
         {
@@ -120,7 +122,7 @@ impl<'a> TreeEditor<'a> {
             let new = NewNode { node, digest, patch: None };
             let place = packs.push_node(digest, |own, out| new.put(own, out))?;
             let root = Root { digest, place };
-            grown.push(Arc::new(LoadedNode { node: new.node, root: root.clone(), stored: Stored::Whole }));
+            raised.push(Arc::new(LoadedNode { node: new.node, root: root.clone(), stored: Stored::Pending }));
             parent_root = Some(root);
             parent_levels += 1;
         }
@@ -129,7 +131,15 @@ impl<'a> TreeEditor<'a> {
             _ => NewRoot::Empty,
         };
         let pages = page_count(length);
-        Ok(Self { nodes, levels, pages, parent: parent_root, grown, keeps, open: Vec::new(), root })
+        Ok(Self { nodes, levels, pages, parent: parent_root, raised, keeps, open: Vec::new(), root })
+    }
+
+    /// A node of the parent's tree.
+    fn load_parent(&self, root: &Root, level: u8) -> Result<Arc<LoadedNode>> {
+        match self.raised.iter().find(|node| node.root == *root) {
+            Some(node) => Ok(node.clone()),
+            None => self.nodes.load(root, level),
+        }
     }
 
     /// Adds a leaf's changes. Leaves come in order. `store_page` is asked for the place of each new page.
@@ -191,7 +201,7 @@ impl<'a> TreeEditor<'a> {
                 None => self.parent.clone(),
                 Some(above) => above.parent.as_ref().and_then(|node| child(node, (index % FANOUT as u64) as usize)),
             };
-            let parent = root.map(|root| self.load(&root, level)).transpose()?;
+            let parent = root.map(|root| self.load_parent(&root, level)).transpose()?;
             let editor = match &parent {
                 Some(parent) if self.keeps => NodeEditor::of(&parent.node),
                 _ => NodeEditor::new(level),
@@ -199,13 +209,6 @@ impl<'a> TreeEditor<'a> {
             self.open.push(Open { level, index, editor, parent });
         }
         Ok(())
-    }
-
-    fn load(&self, root: &Root, level: u8) -> Result<Arc<LoadedNode>> {
-        match self.grown.iter().find(|grown| grown.root.place == root.place) {
-            Some(grown) => Ok(grown.clone()),
-            None => self.nodes.load(root, level),
-        }
     }
 
     fn close_last(&mut self, packs: &mut PackWriter<'_>) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Exporting an epoch to files: sparse, and proven page by page.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -24,35 +25,70 @@ pub struct Exported {
     pub written_bytes: u64,
 }
 
-/// Writes all of an epoch, or the streams named, below a directory. Files that exist are not touched: the export fails.
+/// Writes all of an epoch, or the streams named, below a directory. Nothing that exists is touched: if something is in
+/// the way of any file, none is written.
 pub fn export(epoch: &Epoch, only: &[Vec<u8>], directory: &Path, on_write: &(dyn Fn(u64) + Sync)) -> Result<Exported> {
     for path in only {
         epoch.stream(path)?;
     }
+    let wanted: Vec<&ManifestEntry> =
+        epoch.manifest().entries().iter().filter(|entry| only.is_empty() || only.contains(&entry.path)).collect();
+    for entry in &wanted {
+        check_free(epoch, entry, directory)?;
+    }
     create_dir_all(directory)?;
     let mut exported = Exported::default();
-    for entry in epoch.manifest().entries() {
-        if !only.is_empty() && !only.contains(&entry.path) {
-            continue;
-        }
-        let target = directory.join(std::ffi::OsStr::from_bytes(&entry.path));
-        let failed = |error| Error::io(format!("cannot create {}", target.display()), error);
+    for entry in wanted {
+        let target = directory.join(OsStr::from_bytes(&entry.path));
         if let Some(parent) = target.parent() {
             create_dir_all(parent)?;
         }
         match &entry.kind {
             EntryKind::Stream(image) => {
                 exported.files += 1;
-                exported.logical_bytes += image.length;
+                exported.logical_bytes = exported.logical_bytes.saturating_add(image.length);
                 exported.written_bytes += export_stream(epoch, entry, image, &target, on_write)?;
             }
             EntryKind::Directory => create_dir_all(&target)?,
             EntryKind::Symlink(link) => {
-                std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(link), &target).map_err(failed)?;
+                std::os::unix::fs::symlink(OsStr::from_bytes(link), &target)
+                    .map_err(|error| Error::io(format!("cannot create {}", target.display()), error))?;
             }
         }
     }
     Ok(exported)
+}
+
+/// Fails if something is where the entry goes, or if what is above it would lead elsewhere.
+fn check_free(epoch: &Epoch, entry: &ManifestEntry, directory: &Path) -> Result<()> {
+    let path = entry.path.as_slice();
+    let parents = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| &path[..at]);
+    for parent in parents {
+        if epoch.manifest().get(parent).is_some_and(|above| above.kind != EntryKind::Directory) {
+            let (path, parent) = (path.escape_ascii(), parent.escape_ascii());
+            return Err(Error::damaged(format!("{}: {path} is below {parent}, which is no directory", epoch.name())));
+        }
+        check_directory(&directory.join(OsStr::from_bytes(parent)))?;
+    }
+    let target = directory.join(OsStr::from_bytes(path));
+    match fs::symlink_metadata(&target) {
+        _ if entry.kind == EntryKind::Directory => check_directory(&target),
+        Ok(_) => Err(in_the_way(&target)),
+        Err(_) => Ok(()),
+    }
+}
+
+/// What exists where a directory is needed must be one, and no link to one elsewhere.
+fn check_directory(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.is_dir() => Err(in_the_way(path)),
+        _ => Ok(()),
+    }
+}
+
+fn in_the_way(path: &Path) -> Error {
+    Error::conflict(format!("{} exists", path.display()))
+        .hint("export to another directory, or move that away: nothing is overwritten")
 }
 
 fn create_dir_all(path: &Path) -> Result<()> {
@@ -61,14 +97,9 @@ fn create_dir_all(path: &Path) -> Result<()> {
 }
 
 fn create(target: &Path) -> Result<File> {
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(target).map_err(|error| {
-        let exists = error.kind() == io::ErrorKind::AlreadyExists;
-        let error = Error::io(format!("cannot create {}", target.display()), error);
-        if exists {
-            error.hint("export to another directory, or remove that file: nothing is overwritten")
-        } else {
-            error
-        }
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(target).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => in_the_way(target),
+        _ => Error::io(format!("cannot create {}", target.display()), error),
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use epochfs_format::{Hash, PAGE_SIZE, Page, PageEncoder, Place, Root, hash_pages, is_zero};
 
@@ -79,6 +79,22 @@ pub struct Shared<'a> {
     pub nodes: &'a Nodes,
     pub index: &'a Index,
     pub recent: &'a RwLock<Recent>,
+    pub spare: &'a SpareBuffers,
+}
+
+/// Buffers for blocks, used again: fresh memory costs a fault a page.
+#[derive(Default)]
+pub struct SpareBuffers(Mutex<Vec<Vec<u8>>>);
+
+impl SpareBuffers {
+    fn take(&self) -> Vec<u8> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    pub fn put_back(&self, mut buffer: Vec<u8>) {
+        buffer.clear();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
 }
 
 /// A thread's buffers, kept from leaf to leaf.
@@ -95,7 +111,7 @@ impl Worker {
 
     pub fn run(&mut self, job: &LeafJob, source: &dyn Source, shared: &Shared<'_>) -> Result<LeafWork> {
         let parent = job.parent.as_ref().map(|root| shared.nodes.load(root, 0)).transpose()?;
-        let mut work = LeafWork { index: job.index, parent, changes: Vec::new(), blocks: Vec::new(), read: 0 };
+        let mut work = LeafWork { index: job.index, parent, changes: Vec::new(), blocks: shared.spare.take(), read: 0 };
         let mut next_slot = 0;
         for run in &job.runs {
             let first = ((run.start - job.index * LEAF_LEN) / PAGE_SIZE as u64) as usize;

@@ -28,4 +28,4 @@ pub use reader::{Epoch, StreamReader};
 pub use source::{BytesSource, FileSource, PagesSource, Source};
 pub use stats::Stats;
 pub use verify::{BrokenEpoch, Problem, Verified};
-pub use view::{EpochName, EpochStore, Which, commit_of};
+pub use view::{EpochName, EpochStore, Which, commit_of, directory_store};

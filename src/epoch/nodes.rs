@@ -18,6 +18,8 @@ pub enum Stored {
         base: Place,
         slots: Vec<u16>,
     },
+    /// By the commit that is being made: it cannot be read yet, and nothing refers to it as a patch.
+    Pending,
 }
 
 /// A node and where it came from.

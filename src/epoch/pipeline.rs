@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{PoisonError, RwLock};
+use std::sync::PoisonError;
 
 use epochfs_format::{Image, PAGE_SIZE, Page};
 
 use super::edit::{NewRoot, TreeEditor};
 use super::fetch::Fetcher;
-use super::leaf::{LEAF_LEN, LeafJob, LeafWork, PageChange, Recent, Shared, Worker};
+use super::leaf::{LEAF_LEN, LeafJob, LeafWork, PageChange, Shared, Worker};
 use super::nodes::Nodes;
 use super::ranges::Ranges;
 use super::reader::wanted_pages;
@@ -210,20 +210,20 @@ impl Source for Cut<'_> {
 struct Sequencer<'a, 'p> {
     tree: TreeEditor<'a>,
     packs: &'a mut PackWriter<'p>,
-    recent: &'a RwLock<Recent>,
+    shared: &'a Shared<'a>,
     counts: &'a mut CommitCounts,
     on_read: &'a mut dyn FnMut(u64),
 }
 
 impl Sequencer<'_, '_> {
-    fn take(&mut self, work: &LeafWork) -> Result<()> {
+    fn take(&mut self, work: LeafWork) -> Result<()> {
         let counts = &mut *self.counts;
         counts.read_bytes += work.read;
         counts.changed_pages += work.changes.len() as u64;
         let known = work.changes.iter().filter(|(_, change)| matches!(change, PageChange::Known { .. })).count();
         counts.deduplicated_pages += known as u64;
-        let recent = self.recent;
-        self.tree.set_leaf(work, self.packs, &mut |packs, hash, block| {
+        let recent = self.shared.recent;
+        self.tree.set_leaf(&work, self.packs, &mut |packs, hash, block| {
             // Another leaf may have stored the same page since this one looked.
             if let Some(place) = recent.read().unwrap_or_else(PoisonError::into_inner).get(hash) {
                 counts.deduplicated_pages += 1;
@@ -236,6 +236,7 @@ impl Sequencer<'_, '_> {
             Ok(place)
         })?;
         (self.on_read)(work.read);
+        self.shared.spare.put_back(work.blocks);
         Ok(())
     }
 }
@@ -254,14 +255,14 @@ pub fn commit_stream(
     let job = &StreamJob { source, ..*job };
     let keeps = job.dirty.is_some() && job.parent.is_some();
     let tree = TreeEditor::new(shared.nodes, job.source.len(), job.parent, keeps, packs)?;
-    let mut sequencer = Sequencer { tree, packs, recent: shared.recent, counts, on_read };
+    let mut sequencer = Sequencer { tree, packs, shared, counts, on_read };
     let mut jobs = Jobs::new(job, shared)?;
     // A single leaf, and a machine with a single processor, need no threads.
     let first = jobs.next()?;
     let second = if first.is_some() { jobs.next()? } else { None };
     match (first, second) {
         (None, _) => {}
-        (Some(first), None) => sequencer.take(&workers[0].run(&first, job.source, shared)?)?,
+        (Some(first), None) => sequencer.take(workers[0].run(&first, job.source, shared)?)?,
         (Some(first), Some(second)) => {
             run_threads(job.source, shared, workers, &mut sequencer, [first, second], &mut jobs)?;
         }
@@ -321,7 +322,7 @@ fn run_threads(
             let (number, work) = work_receiver.recv().expect("the workers run until the channel closes");
             finished.insert(number, work?);
             while let Some(work) = finished.remove(&taken) {
-                sequencer.take(&work)?;
+                sequencer.take(work)?;
                 taken += 1;
             }
         }

@@ -34,6 +34,9 @@ pub trait Source: Send + Sync {
     }
 }
 
+/// The longest that a file can be.
+const LEN_MAX: u64 = i64::MAX as u64;
+
 /// A regular file or a block device. Holes are not read.
 pub struct FileSource {
     path: PathBuf,
@@ -93,8 +96,7 @@ impl FileSource {
 }
 
 fn modified_ns(stat: &Stat) -> i64 {
-    let seconds = i64::from(stat.st_mtime);
-    seconds.saturating_mul(1_000_000_000).saturating_add(i64::try_from(stat.st_mtime_nsec).unwrap_or(0))
+    stat.st_mtime.saturating_mul(1_000_000_000).saturating_add(i64::try_from(stat.st_mtime_nsec).unwrap_or(0))
 }
 
 impl Source for FileSource {
@@ -113,6 +115,10 @@ impl Source for FileSource {
         // A device, or a file system without holes, is all data.
         let start = match self.seek(SeekFrom::Data(from)) {
             Ok(Some(start)) => start,
+            // Linux does not find the data in the last page of the longest file there can be.
+            Ok(None) if self.len > LEN_MAX - PAGE_SIZE as u64 => {
+                return Ok(Some(from.max(self.len / PAGE_SIZE as u64 * PAGE_SIZE as u64)..self.len));
+            }
             Ok(None) => return Ok(None),
             Err(_) => return Ok(Some(from..self.len)),
         };

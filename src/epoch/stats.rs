@@ -104,7 +104,7 @@ impl EpochStore {
                 walk.stats.epochs += 1;
                 for (_, image) in manifest.streams() {
                     walk.stats.streams += 1;
-                    walk.stats.logical_bytes += image.length;
+                    walk.stats.logical_bytes = walk.stats.logical_bytes.saturating_add(image.length);
                     if let Some(root) = &image.root {
                         let pages = walk.add(root, levels_for(image.length) - 1)?;
                         walk.stats.filled_bytes += pages * PAGE_SIZE as u64;

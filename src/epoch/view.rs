@@ -1,6 +1,6 @@
 //! The entry point: a repository with what is needed to commit epochs to it and to read them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 
@@ -9,7 +9,9 @@ use epochfs_format::{Body, Commit, Manifest, ManifestPlace, Record, check_machin
 use super::commit::{CommitBuilder, CommitOptions};
 use super::nodes::Nodes;
 use super::reader::{Epoch, read_image};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::platform::files::RealFiles;
+use crate::platform::store::{LocalStore, Store};
 use crate::repo::{Index, Rebuilt, Repository};
 
 /// Which epoch of a machine.
@@ -61,6 +63,16 @@ pub struct EpochStore {
 }
 
 impl EpochStore {
+    /// Makes a new repository in a directory, which comes into being.
+    pub fn create_directory(path: &Path) -> Result<Self> {
+        Ok(Self::new(Repository::create(Arc::new(LocalStore::create(path, Arc::new(RealFiles))?))?))
+    }
+
+    /// Opens the repository in a directory.
+    pub fn open_directory(path: &Path) -> Result<Self> {
+        Ok(Self::new(Repository::open(directory_store(path)?)?))
+    }
+
     /// Works without an index: pages are compared with the parent epoch only.
     pub fn new(repository: Repository) -> Self {
         let nodes = Arc::new(Nodes::new(repository.objects().clone()));
@@ -83,6 +95,7 @@ impl EpochStore {
     }
 
     /// The page index, opened or rebuilt now if it was not.
+    #[allow(clippy::should_implement_trait)] // It is named after what it returns, and nobody writes store[...].
     pub fn index(&self, progress: Option<Progress>) -> &(Arc<Index>, Option<Rebuilt>) {
         self.index.get_or_init(|| match &self.index_directory {
             None => (Arc::new(Index::none()), None),
@@ -120,6 +133,16 @@ impl EpochStore {
         let manifest = Arc::new(load_manifest(&self.nodes, commit_of(&record)?)?);
         Ok(Epoch::new(self.nodes.clone(), Arc::new(record), manifest))
     }
+}
+
+/// The store in a directory that holds a repository.
+pub fn directory_store(path: &Path) -> Result<Arc<dyn Store>> {
+    let store = LocalStore::open(path, Arc::new(RealFiles)).map_err(|error| match error.kind() {
+        Kind::NotFound => Error::not_found(format!("there is no repository at {}", path.display()))
+            .hint(format!("make one: epochfs --repo {} init", path.display())),
+        _ => error,
+    })?;
+    Ok(Arc::new(store))
 }
 
 /// The commit that a record is.

@@ -13,7 +13,7 @@ mod repository;
 
 pub use append::{Draft, Rebase};
 pub use cache::TwoGenerations;
-pub use index::{Index, IndexCounters, Rebuilt};
+pub use index::{Index, IndexCounters, IndexState, Rebuilt};
 pub use log::{Head, MachineState, machines};
 pub use objects::{Objects, object_key};
 pub use packs::{Inline, PackWriter};

@@ -95,6 +95,10 @@ impl Objects {
         let start = tail.object_len - tail.bytes.len() as u64;
         if start == 0 {
             check_header(&tail.bytes, &self.repository, object)?;
+        } else {
+            // A newer program's record must be refused for what it is, not for what this program makes of it.
+            let header = self.store.get_range(&object_key(object), 0..HEADER_LEN as u64)?;
+            check_header(&header, &self.repository, object)?;
         }
         let trailer = Trailer::decode(&tail.bytes, tail.object_len)?;
         let offset = u64::from(trailer.record_offset);

@@ -84,6 +84,9 @@ impl<'a> Block<'a> {
         let head: &[u8; BLOCK_HEADER_LEN] =
             bytes.first_chunk().ok_or(FormatError::Truncated { what: "block header" })?;
         let len = u32::from_le_bytes([head[1], head[2], head[3], 0]) as usize;
+        if len > BLOCK_PAYLOAD_LEN_MAX {
+            return invalid("block", "its length is out of range");
+        }
         let rest = &bytes[BLOCK_HEADER_LEN..];
         let (payload, rest) = rest.split_at_checked(len).ok_or(FormatError::Truncated { what: "block" })?;
         let checksum = crc32c::crc32c_append(crc32c::crc32c(&head[..4]), payload);

@@ -1,6 +1,6 @@
 //! Manifests: the complete list of what an epoch holds, sorted by path.
 
-use crate::error::{Result, invalid};
+use crate::error::{FormatError, Result, invalid};
 use crate::name::{STREAM_PATH_LEN_MAX, check_stream_path};
 use crate::page::Hash;
 use crate::reference::{ObjectRef, Place};
@@ -10,6 +10,12 @@ const WHAT: &str = "manifest";
 const KIND_STREAM: u8 = 1;
 const KIND_DIRECTORY: u8 = 2;
 const KIND_SYMLINK: u8 = 3;
+
+/// The longest image: no file can be longer.
+pub const IMAGE_LEN_MAX: u64 = i64::MAX as u64;
+
+/// The longest value of an extended attribute that Linux knows.
+const EXTENDED_VALUE_LEN_MAX: usize = 64 << 10;
 
 /// Path length, kind, mode, owner, group, time and attribute count: what each entry takes at least.
 const ENTRY_LEN_MIN: usize = 2 + 1 + 4 + 4 + 4 + 8 + 2;
@@ -39,6 +45,16 @@ impl Image {
         *hasher.finalize().as_bytes()
     }
 
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.length > IMAGE_LEN_MAX {
+            return invalid(WHAT, "a stream is longer than any file can be");
+        }
+        if self.length == 0 && self.root.is_some() {
+            return invalid(WHAT, "an empty stream has a tree");
+        }
+        Ok(())
+    }
+
     pub(crate) fn put(&self, own: Option<&ObjectRef>, out: &mut Vec<u8>) {
         out.put_u64(self.length);
         out.put_flag(self.root.is_some());
@@ -50,18 +66,11 @@ impl Image {
 
     pub(crate) fn read(own: Option<&ObjectRef>, from: &mut Reader<'_>) -> Result<Self> {
         let length = from.u64()?;
-        if i64::try_from(length).is_err() {
-            return invalid(WHAT, "a stream is longer than any file");
-        }
-        let root = if from.flag()? {
-            if length == 0 {
-                return invalid(WHAT, "an empty stream has a tree");
-            }
-            Some(Root { digest: from.array()?, place: Place::read(own, from)? })
-        } else {
-            None
-        };
-        Ok(Self { length, root })
+        let root =
+            if from.flag()? { Some(Root { digest: from.array()?, place: Place::read(own, from)? }) } else { None };
+        let image = Self { length, root };
+        image.check()?;
+        Ok(image)
     }
 }
 
@@ -93,6 +102,38 @@ pub struct ManifestEntry {
     pub kind: EntryKind,
 }
 
+impl ManifestEntry {
+    /// Refuses what a reader of the manifest would refuse.
+    fn check(&self) -> Result<()> {
+        const WHAT: &str = "file";
+        let refuse = |why| Err(FormatError::Name { what: WHAT, why });
+        check_stream_path(&self.path)?;
+        let extended = &self.attributes.extended;
+        if extended.len() > usize::from(u16::MAX) {
+            return refuse("it has more than 65,535 extended attributes");
+        }
+        if extended.iter().any(|(name, _)| name.is_empty() || name.len() > 255 || name.contains(&0)) {
+            return refuse("an extended attribute's name is empty, longer than 255 bytes, or holds a zero byte");
+        }
+        if extended.iter().any(|(_, value)| value.len() > EXTENDED_VALUE_LEN_MAX) {
+            return refuse("an extended attribute is longer than 64 KiB");
+        }
+        if !extended.is_sorted_by(|a, b| a.0 < b.0) {
+            return refuse("its extended attributes are out of order, or two have the same name");
+        }
+        match &self.kind {
+            EntryKind::Stream(image) => image.check(),
+            EntryKind::Directory => Ok(()),
+            EntryKind::Symlink(target) => {
+                if target.is_empty() || target.len() > STREAM_PATH_LEN_MAX || target.contains(&0) {
+                    return refuse("a symbolic link's target is not a path");
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
 /// Everything that an epoch holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Manifest {
@@ -100,29 +141,32 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// Sorts the entries and checks their paths.
+    /// Sorts the entries and their extended attributes, and refuses what could not be decoded again.
     pub fn new(mut entries: Vec<ManifestEntry>) -> Result<Self> {
         entries.sort_by(|a, b| a.path.cmp(&b.path));
-        for entry in &entries {
-            check_stream_path(&entry.path)?;
+        for entry in &mut entries {
+            entry.attributes.extended.sort();
+            entry.check()?;
         }
-        if entries.windows(2).any(|pair| pair[0].path == pair[1].path) {
-            return invalid(WHAT, "two entries have the same path");
-        }
-        Self { entries }.checked()
+        Self::checked(entries)
     }
 
-    /// What lies below an entry lies in a directory: never in a file, nor behind a link that leads elsewhere.
-    fn checked(self) -> Result<Self> {
-        for entry in &self.entries {
+    /// The manifest of these entries, each of them checked, if they go together.
+    fn checked(entries: Vec<ManifestEntry>) -> Result<Self> {
+        if !entries.is_sorted_by(|a, b| a.path < b.path) {
+            return invalid(WHAT, "its paths are out of order, or two are the same");
+        }
+        let manifest = Self { entries };
+        // A directory need not be listed for what is in it; what is listed with something in it is a directory.
+        for entry in &manifest.entries {
             let slashes = entry.path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
-            for (end, _) in slashes {
-                if self.get(&entry.path[..end]).is_some_and(|above| above.kind != EntryKind::Directory) {
-                    return invalid(WHAT, "an entry lies below one that is no directory");
+            for (index, _) in slashes {
+                if manifest.get(&entry.path[..index]).is_some_and(|above| above.kind != EntryKind::Directory) {
+                    return invalid(WHAT, "a path leads through what is not a directory");
                 }
             }
         }
-        Ok(self)
+        Ok(manifest)
     }
 
     pub fn entries(&self) -> &[ManifestEntry] {
@@ -215,10 +259,6 @@ impl Manifest {
         let mut entries: Vec<ManifestEntry> = Vec::with_capacity(from.bounded(count, ENTRY_LEN_MIN)?);
         for _ in 0..count {
             let path = from.medium_bytes()?.to_vec();
-            check_stream_path(&path)?;
-            if entries.last().is_some_and(|last| last.path >= path) {
-                return invalid(WHAT, "its paths are out of order");
-            }
             let kind = from.u8()?;
             let mut attributes = Attributes {
                 mode: from.u32()?,
@@ -236,18 +276,14 @@ impl Manifest {
             let kind = match kind {
                 KIND_STREAM => EntryKind::Stream(Image::read(own, &mut from)?),
                 KIND_DIRECTORY => EntryKind::Directory,
-                KIND_SYMLINK => {
-                    let target = from.medium_bytes()?;
-                    if target.is_empty() || target.len() > STREAM_PATH_LEN_MAX || target.contains(&0) {
-                        return invalid(WHAT, "a symbolic link's target is not a path");
-                    }
-                    EntryKind::Symlink(target.to_vec())
-                }
+                KIND_SYMLINK => EntryKind::Symlink(from.medium_bytes()?.to_vec()),
                 _ => return invalid(WHAT, "an entry's kind is unknown"),
             };
-            entries.push(ManifestEntry { path, attributes, kind });
+            let entry = ManifestEntry { path, attributes, kind };
+            entry.check()?;
+            entries.push(entry);
         }
         from.end()?;
-        Self { entries }.checked()
+        Self::checked(entries)
     }
 }

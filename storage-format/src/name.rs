@@ -5,6 +5,9 @@ use crate::error::{FormatError, Result};
 /// The longest name of a machine or a tag, in bytes.
 pub const NAME_LEN_MAX: usize = 128;
 
+/// The longest name of a directory that every store takes, in bytes.
+const COMPONENT_LEN_MAX: usize = 255;
+
 /// The longest path of a stream, in bytes.
 pub const STREAM_PATH_LEN_MAX: usize = 4096;
 
@@ -33,7 +36,13 @@ fn check_name(what: &'static str, name: &str) -> Result<()> {
 
 /// A machine's name is a directory name on the mount and stands before the `@` in `MACHINE@EPOCH`.
 pub fn check_machine(name: &str) -> Result<()> {
-    check_name("machine name", name)
+    const WHAT: &str = "machine name";
+    check_name(WHAT, name)?;
+    // It also names a directory of the store, where most bytes that are not letters or digits take three.
+    if encode_component(name).len() > COMPONENT_LEN_MAX {
+        return refuse(WHAT, "it takes more than 255 bytes as the name of a directory of the repository");
+    }
+    Ok(())
 }
 
 /// A tag stands where an epoch's number may stand, so it is not a number, nor `latest`.
@@ -61,7 +70,7 @@ pub fn check_stream_path(path: &[u8]) -> Result<()> {
         match part {
             b"" => return refuse(WHAT, "it begins or ends with a slash, or has two in a row"),
             b"." | b".." => return refuse(WHAT, "it holds the directory . or .."),
-            _ if part.len() > 255 => return refuse(WHAT, "a part of it is longer than 255 bytes"),
+            _ if part.len() > COMPONENT_LEN_MAX => return refuse(WHAT, "a part of it is longer than 255 bytes"),
             _ => {}
         }
     }
@@ -166,7 +175,8 @@ mod tests {
         for name in ["web1", "a b", "ü", "a.b", "x=y"] {
             assert!(check_machine(name).is_ok(), "{name}");
         }
-        for name in ["", ".x", "-x", "a/b", "a\nb", "a@b", "a\\b", &"x".repeat(129)] {
+        assert!(check_machine(&"x".repeat(128)).is_ok() && check_machine(&"ü".repeat(42)).is_ok());
+        for name in ["", ".x", "-x", "a/b", "a\nb", "a@b", "a\\b", &"x".repeat(129), &"ü".repeat(43)] {
             assert!(check_machine(name).is_err(), "{name}");
         }
         for name in ["latest", "17", ""] {

@@ -3,12 +3,12 @@
 //! A leaf's entries are pages; an inner node's are nodes, by their logical digests. A node is stored whole, or, when
 //! few of its slots changed, as a patch of a node that is stored whole. Never as a patch of a patch.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::block::{Block, BlockKind, put_raw_block};
 use crate::error::{FormatError, Result, invalid};
 use crate::page::Hash;
-use crate::reference::{OBJECT_REF_LEN_MIN, ObjectRef, Place};
+use crate::reference::{OBJECT_REF_LEN_MIN, ObjectRef, Place, check_span};
 use crate::wire::{Put, Reader};
 
 /// Slots of a node.
@@ -43,7 +43,8 @@ struct Entry {
     hash: Hash,
     offset: u32,
     len: u32,
-    object: u16,
+    /// Which of the node's objects. Wider than in the encoding: an editor may have seen more objects than slots.
+    object: u32,
 }
 
 /// A node in memory: always whole.
@@ -97,7 +98,7 @@ impl Node {
     }
 
     fn place_of(&self, entry: &Entry) -> Place {
-        Place { object: self.objects[usize::from(entry.object)].clone(), offset: entry.offset, len: entry.len }
+        Place { object: self.objects[entry.object as usize].clone(), offset: entry.offset, len: entry.len }
     }
 
     /// The slots that hold something, in order, without copying the object names.
@@ -105,7 +106,7 @@ impl Node {
         (0..FANOUT).filter(|slot| self.holds(*slot)).zip(&self.entries).map(|(slot, entry)| Slot {
             slot,
             hash: &entry.hash,
-            object: &self.objects[usize::from(entry.object)],
+            object: &self.objects[entry.object as usize],
             offset: entry.offset,
             len: entry.len,
         })
@@ -142,7 +143,7 @@ impl Node {
         *hasher.finalize().as_bytes()
     }
 
-    /// Appends the node as a whole block; returns the block's length.
+    /// Appends the node, which holds something, as a whole block; returns the block's length.
     pub fn put_whole(&self, own: Option<&ObjectRef>, out: &mut Vec<u8>) -> u32 {
         let mut objects = ObjectTable::default();
         let mut body = Vec::with_capacity(self.entries.len() * ENTRY_LEN);
@@ -163,11 +164,14 @@ impl Node {
     }
 
     /// Appends the node as a patch of the whole node at `base`: these slots are as they are here, every other one
-    /// as it is there. Returns the block's length.
+    /// as it is there. The slots may come in any order, and more than once. Returns the block's length.
     pub fn put_patch(&self, base: &Place, slots: &[u16], own: Option<&ObjectRef>, out: &mut Vec<u8>) -> u32 {
+        let mut slots = slots.to_vec();
+        slots.sort_unstable();
+        slots.dedup();
         let mut objects = ObjectTable::default();
         let mut body = Vec::with_capacity(slots.len() * (ENTRY_LEN + 2));
-        for slot in slots {
+        for slot in &slots {
             match self.entry(usize::from(*slot)) {
                 Some(entry) => {
                     body.put_u16(*slot);
@@ -213,13 +217,13 @@ impl Slot<'_> {
 /// The objects that an encoding needs, numbered in the order of their first use.
 #[derive(Default)]
 struct ObjectTable {
-    kept: Vec<u16>,
-    numbers: HashMap<u16, u16>,
-    last: Option<(u16, u16)>,
+    kept: Vec<u32>,
+    numbers: HashMap<u32, u16>,
+    last: Option<(u32, u16)>,
 }
 
 impl ObjectTable {
-    fn number_of(&mut self, object: u16) -> u16 {
+    fn number_of(&mut self, object: u32) -> u16 {
         if let Some((last, number)) = self.last
             && last == object
         {
@@ -236,7 +240,7 @@ impl ObjectTable {
 
     fn put(&self, objects: &[ObjectRef], own: Option<&ObjectRef>, out: &mut Vec<u8>) {
         for index in &self.kept {
-            objects[usize::from(*index)].put(own, out);
+            objects[*index as usize].put(own, out);
         }
     }
 }
@@ -248,13 +252,18 @@ fn put_entry(entry: &Entry, object: u16, out: &mut Vec<u8>) {
     out.put_u24(entry.len);
 }
 
-fn read_entry(from: &mut Reader<'_>, objects: usize) -> Result<Entry> {
+/// Reads an entry. Objects are numbered in the order of their first use; `used` counts those that were.
+fn read_entry(from: &mut Reader<'_>, used: &mut usize) -> Result<Entry> {
     let hash = from.array()?;
     let object = from.u16()?;
-    if usize::from(object) >= objects {
-        return invalid(WHAT, "an entry names an object that the node does not list");
+    match usize::from(object).cmp(used) {
+        std::cmp::Ordering::Less => {}
+        std::cmp::Ordering::Equal => *used += 1,
+        std::cmp::Ordering::Greater => return invalid(WHAT, "its objects are not in the order of their first use"),
     }
-    Ok(Entry { hash, object, offset: from.u32()?, len: from.u24()? })
+    let entry = Entry { hash, object: u32::from(object), offset: from.u32()?, len: from.u24()? };
+    check_span(entry.offset, entry.len)?;
+    Ok(entry)
 }
 
 /// A node as it was stored.
@@ -288,13 +297,17 @@ impl NodePatch {
         for (slot, entry) in &self.changes {
             match entry {
                 Some(entry) => {
-                    let object = &self.objects[usize::from(entry.object)];
+                    let object = &self.objects[entry.object as usize];
                     editor.set_parts(usize::from(*slot), entry.hash, object, entry.offset, entry.len);
                 }
                 None => editor.clear(usize::from(*slot)),
             }
         }
-        Ok(editor.finish())
+        let node = editor.finish();
+        if node.is_empty() {
+            return invalid(WHAT, "it is empty, and such a node is never stored");
+        }
+        Ok(node)
     }
 }
 
@@ -304,6 +317,9 @@ pub fn decode_node(bytes: &[u8], own: &ObjectRef) -> Result<StoredNode> {
     if !rest.is_empty() {
         return invalid("block", "its length is not the one recorded");
     }
+    if !matches!(block.kind, BlockKind::Node | BlockKind::Patch) {
+        return Err(FormatError::Mismatch { what: "block", why: "it is not a tree node" });
+    }
     let mut from = Reader::new(WHAT, block.payload);
     let level = from.u8()?;
     if level >= LEVELS_MAX || from.u8()? != 0 {
@@ -311,6 +327,9 @@ pub fn decode_node(bytes: &[u8], own: &ObjectRef) -> Result<StoredNode> {
     }
     let object_count = usize::from(from.u16()?);
     let count = usize::from(from.u16()?);
+    if count == 0 {
+        return invalid(WHAT, "it is empty, and such a node is never stored");
+    }
     if count > FANOUT || object_count > FANOUT {
         return invalid(WHAT, "it has more entries than slots");
     }
@@ -325,10 +344,12 @@ pub fn decode_node(bytes: &[u8], own: &ObjectRef) -> Result<StoredNode> {
                 return invalid(WHAT, "its bitmap does not fit its entries");
             }
             let mut entries = Vec::with_capacity(from.bounded(count, ENTRY_LEN)?);
+            let mut used = 0;
             for _ in 0..count {
-                entries.push(read_entry(&mut from, objects.len())?);
+                entries.push(read_entry(&mut from, &mut used)?);
             }
             from.end()?;
+            check_used(used, &objects)?;
             Ok(StoredNode::Whole(Node { level, objects, present, entries }))
         }
         BlockKind::Patch => {
@@ -336,6 +357,7 @@ pub fn decode_node(bytes: &[u8], own: &ObjectRef) -> Result<StoredNode> {
             let objects = read_objects(&mut from, object_count, own)?;
             let mut changes = Vec::with_capacity(from.bounded(count, 2)?);
             let mut next_slot = 0;
+            let mut used = 0;
             for _ in 0..count {
                 let word = from.u16()?;
                 let slot = word & !REMOVED;
@@ -343,10 +365,11 @@ pub fn decode_node(bytes: &[u8], own: &ObjectRef) -> Result<StoredNode> {
                     return invalid(WHAT, "a patch's slots are out of order or out of range");
                 }
                 next_slot = slot + 1;
-                let entry = if word & REMOVED == 0 { Some(read_entry(&mut from, objects.len())?) } else { None };
+                let entry = if word & REMOVED == 0 { Some(read_entry(&mut from, &mut used)?) } else { None };
                 changes.push((slot, entry));
             }
             from.end()?;
+            check_used(used, &objects)?;
             Ok(StoredNode::Patch(NodePatch { base, level, objects, changes }))
         }
         _ => Err(FormatError::Mismatch { what: "block", why: "it is not a tree node" }),
@@ -361,11 +384,22 @@ fn read_objects(from: &mut Reader<'_>, count: usize, own: &ObjectRef) -> Result<
     Ok(objects)
 }
 
+/// Every object listed is one that entries lie in, and is listed once.
+fn check_used(used: usize, objects: &[ObjectRef]) -> Result<()> {
+    if used != objects.len() {
+        return invalid(WHAT, "its list of objects is not that of its entries");
+    }
+    if objects.len() > 1 && objects.iter().collect::<HashSet<_>>().len() != objects.len() {
+        return invalid(WHAT, "it lists an object twice");
+    }
+    Ok(())
+}
+
 /// Builds a node, from nothing or from another, slot by slot in any order.
 pub struct NodeEditor {
     level: u8,
     objects: Vec<ObjectRef>,
-    numbers: HashMap<ObjectRef, u16>,
+    numbers: HashMap<ObjectRef, u32>,
     slots: Vec<Option<Entry>>,
 }
 
@@ -382,7 +416,7 @@ impl NodeEditor {
                 *slot = next.next().copied();
             }
         }
-        let numbers = node.objects.iter().enumerate().map(|(index, object)| (object.clone(), index as u16)).collect();
+        let numbers = node.objects.iter().enumerate().map(|(index, object)| (object.clone(), index as u32)).collect();
         Self { level: node.level, objects: node.objects.clone(), numbers, slots }
     }
 
@@ -394,7 +428,7 @@ impl NodeEditor {
         let object = match self.numbers.get(object) {
             Some(number) => *number,
             None => {
-                let number = self.objects.len() as u16;
+                let number = self.objects.len() as u32;
                 self.objects.push(object.clone());
                 self.numbers.insert(object.clone(), number);
                 number
@@ -415,11 +449,11 @@ impl NodeEditor {
         for (slot, entry) in self.slots.iter().enumerate() {
             if let Some(entry) = entry {
                 present[slot / 64] |= 1 << (slot % 64);
-                let object = table.number_of(entry.object);
+                let object = u32::from(table.number_of(entry.object));
                 entries.push(Entry { object, ..*entry });
             }
         }
-        let objects = table.kept.iter().map(|index| self.objects[usize::from(*index)].clone()).collect();
+        let objects = table.kept.iter().map(|index| self.objects[*index as usize].clone()).collect();
         Node { level: self.level, objects, present, entries }
     }
 }
@@ -429,7 +463,7 @@ mod tests {
     use super::*;
 
     fn place(pack: u8, offset: u32) -> Place {
-        Place { object: ObjectRef::Pack([pack; 16]), offset, len: 100 + u32::from(pack) }
+        Place { object: ObjectRef::Pack([pack; 16]), offset: offset + 64, len: 100 + u32::from(pack) }
     }
 
     #[test]

@@ -2,10 +2,10 @@
 //! trailer that finds the footer from the end.
 
 use crate::FORMAT_VERSION;
-use crate::block::{Block, BlockKind, put_raw_block};
+use crate::block::{BLOCK_HEADER_LEN, BLOCK_PAYLOAD_LEN_MAX, Block, BlockKind, put_raw_block};
 use crate::error::{FormatError, Result, invalid};
 use crate::page::Hash;
-use crate::reference::ObjectRef;
+use crate::reference::{ObjectRef, check_span};
 use crate::wire::{Put, Reader};
 
 pub const HEADER_LEN: usize = 64;
@@ -70,20 +70,29 @@ pub fn check_header(bytes: &[u8], repository: &[u8; 16], object: &ObjectRef) -> 
     if from.u32()? != crc32c::crc32c(&bytes[..HEADER_LEN - 4]) {
         return Err(FormatError::Checksum { what: WHAT });
     }
-    if version > FORMAT_VERSION {
-        return Err(FormatError::NewerVersion { what: "object", found: version });
-    }
-    if version == 0 || pad != 0 || reserved != [0; 12] {
+    check_version(version, flags, WHAT)?;
+    if pad != 0 || reserved != [0; 12] {
         return invalid(WHAT, "a reserved field is in use");
-    }
-    if flags != 0 {
-        return Err(FormatError::UnknownFeatures { what: "object", flags });
     }
     if found_repository != *repository {
         return Err(FormatError::Mismatch { what: "object", why: "it belongs to another repository" });
     }
     if (kind, found_id) != identity(object) {
         return Err(FormatError::Mismatch { what: "object", why: "its header names another object" });
+    }
+    Ok(())
+}
+
+/// Whether this program reads objects of this version with these features.
+fn check_version(version: u16, flags: u32, what: &'static str) -> Result<()> {
+    if version > FORMAT_VERSION {
+        return Err(FormatError::NewerVersion { what: "object", found: version });
+    }
+    if version == 0 {
+        return invalid(what, "there is no version 0");
+    }
+    if flags != 0 {
+        return Err(FormatError::UnknownFeatures { what: "object", flags });
     }
     Ok(())
 }
@@ -152,16 +161,18 @@ fn put_entry(entry: &FooterEntry, out: &mut Vec<u8>) {
 
 fn read_entry(bytes: &[u8]) -> Result<FooterEntry> {
     let mut from = Reader::new("footer entry", bytes);
-    Ok(FooterEntry {
+    let entry = FooterEntry {
         hash: from.array()?,
         offset: from.u32()?,
         len: from.u24()?,
         kind: BlockKind::from_code(from.u8()?)?,
-    })
+    };
+    check_span(entry.offset, entry.len)?;
+    Ok(entry)
 }
 
 /// Collects what the footer will say while blocks are appended.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct FooterBuilder {
     entries: Vec<u8>,
     count: usize,
@@ -169,12 +180,19 @@ pub struct FooterBuilder {
     record: Option<(u32, u32)>,
 }
 
+impl Default for FooterBuilder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl FooterBuilder {
     pub fn new() -> Self {
         Self { entries: Vec::new(), count: 0, end: HEADER_LEN as u32, record: None }
     }
 
-    /// Notes the next block, which lies right after the one before; returns its offset.
+    /// Notes the next block, which lies right after the one before; returns its offset. A record comes last, and
+    /// its hash is zeros.
     pub fn push(&mut self, kind: BlockKind, hash: Hash, len: u32) -> u32 {
         let offset = self.end;
         self.end = offset.checked_add(len).expect("an object is closed long before 4 GiB");
@@ -213,7 +231,8 @@ impl FooterBuilder {
         out.put_u32(footer_len);
         out.put_u32(record_offset);
         out.put_u32(record_len);
-        out.put_u32(0);
+        out.put_u16(FORMAT_VERSION);
+        out.put_u16(0);
         out.put_u32(crc32c::crc32c(&out[start..]));
         out
     }
@@ -243,16 +262,25 @@ impl Trailer {
             record_offset: from.u32()?,
             record_len: from.u32()?,
         };
-        let reserved = from.u32()?;
+        let (version, flags) = (from.u16()?, from.u16()?);
         if from.u32()? != crc32c::crc32c(&bytes[..TRAILER_LEN - 4]) {
             return Err(FormatError::Checksum { what: WHAT });
         }
+        // Whoever reads an object from its end may never see its header.
+        check_version(version, u32::from(flags), WHAT)?;
         let footer_end = u64::from(trailer.footer_offset) + u64::from(trailer.footer_len);
         let record_end = u64::from(trailer.record_offset) + u64::from(trailer.record_len);
-        if reserved != 0
-            || footer_end + TRAILER_LEN as u64 != object_len
+        // The record is the last block in front of the footer, so that one read of the object's end brings both.
+        let record_fits = if trailer.record_len == 0 {
+            trailer.record_offset == 0
+        } else {
+            trailer.record_offset as usize >= HEADER_LEN && record_end == u64::from(trailer.footer_offset)
+        };
+        if footer_end + TRAILER_LEN as u64 != object_len
             || (trailer.footer_offset as usize) < HEADER_LEN
-            || record_end > u64::from(trailer.footer_offset)
+            || (trailer.footer_len as usize) < BLOCK_HEADER_LEN
+            || trailer.footer_len as usize > BLOCK_HEADER_LEN + BLOCK_PAYLOAD_LEN_MAX
+            || !record_fits
         {
             return invalid(WHAT, "its offsets do not fit the object");
         }
@@ -267,12 +295,21 @@ impl Trailer {
             return invalid(WHAT, "its length is not a whole number of entries");
         }
         let mut end = HEADER_LEN as u64;
+        let mut record = (0, 0);
         for bytes in block.payload.chunks_exact(FOOTER_ENTRY_LEN) {
             let entry = read_entry(bytes)?;
             if u64::from(entry.offset) != end {
                 return invalid(WHAT, "its blocks do not lie end to end");
             }
             end += u64::from(entry.len);
+            match entry.kind {
+                BlockKind::Page | BlockKind::Node | BlockKind::Patch => {}
+                BlockKind::Record if record == (0, 0) && entry.hash == [0; 32] => record = (entry.offset, entry.len),
+                BlockKind::Record | BlockKind::Footer => return invalid(WHAT, "it lists a block that cannot be there"),
+            }
+        }
+        if record != (self.record_offset, self.record_len) {
+            return invalid(WHAT, "it and the trailer disagree about the record");
         }
         if end != u64::from(self.footer_offset) {
             return invalid(WHAT, "its blocks do not end where it begins");

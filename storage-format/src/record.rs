@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::block::{Block, BlockKind, put_raw_block};
+use crate::block::{BLOCK_PAYLOAD_LEN_MAX, Block, BlockKind, put_raw_block};
 use crate::error::{FormatError, Result, invalid};
 use crate::manifest::{Image, Manifest};
 use crate::name::{check_machine, check_tag};
@@ -50,6 +50,7 @@ pub struct Record {
 
 /// What a record does.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "most records are commits, and few are in memory at a time")]
 pub enum Body {
     /// The machine exists, without an epoch yet, or again after it was removed.
     Create,
@@ -65,7 +66,7 @@ pub enum Body {
     Untag {
         name: String,
     },
-    /// These epochs are no longer part of the machine.
+    /// These epochs, in order, are no longer part of the machine.
     Drop {
         epochs: Vec<u64>,
     },
@@ -133,7 +134,81 @@ impl Record {
         }
     }
 
-    /// Appends the record as a block, and returns the block's length and the record's digest.
+    /// Refuses a record that could not be written, or that no reader would take. Whoever fills a record with what
+    /// comes from outside asks this before `put_block`.
+    pub fn check(&self) -> Result<()> {
+        check_machine(&self.machine)?;
+        let refuse = |why| Err(FormatError::Name { what: WHAT, why });
+        if self.owner.as_ref().is_some_and(|owner| owner.name.len() > usize::from(u8::MAX)) {
+            return refuse("its owner's name is longer than 255 bytes");
+        }
+        match &self.body {
+            Body::Commit(commit) => {
+                if let Some((machine, _)) = &commit.origin {
+                    check_machine(machine)?;
+                }
+                for tag in &commit.tags {
+                    check_tag(tag)?;
+                }
+                if commit.tags.len().max(commit.notes.len()) > usize::from(u16::MAX) {
+                    return refuse("it has more than 65,535 tags or notes");
+                }
+                if commit.notes.iter().any(|(name, _)| name.len() > usize::from(u8::MAX)) {
+                    return refuse("a note's name is longer than 255 bytes");
+                }
+                if let ManifestPlace::Image(image) = &commit.manifest {
+                    image.check()?;
+                }
+                if self.len_at_most() > BLOCK_PAYLOAD_LEN_MAX {
+                    return refuse("it would be longer than 16 MiB");
+                }
+            }
+            Body::Tag { name, .. } | Body::Untag { name } => check_tag(name)?,
+            Body::Drop { epochs } if epochs.len() > BLOCK_PAYLOAD_LEN_MAX / 16 => {
+                return refuse("it drops more than a million epochs");
+            }
+            Body::Drop { .. } | Body::Create | Body::Term | Body::Remove => {}
+        }
+        self.check_numbers()
+    }
+
+    /// A bound of a commit's encoded length that costs no copy of what may be long.
+    fn len_at_most(&self) -> usize {
+        let Body::Commit(commit) = &self.body else { return 0 };
+        let notes: usize = commit.notes.iter().map(|(_, value)| value.len().saturating_add(256 + 4)).sum();
+        let lists = commit.packs.len() * 24 + commit.tags.len() * 256;
+        let manifest = match &commit.manifest {
+            ManifestPlace::Inline(manifest) => manifest.encode(None).len(),
+            ManifestPlace::Image(_) => 0,
+        };
+        [notes, lists, manifest, commit.message.len()].iter().fold(2048, |sum: usize, len| sum.saturating_add(*len))
+    }
+
+    fn check_numbers(&self) -> Result<()> {
+        let seq = self.seq;
+        let is_earlier = |epoch: u64| 0 < epoch && epoch < seq;
+        let latest_fits = match self.body {
+            Body::Commit(_) => self.latest_epoch == seq,
+            Body::Create | Body::Remove => self.latest_epoch == 0,
+            _ => self.latest_epoch < seq,
+        };
+        let body_fits = match &self.body {
+            Body::Commit(commit) => commit.parent < seq && commit.origin.as_ref().is_none_or(|(_, epoch)| *epoch > 0),
+            Body::Tag { epoch, .. } => is_earlier(*epoch),
+            Body::Drop { epochs } => epochs.iter().all(|epoch| is_earlier(*epoch)) && epochs.is_sorted_by(|a, b| a < b),
+            _ => true,
+        };
+        if seq == 0 || self.last_edit >= seq || !latest_fits || !body_fits {
+            return invalid(WHAT, "its numbers contradict each other");
+        }
+        if (seq == 1) != (self.previous == [0; 32]) {
+            return invalid(WHAT, "the first record follows none, and every other one follows one");
+        }
+        Ok(())
+    }
+
+    /// Appends the record as a block, and returns the block's length and the record's digest. It must be one that
+    /// [`Record::check`] lets pass; of others, some panic here and some cannot be read back.
     ///
     /// `own` is the name under which the commit's blocks referred to the object that this record will be.
     pub fn put_block(&self, own: Option<&ObjectRef>, out: &mut Vec<u8>) -> (u32, Hash) {
@@ -212,9 +287,6 @@ impl Record {
         let previous = from.array()?;
         let latest_epoch = from.u64()?;
         let last_edit = from.u64()?;
-        if seq == 0 || latest_epoch > seq || last_edit >= seq {
-            return invalid(WHAT, "its numbers contradict each other");
-        }
         let body = match from.u8()? {
             1 => Body::Create,
             2 => Body::Commit(Commit::read(&own, &mut from)?),
@@ -233,7 +305,9 @@ impl Record {
             _ => return invalid(WHAT, "its kind is unknown"),
         };
         from.end()?;
-        Ok(Self { machine, seq, term, owner, writer, time_ns, previous, latest_epoch, last_edit, body })
+        let record = Self { machine, seq, term, owner, writer, time_ns, previous, latest_epoch, last_edit, body };
+        record.check_numbers()?;
+        Ok(record)
     }
 }
 
@@ -304,13 +378,13 @@ impl Commit {
             packs.push((from.array()?, from.u64()?));
         }
         let count = usize::from(from.u16()?);
-        let mut tags = Vec::with_capacity(from.bounded(count, 1)?);
+        let mut tags = Vec::with_capacity(from.bounded(count, 1 + 1)?);
         for _ in 0..count {
             tags.push(read_tag(from)?);
         }
         let message = from.long_text()?.to_owned();
         let count = usize::from(from.u16()?);
-        let mut notes = Vec::with_capacity(from.bounded(count, 5)?);
+        let mut notes = Vec::with_capacity(from.bounded(count, 1 + 4)?);
         for _ in 0..count {
             notes.push((from.short_text()?.to_owned(), from.long_text()?.to_owned()));
         }

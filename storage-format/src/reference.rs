@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use crate::block::BLOCK_HEADER_LEN;
 use crate::error::{Result, invalid};
 use crate::name::check_machine;
+use crate::object::HEADER_LEN;
 use crate::wire::{Put, Reader};
 
 /// The name of an immutable object that holds blocks.
@@ -15,6 +17,7 @@ pub enum ObjectRef {
     Record { machine: Arc<str>, seq: u64 },
 }
 
+const WHAT: &str = "object reference";
 const TAG_OWN: u8 = 0;
 const TAG_PACK: u8 = 1;
 const TAG_RECORD: u8 = 2;
@@ -41,20 +44,30 @@ impl ObjectRef {
     }
 
     pub(crate) fn read(own: Option<&ObjectRef>, from: &mut Reader<'_>) -> Result<Self> {
-        match from.u8()? {
-            TAG_OWN => match own {
-                Some(own) => Ok(own.clone()),
-                None => invalid("object reference", "it refers to its own object where there is none"),
-            },
-            TAG_PACK => Ok(Self::Pack(from.array()?)),
+        let object = match from.u8()? {
+            TAG_OWN => {
+                return match own {
+                    Some(own) => Ok(own.clone()),
+                    None => invalid(WHAT, "it refers to its own object where there is none"),
+                };
+            }
+            TAG_PACK => Self::Pack(from.array()?),
             TAG_RECORD => {
                 let seq = from.u64()?;
                 let machine = from.short_text()?;
                 check_machine(machine)?;
-                Ok(Self::Record { machine: machine.into(), seq })
+                if seq == 0 {
+                    return invalid(WHAT, "there is no record 0");
+                }
+                Self::Record { machine: machine.into(), seq }
             }
-            _ => invalid("object reference", "its kind is unknown"),
+            _ => return invalid(WHAT, "its kind is unknown"),
+        };
+        // There is one way to say it, so that equal values have equal bytes.
+        if own == Some(&object) {
+            return invalid(WHAT, "it refers to its own object by name");
         }
+        Ok(object)
     }
 }
 
@@ -75,6 +88,15 @@ impl Place {
     }
 
     pub(crate) fn read(own: Option<&ObjectRef>, from: &mut Reader<'_>) -> Result<Self> {
-        Ok(Self { object: ObjectRef::read(own, from)?, offset: from.u32()?, len: from.u24()? })
+        let place = Self { object: ObjectRef::read(own, from)?, offset: from.u32()?, len: from.u24()? };
+        check_span(place.offset, place.len)?;
+        Ok(place)
     }
+}
+
+/// A block lies behind the header, has a payload, and ends where 32 bits can say it: a reader may add the two up.
+pub(crate) fn check_span(offset: u32, len: u32) -> Result<()> {
+    let outside =
+        (offset as usize) < HEADER_LEN || len as usize <= BLOCK_HEADER_LEN || offset.checked_add(len).is_none();
+    if outside { invalid("place", "no block can lie there") } else { Ok(()) }
 }

@@ -20,7 +20,7 @@ use bytes::Bytes;
 
 pub use counters::{Counters, Totals};
 pub use faulty::FaultyStore;
-pub use key::{check_key, check_prefix};
+pub use key::{TEMPORARY, check_key, check_prefix};
 pub use local::LocalStore;
 pub use remote::RemoteStore;
 

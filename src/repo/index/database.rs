@@ -61,8 +61,24 @@ fn options() -> Options {
 }
 
 impl Database {
+    /// Where the tables are.
+    pub fn path(directory: &Path) -> PathBuf {
+        directory.join("pages")
+    }
+
+    /// About how many pages a complete index of this repository has; nothing if it is not one.
+    pub fn look(path: &Path, repository: &[u8; 16]) -> Result<Option<u64>> {
+        let mut options = options();
+        options.create_if_missing(false);
+        let db = DB::open_for_read_only(&options, path, false).map_err(|error| failed(&error))?;
+        let pages = db.property_int_value("rocksdb.estimate-num-keys").map_err(|error| failed(&error))?;
+        // One key is not a page's.
+        let pages = pages.unwrap_or(0).saturating_sub(1);
+        Ok(Self::new(db, false, repository, path).is_complete().then_some(pages))
+    }
+
     pub fn open(directory: &Path, repository: &[u8; 16]) -> Result<Opened> {
-        let path = directory.join("pages");
+        let path = Self::path(directory);
         let reason = if pending::rebuild_requested(directory) {
             "it was found wrong"
         } else if !path.exists() {

@@ -5,6 +5,7 @@
 //! they wrote for the next owner.
 
 mod database;
+mod inspect;
 mod learner;
 mod pending;
 mod rebuild;
@@ -18,6 +19,7 @@ use epochfs_format::{FooterBuilder, Hash, ObjectRef, Place};
 use super::objects::Objects;
 use crate::error::Result;
 use database::{Database, Opened};
+pub use inspect::IndexState;
 use learner::Learner;
 pub use rebuild::Rebuilt;
 
@@ -51,6 +53,11 @@ impl Index {
             distrusted: Arc::new(AtomicBool::new(false)),
             counters: IndexCounters::default(),
         }
+    }
+
+    /// What is in this directory, without opening it for use.
+    pub fn inspect(directory: &Path, repository: &[u8; 16]) -> IndexState {
+        inspect::inspect(directory, repository)
     }
 
     /// Opens the index in this directory; makes it anew from the repository's footers when it is missing, older,

@@ -1,6 +1,7 @@
 //! Notes beside the index: objects written while another process owned it, and the wish to have it rebuilt.
 
 use std::fs;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use epochfs_format::{ObjectRef, check_machine, hex, parse_id};
@@ -18,7 +19,8 @@ fn notes(directory: &Path) -> PathBuf {
 
 pub(super) fn create_directory(directory: &Path) -> Result<()> {
     let path = notes(directory);
-    fs::create_dir_all(&path).map_err(|error| {
+    // For its owner only: it tells which pages the guests hold.
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(|error| {
         Error::io(format!("{}: cannot create the directory of the page index", path.display()), error)
             .hint("choose another with --state-dir or EPOCHFS_STATE_DIR")
     })

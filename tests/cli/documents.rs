@@ -1,0 +1,248 @@
+//! What `--json` prints: one document, with fields that scripts may rely on.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+
+use serde_json::Value;
+
+use crate::support::{World, pages, stream};
+
+/// Fails unless the document has these fields; `a.b` is b in a, `a[].b` is b in each element of a, which is not empty.
+#[track_caller]
+fn has(document: &Value, fields: &[&str]) {
+    for field in fields {
+        look(document, field, field, document);
+    }
+}
+
+#[track_caller]
+fn look(value: &Value, path: &str, field: &str, document: &Value) {
+    let (first, rest) = path.split_once('.').map_or((path, None), |(first, rest)| (first, Some(rest)));
+    let name = first.trim_end_matches("[]");
+    let found = value.get(name).unwrap_or_else(|| panic!("no {field} in {document:#}"));
+    let elements = match first.ends_with("[]") {
+        true => found.as_array().unwrap_or_else(|| panic!("{field} is no list in {document:#}")).clone(),
+        false => vec![found.clone()],
+    };
+    assert!(!elements.is_empty(), "{field} is empty in {document:#}");
+    if let Some(rest) = rest {
+        elements.iter().for_each(|element| look(element, rest, field, document));
+    }
+}
+
+#[test]
+fn every_command_prints_a_document_with_its_fields() {
+    let world = World::empty();
+    let mut seen = BTreeSet::new();
+    let mut check = |words: &[&str], fields: &[&str]| {
+        seen.insert(words[0].to_owned());
+        let document = world.json(words);
+        has(&document, fields);
+        document
+    };
+    let file = world.file("a", pages(1, 20));
+    let memory = stream("memory", &file).into_string().unwrap();
+    check(&["init"], &["repository", "id"]);
+    let committed = [
+        "machine",
+        "epoch",
+        "parent",
+        "digest",
+        "read_bytes",
+        "changed_pages",
+        "new_pages",
+        "deduplicated_pages",
+        "stored_bytes",
+        "index_lookups",
+        "index_hits",
+        "elapsed_ms",
+    ];
+    check(&["commit", "web1", &memory, "--tag", "first", "--note", "a=b", "-m", "text"], &committed);
+    std::fs::write(&file, pages(2, 20)).unwrap();
+    check(&["commit", "web1", &memory], &committed);
+    check(
+        &["log", "web1"],
+        &[
+            "machine",
+            "epochs[].epoch",
+            "epochs[].time_ns",
+            "epochs[].parent",
+            "epochs[].origin",
+            "epochs[].digest",
+            "epochs[].logical_bytes",
+            "epochs[].changed_pages",
+            "epochs[].new_pages",
+            "epochs[].stored_bytes",
+            "epochs[].tags",
+            "epochs[].message",
+        ],
+    );
+    check(
+        &["log", "web1", "--records"],
+        &[
+            "machine",
+            "records[].record",
+            "records[].time_ns",
+            "records[].kind",
+            "records[].term",
+            "records[].owner",
+            "records[].latest_epoch",
+            "records[].writer",
+        ],
+    );
+    check(
+        &["ls"],
+        &[
+            "machines[].machine",
+            "machines[].latest_epoch",
+            "machines[].time_ns",
+            "machines[].logical_bytes",
+            "machines[].term",
+            "machines[].owner",
+        ],
+    );
+    check(&["ls", "web1"], &["machine", "epoch", "files[].name", "files[].kind", "files[].mode", "files[].length"]);
+    let shown = check(
+        &["show", "web1@first"],
+        &[
+            "machine",
+            "epoch",
+            "time_ns",
+            "term",
+            "parent",
+            "origin",
+            "digest",
+            "logical_bytes",
+            "changed_pages",
+            "new_pages",
+            "stored_bytes",
+            "packs",
+            "tags[]",
+            "message",
+            "notes.a",
+            "streams[].name",
+            "streams[].length",
+            "streams[].digest",
+        ],
+    );
+    assert_eq!((&shown["message"], &shown["notes"]["a"]), (&"text".into(), &"b".into()));
+    check(
+        &["diff", "web1"],
+        &[
+            "before",
+            "after",
+            "files[].name",
+            "files[].change",
+            "files[].changed_pages",
+            "files[].changed_bytes",
+            "files[].before_bytes",
+            "files[].after_bytes",
+            "files[].ranges[]",
+        ],
+    );
+    let target = world.path("out").into_os_string().into_string().unwrap();
+    check(
+        &["export", "web1", "--output", &target],
+        &["machine", "epoch", "directory", "files", "logical_bytes", "written_bytes", "elapsed_ms"],
+    );
+    check(&["clone", "web1", "web2"], &["machine", "epoch", "origin"]);
+    check(&["tag", "web1", "golden"], &["machine", "epoch", "tag"]);
+    check(&["tag", "web1", "golden", "--delete"], &["machine", "tag", "deleted"]);
+    check(&["rm", "web1@1", "--yes"], &["machines", "epochs[].machine", "epochs[].epoch", "done"]);
+    check(
+        &["verify"],
+        &["objects", "bytes", "pages", "machines", "epochs", "problems", "broken_epochs", "unknown_objects", "whole"],
+    );
+    check(
+        &["stats"],
+        &[
+            "machines",
+            "epochs",
+            "streams",
+            "logical_bytes",
+            "filled_bytes",
+            "unique_bytes",
+            "page_block_bytes",
+            "node_block_bytes",
+            "stored_bytes",
+            "objects",
+            "dedup_ratio",
+            "compression_ratio",
+            "total_ratio",
+        ],
+    );
+    check(&["completions", "bash"], &["shell", "script"]);
+    check(&["man"], &["page"]);
+    let pages = world.path("man").into_os_string().into_string().unwrap();
+    check(&["man", "--output", &pages], &["directory", "files[]"]);
+    check(
+        &["bench", "epochs", "--size", "8"],
+        &[
+            "machine.processor",
+            "machine.processors",
+            "machine.kernel",
+            "machine.memory_bytes",
+            "directory",
+            "file_system",
+            "image_bytes",
+            "figures[].name",
+            "figures[].value",
+            "figures[].unit",
+            "figures[].detail",
+        ],
+    );
+    // What a host lacks makes doctor fail, and is no fault of the document.
+    seen.insert("doctor".to_owned());
+    has(
+        &world.run(["doctor", "--json"]).json(),
+        &[
+            "healthy",
+            "ok",
+            "warnings",
+            "failures",
+            "skipped",
+            "checks[].name",
+            "checks[].status",
+            "checks[].found",
+            "checks[].next_step",
+        ],
+    );
+    // Whoever adds a command adds its document here.
+    let all: BTreeSet<String> =
+        epochfs::cli::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
+    assert_eq!(seen, all, "commands whose documents are checked, and commands that there are");
+}
+
+#[test]
+fn an_error_is_a_document_too() {
+    let world = World::new();
+    let fields = ["error.kind", "error.message", "error.next_step", "error.exit_code"];
+    for (words, code, kind) in [
+        (&["show", "web1"][..], 5, "not_found"),
+        (&["tag", "web1", "17"], 5, "not_found"),
+        (&["init"], 4, "conflict"),
+        (&["commit", "web1"], 2, "usage"),
+    ] {
+        let mut command = world.command(words);
+        command.arg("--json");
+        let ran = crate::support::run(command);
+        ran.code(code).says("epochfs: ");
+        has(&ran.json(), &fields);
+        assert_eq!(ran.json()["error"]["kind"], kind);
+        assert_eq!(ran.json()["error"]["exit_code"], code);
+    }
+}
+
+#[test]
+fn data_goes_to_stdout_and_notices_do_not() {
+    let world = World::new();
+    let memory = stream("memory", &world.file("a", pages(1, 3)));
+    let ran = world.ok([OsStr::new("commit"), OsStr::new("web1"), &memory]);
+    assert!(ran.stdout.starts_with("committed web1@1") && ran.stderr.is_empty(), "{ran:?}");
+    let ran = world.ok(["rm", "web1", "--quiet"]);
+    assert!(ran.stderr.is_empty(), "{ran:?}");
+    for words in [&["ls"][..], &["log", "web1"], &["show", "web1"], &["doctor"]] {
+        let ran = world.run(words);
+        assert!(!ran.stdout.contains('\u{1b}'), "colours are for terminals: {ran:?}");
+    }
+}

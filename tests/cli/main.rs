@@ -1,0 +1,18 @@
+//! The command line as its users meet it: the built program, with good and bad input, on real files.
+//!
+//! Every run is checked for panics, and every run that must succeed for unexpected warnings.
+//! EPOCHFS_TEST_BINARY names another program to test than the one just built, for example the installed one.
+
+mod dirty;
+mod documents;
+mod export;
+mod help;
+mod index;
+mod layers;
+mod names;
+mod races;
+mod repository;
+mod sizes;
+mod sources;
+mod support;
+mod tools;
