@@ -10,4 +10,5 @@
 mod crash;
 mod flips;
 mod model;
+mod races;
 mod support;

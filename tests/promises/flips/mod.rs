@@ -31,7 +31,7 @@ fn p5_every_flipped_bit_is_reported_and_never_served() {
     let sample = sample();
     let flips: Vec<(&String, usize)> =
         sample.objects.iter().flat_map(|(key, bytes)| (0..bytes.len() * 8).map(move |bit| (key, bit))).collect();
-    let started = std::time::Instant::now();
+    let started = epochfs::platform::clock::Stopwatch::start();
     for_each(&flips, |(key, bit)| {
         let mut bytes = sample.objects[*key].to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);

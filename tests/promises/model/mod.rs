@@ -77,7 +77,7 @@ fn run_cases(kept: Kept, cases: u64) {
     let cases = if is_long() { cases * 40 } else { cases };
     let seeds = one.map_or(0..cases, |seed: u64| seed..seed + 1);
     let (next, steps_done) = (AtomicU64::new(seeds.start), AtomicU64::new(0));
-    let started = std::time::Instant::now();
+    let started = epochfs::platform::clock::Stopwatch::start();
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {

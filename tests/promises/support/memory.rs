@@ -14,11 +14,17 @@ pub type ObjectMap = BTreeMap<String, Bytes>;
 pub struct MemoryStore {
     objects: Arc<Mutex<ObjectMap>>,
     counters: Arc<Counters>,
+    /// A planted fault: a name that is taken can be taken again.
+    overwrites: bool,
 }
 
 impl MemoryStore {
+    pub fn overwriting() -> Self {
+        Self { overwrites: true, ..Self::default() }
+    }
+
     pub fn of(objects: ObjectMap) -> Self {
-        Self { objects: Arc::new(Mutex::new(objects)), counters: Arc::default() }
+        Self { objects: Arc::new(Mutex::new(objects)), ..Self::default() }
     }
 
     pub fn objects(&self) -> ObjectMap {
@@ -66,7 +72,7 @@ impl Store for MemoryStore {
     fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
         check_key(key)?;
         let mut objects = self.lock();
-        if objects.contains_key(key) {
+        if objects.contains_key(key) && !self.overwrites {
             return Ok(Put::Exists);
         }
         objects.insert(key.to_owned(), parts.concat().into());
