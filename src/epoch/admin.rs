@@ -90,6 +90,8 @@ impl EpochStore {
     pub fn tag(&self, machine: &Arc<str>, epoch: u64, name: &str, move_it: bool) -> Result<Head> {
         check_tag(name).map_err(|error| Error::usage(format!("{name:?}: {error}")))?;
         let head = self.repository().require(machine)?;
+        // Looked for after the head was read: one that is dropped from here on is dropped by a record behind the head.
+        self.repository().epoch_record(machine, epoch)?;
         if !move_it {
             match self.repository().tagged_record(machine, name) {
                 Ok(record) if record.seq == epoch => return Ok(head),

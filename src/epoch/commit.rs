@@ -188,6 +188,9 @@ impl CommitBuilder {
         dirty: Option<&Ranges>,
     ) -> Result<()> {
         self.take_path(path, false)?;
+        if i64::try_from(source.len()).is_err() {
+            return Err(Error::usage(format!("{}: no file is {} bytes long", path.escape_ascii(), source.len())));
+        }
         let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
         let job = StreamJob { source, dirty, parent };
         let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
@@ -320,8 +323,13 @@ impl CommitBuilder {
         let footer = inline.footer.clone();
         let draft = Draft { term, owner, latest_epoch: 0, body: Body::Commit(commit), inline };
         let (machine, options) = (&self.machine, &self.options);
-        let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, _| {
-            Ok(after_other(record, base_term, machine, options))
+        let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, draft| {
+            let rebase = after_other(record, base_term, machine, options);
+            // An owner that gave the machine up meanwhile does not get it back by this.
+            if record.owner.is_none() {
+                draft.owner = None;
+            }
+            Ok(rebase)
         })?;
         tracing::debug!(epoch = head.record.seq, "record is durable");
         if footer.block_count() > 0 {

@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use epochfs_format::{Image, PAGE_SIZE};
+use epochfs_format::{Image, PAGE_SIZE, Page};
 
 use super::edit::{NewRoot, TreeEditor};
+use super::fetch::Fetcher;
 use super::leaf::{LEAF_LEN, LeafJob, LeafWork, PageChange, Shared, Worker};
+use super::nodes::Nodes;
 use super::ranges::Ranges;
+use super::reader::wanted_pages;
 use super::source::Source;
 use super::tree::leaf_root;
 use crate::error::Result;
@@ -142,6 +145,67 @@ impl Iterator for DataRanges<'_> {
     }
 }
 
+/// A source whose image was cut, with its last page as the parent has it: nobody said that its bytes changed, so a
+/// source that holds dirty pages only need not hold this one.
+struct Cut<'a> {
+    source: &'a dyn Source,
+    last_page: Page,
+    last_start: u64,
+}
+
+impl<'a> Cut<'a> {
+    fn of(job: &StreamJob<'a>, nodes: &Nodes) -> Result<Option<Self>> {
+        let (Some(dirty), Some(parent)) = (job.dirty, job.parent) else { return Ok(None) };
+        let len = job.source.len();
+        if len == 0 || parent.length <= len {
+            return Ok(None);
+        }
+        let number = (len - 1) / PAGE_SIZE as u64;
+        let last_start = number * PAGE_SIZE as u64;
+        if dirty.iter().any(|range| range.start < len && range.end > last_start) {
+            return Ok(None);
+        }
+        let mut last_page = [0; PAGE_SIZE];
+        let mut wanted = wanted_pages(nodes, parent, number..number + 1)?;
+        Fetcher::default().fetch(nodes.objects(), &mut wanted, &mut |_, page| {
+            last_page = *page?;
+            Ok(())
+        })?;
+        Ok(Some(Self { source: job.source, last_page, last_start }))
+    }
+}
+
+impl Source for Cut<'_> {
+    fn name(&self) -> String {
+        self.source.name()
+    }
+
+    fn len(&self) -> u64 {
+        self.source.len()
+    }
+
+    fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        self.source.next_data(from)
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        let before = self.last_start.saturating_sub(offset).min(buffer.len() as u64) as usize;
+        let (others, last) = buffer.split_at_mut(before);
+        if !others.is_empty() {
+            self.source.read_at(offset, others)?;
+        }
+        if !last.is_empty() {
+            let within = offset.saturating_sub(self.last_start) as usize;
+            last.copy_from_slice(&self.last_page[within..within + last.len()]);
+        }
+        Ok(())
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        self.source.check_unchanged()
+    }
+}
+
 /// Takes up finished leaves in order.
 struct Sequencer<'a, 'p> {
     tree: TreeEditor<'a>,
@@ -186,6 +250,9 @@ pub fn commit_stream(
     counts: &mut CommitCounts,
     on_read: &mut dyn FnMut(u64),
 ) -> Result<NewRoot> {
+    let cut = Cut::of(job, shared.nodes)?;
+    let source: &dyn Source = cut.as_ref().map_or(job.source, |cut| cut);
+    let job = &StreamJob { source, ..*job };
     let keeps = job.dirty.is_some() && job.parent.is_some();
     let tree = TreeEditor::new(shared.nodes, job.source.len(), job.parent, keeps, packs)?;
     let mut sequencer = Sequencer { tree, packs, shared, counts, on_read };

@@ -110,6 +110,10 @@ impl StreamReader {
 
     /// The next run of pages at or after `from` that are stored, as a byte range within the stream.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        // Within the last page, but past the end of the stream.
+        if from >= self.image.length {
+            return Ok(None);
+        }
         let size = PAGE_SIZE as u64;
         let mut page = from / size;
         let mut run: Option<Range<u64>> = None;

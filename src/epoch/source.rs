@@ -219,7 +219,7 @@ impl PagesSource {
     /// The ranges of the pages that were written.
     pub fn dirty(&self) -> super::ranges::Ranges {
         let size = PAGE_SIZE as u64;
-        super::ranges::Ranges::new(self.pages.keys().map(|page| page * size..(page + 1) * size).collect())
+        super::ranges::Ranges::new(self.pages.keys().map(|page| page * size..(page + 1).saturating_mul(size)).collect())
     }
 }
 
@@ -236,7 +236,7 @@ impl Source for PagesSource {
         let size = PAGE_SIZE as u64;
         Ok(self.pages.range(from / size..).next().map(|(page, _)| {
             let start = (page * size).max(from);
-            start..((page + 1) * size).min(self.length)
+            start..(page + 1).saturating_mul(size).min(self.length)
         }))
     }
 
