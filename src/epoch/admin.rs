@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use epochfs_format::{Body, Commit, ManifestPlace, Owner, Record, check_machine, check_tag};
+use epochfs_format::{Body, Commit, ManifestPlace, Owner, Record, check_machine, check_tag, record_key};
 
 use super::commit::FIRST_TERM;
 use super::view::{EpochStore, commit_of};
@@ -65,6 +65,7 @@ impl EpochStore {
             return Err(taken());
         }
         let source = commit_of(from)?;
+        self.repository().objects().store().settle(&record_key(&from.machine, from.seq))?;
         // The manifest refers to the blocks of the source's record by that record's name, here as there.
         let manifest: ManifestPlace = source.manifest.clone();
         let commit = Commit {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
 
 use epochfs_format::{
-    Attributes, Body, Commit, EntryKind, INLINE_MANIFEST_LEN_MAX, Image, Manifest, ManifestEntry, ManifestPlace, Owner,
-    Record, Root, check_stream_path, check_tag,
+    Attributes, Body, Commit, EntryKind, IMAGE_LEN_MAX, INLINE_MANIFEST_LEN_MAX, Image, Manifest, ManifestEntry,
+    ManifestPlace, Owner, Record, Root, check_stream_path, check_tag,
 };
 
 use super::edit::NewRoot;
@@ -16,7 +16,7 @@ use super::ranges::Ranges;
 use super::source::{BytesSource, Source};
 use super::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
-use crate::repo::{Draft, Head, Index, Inline, PackWriter, Rebase, Repository};
+use crate::repo::{Draft, Head, Index, Inline, PackWriter, Rebase, Repository, object_key};
 
 /// The term of a machine that nobody ever owned.
 pub const FIRST_TERM: u64 = 1;
@@ -188,7 +188,7 @@ impl CommitBuilder {
         dirty: Option<&Ranges>,
     ) -> Result<()> {
         self.take_path(path, false)?;
-        if i64::try_from(source.len()).is_err() {
+        if source.len() > IMAGE_LEN_MAX {
             return Err(Error::usage(format!("{}: no file is {} bytes long", path.escape_ascii(), source.len())));
         }
         let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
@@ -221,6 +221,9 @@ impl CommitBuilder {
     /// Adds a directory or a symbolic link, or a stream that is stored already.
     pub fn add_entry(&mut self, entry: ManifestEntry) -> Result<()> {
         self.take_path(&entry.path, entry.kind == EntryKind::Directory)?;
+        if let EntryKind::Stream(Image { root: Some(root), .. }) = &entry.kind {
+            self.repository.objects().store().settle(&object_key(&root.place.object))?;
+        }
         self.others.push(entry);
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use epochfs_format::{Body, Hash, ObjectRef, Owner, Record, encode_header, record_key};
+use epochfs_format::{Body, Hash, ObjectRef, Owner, RECORDS_A_SEGMENT, Record, encode_header, record_key};
 
 use super::log::Head;
 use super::objects::Objects;
@@ -83,6 +83,11 @@ pub(super) fn append(
     loop {
         let encoded = draft.encode(objects, machine, head.as_ref(), writer)?;
         let seq = encoded.record.seq;
+        // The store makes all names of one directory durable together; the record before may be in another.
+        if let Some(head) = head.as_ref().filter(|head| head.record.seq / RECORDS_A_SEGMENT != seq / RECORDS_A_SEGMENT)
+        {
+            objects.store().settle(&record_key(machine, head.record.seq))?;
+        }
         let parts: [&[u8]; 4] = [&encoded.header, &draft.inline.blocks, &encoded.block, &encoded.end];
         let put = objects.store().put_if_absent(&record_key(machine, seq), &parts).map_err(|error| {
             let hint =

@@ -17,7 +17,7 @@ mod wire;
 pub use block::{BLOCK_HEADER_LEN, BLOCK_PAYLOAD_LEN_MAX, Block, BlockKind, PageDecoder, PageEncoder, put_raw_block};
 pub use descriptor::Descriptor;
 pub use error::{FormatError, Result};
-pub use manifest::{Attributes, EntryKind, Image, Manifest, ManifestEntry, Root};
+pub use manifest::{Attributes, EntryKind, IMAGE_LEN_MAX, Image, Manifest, ManifestEntry, Root};
 pub use name::{
     DESCRIPTOR_KEY, NAME_LEN_MAX, RECORDS_A_SEGMENT, STREAM_PATH_LEN_MAX, check_machine, check_stream_path, check_tag,
     decode_component, encode_component, hex, log_prefix, pack_key, parse_id, record_key, record_seq, segment_name,

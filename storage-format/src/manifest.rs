@@ -12,7 +12,7 @@ const KIND_DIRECTORY: u8 = 2;
 const KIND_SYMLINK: u8 = 3;
 
 /// The longest image: no file can be longer.
-const IMAGE_LEN_MAX: u64 = i64::MAX as u64;
+pub const IMAGE_LEN_MAX: u64 = i64::MAX as u64;
 
 /// The longest value of an extended attribute that Linux knows.
 const EXTENDED_VALUE_LEN_MAX: usize = 64 << 10;

@@ -254,6 +254,10 @@ impl Store for FaultyStore {
         }
     }
 
+    fn settle(&self, key: &str) -> Result<()> {
+        self.change("settle", key, OTHER, || self.inner.settle(key))
+    }
+
     fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
         let inner = self.change("begin", key, OTHER, || self.inner.writer(key))?;
         Ok(Box::new(FaultyWriter { inner, store: self.clone(), key: key.to_owned(), failed: false }))

@@ -71,6 +71,12 @@ pub trait Store: Send + Sync {
     /// Creates the object from the parts put end to end, durably, unless the key is taken.
     fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put>;
 
+    /// Makes sure that an object that was found is durable, before anything leans on it: whoever wrote it may have died
+    /// before that. One that a put or a finished writer reported is durable already.
+    fn settle(&self, _key: &str) -> Result<()> {
+        Ok(())
+    }
+
     /// Streams a large object to a key that nobody else uses (its name is random).
     fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>>;
 

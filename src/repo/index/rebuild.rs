@@ -1,11 +1,13 @@
 //! Making the index anew from the footers of all packs and records.
 
+use std::collections::HashSet;
+
 use epochfs_format::{ObjectRef, log_prefix, parse_id, record_seq};
 
 use super::database::Database;
 use crate::error::{Kind, Result};
 use crate::repo::log::machines;
-use crate::repo::objects::Objects;
+use crate::repo::objects::{Objects, object_key};
 
 /// What a rebuild found.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +27,13 @@ pub(super) fn rebuild(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Rebuilt> {
     let all = all_objects(objects)?;
+    // A writer that died may have left an object that is not durable. One of a directory stands for all in it.
+    let mut settled = HashSet::new();
+    for key in all.iter().map(object_key) {
+        if settled.insert(key.rsplit_once('/').map(|(directory, _)| directory.to_owned())) {
+            objects.store().settle(&key)?;
+        }
+    }
     let mut rebuilt = Rebuilt { reason, objects: all.len() as u64, unreadable: 0 };
     for (done, object) in all.iter().enumerate() {
         progress(done as u64, rebuilt.objects);

@@ -103,17 +103,17 @@ fn run_cases(kept: Kept, cases: u64) {
 
 #[test]
 fn p1_p2_any_history_in_memory_reads_as_the_oracle() {
-    run_cases(Kept::InMemory, 128);
+    run_cases(Kept::Memory, 128);
 }
 
 #[test]
 fn p1_p2_any_history_in_a_directory_reads_as_the_oracle() {
-    run_cases(Kept::InDirectory, 64);
+    run_cases(Kept::Directory, 64);
 }
 
 #[test]
 fn p1_p2_any_history_with_an_index_lost_or_damaged_reads_as_the_oracle() {
-    run_cases(Kept::InDirectoryWithIndex, 64);
+    run_cases(Kept::DirectoryWithIndex, 64);
 }
 
 /// A commit that was told of too few dirty pages, and a repository that lost a record, must not pass.
@@ -121,7 +121,7 @@ fn p1_p2_any_history_with_an_index_lost_or_damaged_reads_as_the_oracle() {
 fn canary_p6_p2_the_model_notices_a_lost_page_and_a_lost_record() {
     let steps: Vec<Step> = (0..6).map(|seed| (Op::Commit, seed)).collect();
     for fault in [Fault::None, Fault::PageNotTold, Fault::RecordLost] {
-        let mut world = World::new(Kept::InMemory).unwrap();
+        let mut world = World::new(Kept::Memory).unwrap();
         steps.iter().for_each(|step| world.apply(*step).unwrap());
         world.plant(fault).unwrap();
         assert_eq!(world.check_all().is_ok(), fault == Fault::None, "{fault:?}: {:?}", world.check_all());

@@ -41,9 +41,9 @@ pub type Step = (Op, u64);
 /// Where the repository is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
-    InMemory,
-    InDirectory,
-    InDirectoryWithIndex,
+    Memory,
+    Directory,
+    DirectoryWithIndex,
 }
 
 /// What a canary does wrong.
@@ -74,18 +74,18 @@ fn state(directory: &tempfile::TempDir) -> PathBuf {
 fn open(kept: Kept, directory: &tempfile::TempDir, store: &Arc<dyn Store>) -> Check<EpochStore> {
     // Not the same object: nothing may be handed over but what is stored.
     let store: Arc<dyn Store> = match kept {
-        Kept::InMemory => store.clone(),
+        Kept::Memory => store.clone(),
         _ => Arc::new(LocalStore::open(&directory.path().join("repository"), Arc::new(RealFiles)).saying("open")?),
     };
     let opened = EpochStore::new(Repository::open(store).saying("open")?);
-    Ok(if kept == Kept::InDirectoryWithIndex { opened.with_state(state(directory)) } else { opened })
+    Ok(if kept == Kept::DirectoryWithIndex { opened.with_state(state(directory)) } else { opened })
 }
 
 impl World {
     pub fn new(kept: Kept) -> Check<Self> {
         let directory = tempfile::tempdir().saying("a temporary directory")?;
         let store: Arc<dyn Store> = match kept {
-            Kept::InMemory => Arc::new(MemoryStore::default()),
+            Kept::Memory => Arc::new(MemoryStore::default()),
             _ => Arc::new(
                 LocalStore::create(&directory.path().join("repository"), Arc::new(RealFiles)).saying("create")?,
             ),
@@ -317,7 +317,7 @@ impl World {
 
     /// Deletes or damages what is derived; nothing may depend on it.
     fn harm_index(&mut self, seeded: &mut Seeded) -> Check {
-        if self.kept != Kept::InDirectoryWithIndex {
+        if self.kept != Kept::DirectoryWithIndex {
             return Ok(());
         }
         // Close both, and with them the database.
@@ -325,7 +325,7 @@ impl World {
         let memory: Arc<dyn Store> = Arc::new(MemoryStore::default());
         Repository::create(memory.clone()).saying("create")?;
         for store in &mut self.stores {
-            *store = open(Kept::InMemory, &other, &memory)?;
+            *store = open(Kept::Memory, &other, &memory)?;
         }
         harm(&state(&self.directory), seeded).saying("harming the index")?;
         self.reopen(0)?;

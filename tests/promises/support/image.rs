@@ -61,7 +61,7 @@ impl Image {
     pub fn resize(&mut self, length: u64) {
         self.length = length;
         self.pages.split_off(&length.div_ceil(PAGE));
-        if length % PAGE != 0 {
+        if !length.is_multiple_of(PAGE) {
             self.put_page(length / PAGE, self.page(length / PAGE));
         }
     }

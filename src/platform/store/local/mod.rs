@@ -211,6 +211,13 @@ impl Store for LocalStore {
         self.shared.put(key, parts)
     }
 
+    fn settle(&self, key: &str) -> Result<()> {
+        check_key(key)?;
+        self.shared.check_usable(key)?;
+        // The bytes were synced before they got this name.
+        self.shared.sync_name(&self.shared.path(key)).map_err(|error| self.shared.write_error(key, error))
+    }
+
     fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
         check_key(key)?;
         self.shared.check_usable(key)?;
