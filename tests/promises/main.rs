@@ -8,5 +8,6 @@
 #![allow(clippy::single_range_in_vec_init)] // One dirty range is a list of ranges like any other.
 
 mod crash;
+mod flips;
 mod model;
 mod support;

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use crate::must;
 use crate::support::{Check, Saying, is_long};
 use lying::{Lie, Lying};
+pub use script::noisy_image;
 use script::{Act, check_state, check_survival, open, script, states};
 
 /// Runs the script, and cuts the power at each change. `process` stands between the program and its files.
