@@ -255,7 +255,7 @@ impl CommitBuilder {
     /// Makes the epoch durable. When this returns, it is committed.
     pub fn finish(mut self) -> Result<Committed> {
         let estimate: usize = self.streams.iter().map(|stream| stream.path.len() + 160).sum::<usize>()
-            + Manifest::new(self.others.clone())?.encode(None).len();
+            + manifest_of(self.others.clone())?.encode(None).len();
         let inline_manifest = estimate <= INLINE_MANIFEST_LEN_MAX;
         let streams = std::mem::take(&mut self.streams);
         let mut entries = std::mem::take(&mut self.others);
@@ -267,14 +267,14 @@ impl CommitBuilder {
                 let root = place_in_record(stream.root, &mut inline);
                 entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
             }
-            let manifest = Manifest::new(entries)?;
+            let manifest = manifest_of(entries)?;
             (packs, inline, ManifestPlace::Inline(manifest.clone()), manifest)
         } else {
             for stream in streams {
                 let root = place_in_pack(stream.root, &mut self.packs)?;
                 entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
             }
-            let manifest = Manifest::new(entries)?;
+            let manifest = manifest_of(entries)?;
             let (image, packs, inline) = self.store_manifest(&manifest)?;
             (packs, inline, ManifestPlace::Image(image), manifest)
         };
@@ -352,6 +352,11 @@ impl CommitBuilder {
 
 fn unused_packs(repository: &Repository) -> PackWriter<'static> {
     PackWriter::new(repository.objects().clone(), Box::new(|_, _| Ok(())))
+}
+
+/// What cannot go together is the caller's mistake, not damage.
+fn manifest_of(entries: Vec<ManifestEntry>) -> Result<Manifest> {
+    Manifest::new(entries).map_err(|error| Error::usage(error.to_string()))
 }
 
 fn stream_entry(path: Vec<u8>, attributes: Attributes, length: u64, root: Option<Root>) -> ManifestEntry {

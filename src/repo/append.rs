@@ -31,7 +31,7 @@ pub enum Rebase {
 }
 
 impl Draft {
-    fn encode(&self, objects: &Objects, machine: &Arc<str>, head: Option<&Head>, writer: [u8; 16]) -> Encoded {
+    fn encode(&self, objects: &Objects, machine: &Arc<str>, head: Option<&Head>, writer: [u8; 16]) -> Result<Encoded> {
         let seq = head.map_or(0, |head| head.record.seq) + 1;
         let is_commit = matches!(self.body, Body::Commit(_));
         let record = Record {
@@ -47,6 +47,7 @@ impl Draft {
                 .map_or(0, |head| if head.record.is_edit() { head.record.seq } else { head.record.last_edit }),
             body: self.body.clone(),
         };
+        record.check().map_err(|error| Error::usage(format!("{machine}: {error}")))?;
         let mut block = Vec::new();
         let (len, digest) = record.put_block(Some(&self.inline.own), &mut block);
         let mut footer = self.inline.footer.clone();
@@ -57,7 +58,7 @@ impl Draft {
             Record::decode_block(&block, machine, seq).expect("a record that was just encoded decodes");
         assert_eq!(digest, decoded_digest, "a record's digest is a function of its bytes");
         let header = encode_header(objects.repository(), &ObjectRef::Record { machine: machine.clone(), seq });
-        Encoded { header: header.to_vec(), block, end, record: decoded, digest }
+        Ok(Encoded { header: header.to_vec(), block, end, record: decoded, digest })
     }
 }
 
@@ -80,7 +81,7 @@ pub(super) fn append(
 ) -> Result<Head> {
     let writer = random::id16();
     loop {
-        let encoded = draft.encode(objects, machine, head.as_ref(), writer);
+        let encoded = draft.encode(objects, machine, head.as_ref(), writer)?;
         let seq = encoded.record.seq;
         // The store makes all names of one directory durable together; the record before may be in another.
         if let Some(head) = head.as_ref().filter(|head| head.record.seq / RECORDS_A_SEGMENT != seq / RECORDS_A_SEGMENT)

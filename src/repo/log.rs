@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use epochfs_format::{Body, Hash, Record, decode_component, log_prefix, record_seq};
+use epochfs_format::{Body, Hash, Record, check_machine, decode_component, log_prefix, record_seq};
 
 use super::objects::Objects;
 use crate::error::{Error, Result};
@@ -19,7 +19,7 @@ pub struct Head {
 pub fn machines(objects: &Objects) -> Result<Vec<Arc<str>>> {
     let mut names = Vec::new();
     for component in objects.store().list_dirs("machines/")? {
-        match decode_component(&component) {
+        match decode_component(&component).filter(|name| check_machine(name).is_ok()) {
             Some(name) => names.push(name.into()),
             None => tracing::warn!(component, "a directory under machines/ is no machine's"),
         }

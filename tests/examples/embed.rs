@@ -3,6 +3,8 @@
 //! Makes a repository, commits a machine's memory and device state, commits again with a list of dirty pages, and reads
 //! the result back.
 
+#![allow(clippy::disallowed_macros, reason = "an example prints plainly")]
+
 use std::path::PathBuf;
 
 use epochfs::{Attributes, BytesSource, CommitOptions, EpochStore, Error, Ranges, Result, diff};
