@@ -9,6 +9,8 @@
 
 mod crash;
 mod flips;
+mod full_disk;
+mod kill;
 mod model;
 mod races;
 mod support;

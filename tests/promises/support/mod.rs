@@ -2,6 +2,7 @@
 
 pub mod image;
 pub mod memory;
+pub mod program;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
