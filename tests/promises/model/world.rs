@@ -11,7 +11,7 @@ use epochfs::epoch::{
 };
 use epochfs::platform::files::RealFiles;
 use epochfs::platform::random::Seeded;
-use epochfs::platform::store::{LocalStore, Store};
+use epochfs::platform::store::{LocalStore, RemoteStore, Store};
 use epochfs::repo::Repository;
 use epochfs_format::{Attributes, Hash};
 
@@ -42,6 +42,8 @@ pub type Step = (Op, u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
     Memory,
+    /// In an object store, as in a bucket.
+    Bucket,
     Directory,
     DirectoryWithIndex,
 }
@@ -74,7 +76,7 @@ fn state(directory: &tempfile::TempDir) -> PathBuf {
 fn open(kept: Kept, directory: &tempfile::TempDir, store: &Arc<dyn Store>) -> Check<EpochStore> {
     // Not the same object: nothing may be handed over but what is stored.
     let store: Arc<dyn Store> = match kept {
-        Kept::Memory => store.clone(),
+        Kept::Memory | Kept::Bucket => store.clone(),
         _ => Arc::new(LocalStore::open(&directory.path().join("repository"), Arc::new(RealFiles)).saying("open")?),
     };
     let opened = EpochStore::new(Repository::open(store).saying("open")?);
@@ -86,6 +88,10 @@ impl World {
         let directory = tempfile::tempdir().saying("a temporary directory")?;
         let store: Arc<dyn Store> = match kept {
             Kept::Memory => Arc::new(MemoryStore::default()),
+            Kept::Bucket => {
+                let bucket = Arc::new(object_store::memory::InMemory::new());
+                Arc::new(RemoteStore::new(bucket, "memory://bucket").saying("a store in a bucket")?)
+            }
             _ => Arc::new(
                 LocalStore::create(&directory.path().join("repository"), Arc::new(RealFiles)).saying("create")?,
             ),

@@ -3,6 +3,7 @@
 pub mod image;
 pub mod memory;
 pub mod program;
+pub mod warnings;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
