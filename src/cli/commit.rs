@@ -44,7 +44,7 @@ pub struct Commit {
     /// Take this stream over from the newest epoch as it is.
     #[arg(long, value_name = "STREAM", value_parser = OsStringValueParser::new())]
     keep: Vec<OsString>,
-    /// Tag the epoch.
+    /// Tag the epoch. The tag moves here from any other epoch of the machine.
     #[arg(long, value_name = "TAG")]
     tag: Vec<String>,
     /// Say what the epoch is.
@@ -106,10 +106,15 @@ impl Commit {
             let named = split_name(text).filter(|(name, _)| self.streams.iter().any(|stream| stream.name == *name));
             let (name, path) = match (named, self.streams.as_slice()) {
                 (Some(named), _) => named,
-                (None, [only]) => (only.name.clone(), PathBuf::from(text)),
+                (None, [only]) if Path::new(text).exists() || split_name(text).is_none() => {
+                    (only.name.clone(), PathBuf::from(text))
+                }
                 (None, _) => {
-                    return Err(Error::usage(format!("--dirty {}: it does not say which stream", text.display()))
-                        .hint("write --dirty STREAM=FILE, with one of the streams of this commit"));
+                    return Err(Error::usage(format!(
+                        "--dirty {}: it does not say which stream of this commit",
+                        text.display()
+                    ))
+                    .hint("write --dirty STREAM=FILE, with one of the streams of this commit"));
                 }
             };
             if dirty.insert(name, read_ranges(&path)?).is_some() {

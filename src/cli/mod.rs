@@ -52,19 +52,33 @@ pub struct Cli {
 #[derive(Args, Clone)]
 pub struct Global {
     /// The repository: a directory, or a file:// URL.
-    #[arg(long, global = true, env = "EPOCHFS_REPO", value_name = "URL", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global options",
+        env = "EPOCHFS_REPO",
+        value_name = "URL",
+        hide_env_values = true
+    )]
     repo: Option<String>,
     /// Where this host keeps what it derives: the page index.
-    #[arg(long, global = true, env = "EPOCHFS_STATE_DIR", value_name = "DIR", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global options",
+        env = "EPOCHFS_STATE_DIR",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
     state_dir: Option<PathBuf>,
     /// Print one JSON document on stdout instead of text.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Global options")]
     json: bool,
     /// Neither progress nor notices on stderr.
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = "Global options")]
     quiet: bool,
     /// Say more on stderr; twice for even more. EPOCHFS_LOG takes tracing filters.
-    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    #[arg(long, short, global = true, help_heading = "Global options", action = clap::ArgAction::Count)]
     verbose: u8,
 }
 

@@ -31,9 +31,11 @@ impl Stats {
         let mut document = serde_json::to_value(&stats).unwrap_or_else(|error| json!({"error": error.to_string()}));
         document["dedup_ratio"] = json!(stats.dedup_ratio());
         document["compression_ratio"] = json!(stats.compression_ratio());
-        document["total_ratio"] = json!(stats.total_ratio());
+        // What the whole repository takes says nothing about some of its machines.
+        let is_whole = only.is_empty();
+        document["total_ratio"] = if is_whole { json!(stats.total_ratio()) } else { json!(null) };
         context.print(&document, || {
-            [
+            let mut lines = vec![
                 format!("machines            {}", stats.machines),
                 format!("epochs              {} with {} streams", stats.epochs, stats.streams),
                 format!("logical             {}", size(stats.logical_bytes)),
@@ -45,11 +47,12 @@ impl Stats {
                     stats.compression_ratio()
                 ),
                 format!("  tree nodes        {}", size(stats.node_block_bytes)),
-                format!("stored              {} in {} objects", size(stats.stored_bytes), stats.objects),
-                format!("logical for stored  {:.1}", stats.total_ratio()),
-            ]
-            .join("\n")
-                + "\n"
+            ];
+            if is_whole {
+                lines.push(format!("stored              {} in {} objects", size(stats.stored_bytes), stats.objects));
+                lines.push(format!("logical for stored  {:.1}", stats.total_ratio()));
+            }
+            lines.join("\n") + "\n"
         })?;
         Ok(ExitCode::SUCCESS)
     }

@@ -197,6 +197,16 @@ impl CommitBuilder {
             return Err(Error::usage(format!("{}: no file is {} bytes long", path.escape_ascii(), source.len())));
         }
         let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
+        let end = source.len().max(parent.map_or(0, |image| image.length));
+        if let Some(range) = dirty.and_then(|dirty| dirty.iter().find(|range| range.start >= end)) {
+            // Page numbers taken for bytes, or the other way round: what is really dirty would be lost.
+            return Err(Error::usage(format!(
+                "{}: the dirty range at {} lies past the end of {end} bytes",
+                path.escape_ascii(),
+                range.start
+            ))
+            .hint("ranges are OFFSET LENGTH in bytes"));
+        }
         let job = StreamJob { source, dirty, parent };
         let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
         let root =

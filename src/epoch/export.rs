@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, UNIX_EPOCH};
 
 use epochfs_format::{EntryKind, Image, ManifestEntry, PAGE_SIZE};
 
@@ -119,9 +120,14 @@ fn export_stream(
         }
     }
     let written = result.map_err(|error| error.context(format!("{}: {}", epoch.name(), entry.path.escape_ascii())))?;
-    let mode = fs::Permissions::from_mode(entry.attributes.mode & 0o7777);
+    // Not the set-user-id bits: the file belongs to whoever exports it, not to whom they once meant.
+    let mode = fs::Permissions::from_mode(entry.attributes.mode & 0o777);
     file.set_permissions(mode)
         .map_err(|error| Error::io(format!("cannot set the mode of {}", target.display()), error))?;
+    if let Ok(modified_ns) = u64::try_from(entry.attributes.modified_ns) {
+        file.set_modified(UNIX_EPOCH + Duration::from_nanos(modified_ns))
+            .map_err(|error| Error::io(format!("cannot set the time of {}", target.display()), error))?;
+    }
     Ok(written)
 }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use epochfs_format::{Body, Commit, Manifest, ManifestPlace, Record, check_machine};
 
@@ -135,6 +136,9 @@ impl EpochStore {
     }
 }
 
+/// A temporary file that nobody has written to for so long is nobody's.
+const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
+
 /// The store in a directory that holds a repository.
 pub fn directory_store(path: &Path) -> Result<Arc<dyn Store>> {
     let store = LocalStore::open(path, Arc::new(RealFiles)).map_err(|error| match error.kind() {
@@ -142,6 +146,12 @@ pub fn directory_store(path: &Path) -> Result<Arc<dyn Store>> {
             .hint(format!("make one: epochfs --repo {} init", path.display())),
         _ => error,
     })?;
+    // What writers that died left behind; who may only read cannot remove it, and need not.
+    match store.sweep_temporaries(ABANDONED_AFTER) {
+        Ok(0) => {}
+        Ok(removed) => tracing::info!(removed, "removed temporary files of writers that died"),
+        Err(error) => tracing::debug!(%error, "temporary files are left"),
+    }
     Ok(Arc::new(store))
 }
 

@@ -30,6 +30,11 @@ fn lists_that_make_no_sense_are_refused() {
         let path = world.file("list", list);
         commit_dirty(&world, &memory, path.as_os_str(), &[]).code(2).says(says).says("list");
     }
+    // What begins past the end was not meant as it stands: page numbers, perhaps.
+    for list in ["1000000 5", "0 1\n40960 4096"] {
+        let path = world.file("list", list);
+        commit_dirty(&world, &memory, path.as_os_str(), &[]).code(2).says("past the end");
+    }
     let path = world.file("list", b"\xff\xfe 1");
     commit_dirty(&world, &memory, path.as_os_str(), &[]).code(2).says("list");
     commit_dirty(&world, &memory, OsStr::new("no-such-list"), &[]).code(5).says("no-such-list");
@@ -52,9 +57,8 @@ fn ranges_are_widened_to_pages_and_cut_at_the_end() {
         ("0x1388 0x1 # comment\n\n# another\n", 40_960),
         ("5000 1\n5001 1\n4999 3\n", 40_960),
         ("4500 1000000", 40_960),
-        ("5000 1\n1000000 5\n", 40_960),
         ("1 18446744073709551614", 40_960),
-        ("5000 1\n40959 1\n40960 4096\n", 40_960),
+        ("5000 1\n40959 4097\n", 40_960),
         ("5000 1\n", 40_961),
         ("5000 0\n5000 1\n", 8_191),
     ] {
@@ -129,7 +133,7 @@ fn a_wrong_parent_is_a_conflict() {
     commit_dirty(&world, &memory, list.as_os_str(), &["--parent", "1"]).code(4);
     assert!(world.epochs("web1").is_empty());
     commit_dirty(&world, &memory, list.as_os_str(), &["--parent", "0"]).code(0);
-    commit_dirty(&world, &memory, list.as_os_str(), &["--parent", "0"]).code(4).says("newest epoch is 1");
+    commit_dirty(&world, &memory, list.as_os_str(), &["--parent", "0"]).code(4).says("newest epoch of web1 is 1");
     commit_dirty(&world, &memory, list.as_os_str(), &["--parent", "7"]).code(4);
     commit_dirty(&world, &memory, list.as_os_str(), &["--parent", "1"]).code(0);
     commit_dirty(&world, &memory, list.as_os_str(), &["--parent", "-1"]).code(2);

@@ -8,6 +8,7 @@
 #![allow(clippy::single_range_in_vec_init)] // One dirty range is a list of ranges like any other.
 
 mod crash;
+mod embedding;
 mod flips;
 mod full_disk;
 mod kill;

@@ -70,6 +70,8 @@ impl Database {
     pub fn look(path: &Path, repository: &[u8; 16]) -> Result<Option<u64>> {
         let mut options = options();
         options.create_if_missing(false);
+        // Without these the estimate misses tables that were taken in whole.
+        options.set_skip_stats_update_on_db_open(false);
         let db = DB::open_for_read_only(&options, path, false).map_err(|error| failed(&error))?;
         let pages = db.property_int_value("rocksdb.estimate-num-keys").map_err(|error| failed(&error))?;
         // One key is not a page's.

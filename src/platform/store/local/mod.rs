@@ -61,6 +61,12 @@ impl LocalStore {
         let shared = &*self.shared;
         let dir = shared.temporary_dir();
         let failed = |error| Error::io(format!("cannot sweep file://{}", dir.display()), error);
+        // Nothing is written to a directory in which nothing is left, nor to one that is no repository.
+        match shared.files.read_dir(&dir) {
+            Ok(entries) if entries.is_empty() => return Ok(0),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+            _ => {}
+        }
         // The age is told by the clock that stamps the files, which need not be this machine's.
         let own = shared.temporary(false).map_err(failed)?;
         let now = own.modified_ns().map_err(failed)?;
