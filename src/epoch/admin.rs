@@ -93,13 +93,14 @@ impl EpochStore {
         let head = self.repository().require(machine)?;
         // Looked for after the head was read: one that is dropped from here on is dropped by a record behind the head.
         self.repository().epoch_record(machine, epoch)?;
+        let taken = |by: u64| {
+            Error::conflict(format!("{name} names epoch {by} of {machine}"))
+                .hint("move it with --force, or choose another name")
+        };
         if !move_it {
             match self.repository().tagged_record(machine, name) {
                 Ok(record) if record.seq == epoch => return Ok(head),
-                Ok(record) => {
-                    return Err(Error::conflict(format!("{name} names epoch {} of {machine}", record.seq))
-                        .hint("move it with --force, or choose another name"));
-                }
+                Ok(record) => return Err(taken(record.seq)),
                 Err(error) if error.kind() == Kind::NotFound => {}
                 Err(error) => return Err(error),
             }
@@ -113,6 +114,14 @@ impl EpochStore {
                 return Ok(Rebase::Refuse(Error::not_found(format!(
                     "epoch {epoch} of {machine} was dropped meanwhile"
                 ))));
+            }
+            let named = match &record.body {
+                Body::Tag { epoch, name: other } if other == name => Some(*epoch),
+                Body::Commit(commit) if commit.tags.iter().any(|other| other == name) => Some(record.seq),
+                _ => None,
+            };
+            if let Some(by) = named.filter(|by| !move_it && *by != epoch) {
+                return Ok(Rebase::Refuse(taken(by)));
             }
             Ok(behind_any(record, draft))
         })
