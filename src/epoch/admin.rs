@@ -27,6 +27,11 @@ fn draft(record: Option<&Record>, body: Body) -> Draft {
     }
 }
 
+fn owned_by(machine: &str, owner: &Owner) -> Error {
+    Error::conflict(format!("{machine} is owned by host {}", owner.name))
+        .hint("stop protecting it there first, or remove it with --force")
+}
+
 /// Lets a record go behind any other that leaves the machine in being, with the state that one left.
 fn behind_any(record: &Record, draft: &mut Draft) -> Rebase {
     if record.body == Body::Remove {
@@ -93,14 +98,13 @@ impl EpochStore {
         let head = self.repository().require(machine)?;
         // Looked for after the head was read: one that is dropped from here on is dropped by a record behind the head.
         self.repository().epoch_record(machine, epoch)?;
-        let taken = |by: u64| {
-            Error::conflict(format!("{name} names epoch {by} of {machine}"))
-                .hint("move it with --force, or choose another name")
-        };
         if !move_it {
             match self.repository().tagged_record(machine, name) {
                 Ok(record) if record.seq == epoch => return Ok(head),
-                Ok(record) => return Err(taken(record.seq)),
+                Ok(record) => {
+                    return Err(Error::conflict(format!("{name} names epoch {} of {machine}", record.seq))
+                        .hint("move it with --force, or choose another name"));
+                }
                 Err(error) if error.kind() == Kind::NotFound => {}
                 Err(error) => return Err(error),
             }
@@ -115,13 +119,15 @@ impl EpochStore {
                     "epoch {epoch} of {machine} was dropped meanwhile"
                 ))));
             }
-            let named = match &record.body {
-                Body::Tag { epoch, name: other } if other == name => Some(*epoch),
-                Body::Commit(commit) if commit.tags.iter().any(|other| other == name) => Some(record.seq),
-                _ => None,
+            let names_another = match &record.body {
+                Body::Tag { epoch: other, name: taken } => taken == name && *other != epoch,
+                Body::Commit(commit) => commit.tags.iter().any(|taken| taken == name),
+                _ => false,
             };
-            if let Some(by) = named.filter(|by| !move_it && *by != epoch) {
-                return Ok(Rebase::Refuse(taken(by)));
+            if names_another && !move_it {
+                return Ok(Rebase::Refuse(Error::conflict(format!(
+                    "{name} was given to another epoch of {machine} meanwhile"
+                ))));
             }
             Ok(behind_any(record, draft))
         })
@@ -166,13 +172,15 @@ impl EpochStore {
     pub fn remove_machine(&self, machine: &Arc<str>, forced: bool) -> Result<Head> {
         let head = self.repository().require(machine)?;
         if let (Some(owner), false) = (&head.record.owner, forced) {
-            return Err(Error::conflict(format!("{machine} is owned by host {}", owner.name))
-                .hint("stop protecting it there first, or remove it with --force"));
+            return Err(owned_by(machine, owner));
         }
         // The term rises, so that an owner that is still there learns that it is fenced.
         let term = head.record.term + 1;
         let draft = Draft { term, owner: None, latest_epoch: 0, ..draft(Some(&head.record), Body::Remove) };
         self.repository().append(machine, Some(head), draft, &mut |record, draft| {
+            if let (Some(owner), false) = (&record.owner, forced) {
+                return Ok(Rebase::Refuse(owned_by(machine, owner)));
+            }
             let rebase = behind_any(record, draft);
             draft.term = record.term + 1;
             draft.owner = None;

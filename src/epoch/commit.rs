@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
 
 use epochfs_format::{
-    Attributes, Body, Commit, EntryKind, IMAGE_LEN_MAX, INLINE_MANIFEST_LEN_MAX, Image, Manifest, ManifestEntry,
-    ManifestPlace, Owner, Record, Root, check_stream_path, check_tag,
+    Attributes, BLOCK_HEADER_LEN, Body, Commit, EntryKind, HEADER_LEN, IMAGE_LEN_MAX, INLINE_MANIFEST_LEN_MAX, Image,
+    Manifest, ManifestEntry, ManifestPlace, Owner, Place, Record, Root, check_stream_path, check_tag,
 };
 
 use super::edit::NewRoot;
@@ -89,6 +89,8 @@ pub struct CommitBuilder {
     spare: SpareBuffers,
     streams: Vec<PendingStream>,
     others: Vec<ManifestEntry>,
+    /// Whether something could not be added: such an epoch would not be whole, and is never finished.
+    failed: bool,
     /// The paths of all of them, and whether they are directories.
     taken: BTreeMap<Vec<u8>, bool>,
     counts: CommitCounts,
@@ -133,7 +135,7 @@ impl CommitBuilder {
         if let Some(expected) = options.parent {
             let newest = parent.as_ref().map_or(0, |(record, _)| record.seq);
             if newest != expected {
-                return Err(lost_race(&machine, newest));
+                return Err(not_the_parent(&machine, newest, expected));
             }
         }
         let threads = match options.threads {
@@ -155,6 +157,7 @@ impl CommitBuilder {
             streams: Vec::new(),
             others: Vec::new(),
             taken: BTreeMap::new(),
+            failed: false,
             counts: CommitCounts::default(),
             on_read: Box::new(|_| {}),
             repository,
@@ -187,6 +190,8 @@ impl CommitBuilder {
         source: &dyn Source,
         dirty: Option<&Ranges>,
     ) -> Result<()> {
+        // Until it succeeds: whatever ends it early leaves packs half written and the epoch without the stream.
+        let failed_before = std::mem::replace(&mut self.failed, true);
         self.take_path(path, false)?;
         if source.len() > IMAGE_LEN_MAX {
             return Err(Error::usage(format!("{}: no file is {} bytes long", path.escape_ascii(), source.len())));
@@ -199,6 +204,7 @@ impl CommitBuilder {
                 .map_err(|error| error.context(format!("stream {}", path.escape_ascii())))?;
         tracing::debug!(stream = %path.escape_ascii(), "stream is read");
         self.streams.push(PendingStream { path: path.to_vec(), attributes, length: source.len(), root });
+        self.failed = failed_before;
         Ok(())
     }
 
@@ -210,21 +216,25 @@ impl CommitBuilder {
 
     /// Takes a stream over from the parent epoch as it is.
     pub fn keep_stream(&mut self, path: &[u8]) -> Result<()> {
+        let failed_before = std::mem::replace(&mut self.failed, true);
         let entry = self.parent.as_ref().and_then(|(_, manifest)| manifest.get(path)).cloned().ok_or_else(|| {
             Error::not_found(format!("{}@{} has no stream {}", self.machine, self.parent(), path.escape_ascii()))
         })?;
         self.take_path(path, entry.kind == EntryKind::Directory)?;
         self.others.push(entry);
+        self.failed = failed_before;
         Ok(())
     }
 
     /// Adds a directory or a symbolic link, or a stream that is stored already.
     pub fn add_entry(&mut self, entry: ManifestEntry) -> Result<()> {
+        let failed_before = std::mem::replace(&mut self.failed, true);
         self.take_path(&entry.path, entry.kind == EntryKind::Directory)?;
         if let EntryKind::Stream(Image { root: Some(root), .. }) = &entry.kind {
             self.repository.objects().store().settle(&object_key(&root.place.object))?;
         }
         self.others.push(entry);
+        self.failed = failed_before;
         Ok(())
     }
 
@@ -252,11 +262,14 @@ impl CommitBuilder {
         Ok(())
     }
 
-    /// Makes the epoch durable. When this returns, it is committed.
+    /// Makes the epoch durable. When this returns, it is committed. An epoch to which something could not be added
+    /// is refused.
     pub fn finish(mut self) -> Result<Committed> {
-        let estimate: usize = self.streams.iter().map(|stream| stream.path.len() + 160).sum::<usize>()
-            + manifest_of(self.others.clone())?.encode(None).len();
-        let inline_manifest = estimate <= INLINE_MANIFEST_LEN_MAX;
+        if self.failed {
+            return Err(Error::usage("something could not be added to this epoch, so that it would not be whole")
+                .hint("nothing was committed; begin a new commit"));
+        }
+        let inline_manifest = self.manifest_len_max()? <= INLINE_MANIFEST_LEN_MAX;
         let streams = std::mem::take(&mut self.streams);
         let mut entries = std::mem::take(&mut self.others);
         let (packs, inline, manifest_place, manifest) = if inline_manifest {
@@ -279,6 +292,24 @@ impl CommitBuilder {
             (packs, inline, ManifestPlace::Image(image), manifest)
         };
         self.append(packs, inline, manifest_place, &manifest)
+    }
+
+    /// How long the manifest may become: as if every new root lay in a pack, whose name is the longest of a new place.
+    fn manifest_len_max(&self) -> Result<usize> {
+        let mut entries = self.others.clone();
+        for stream in &self.streams {
+            let root = match &stream.root {
+                NewRoot::Empty => None,
+                NewRoot::Stored(root) => Some(root.clone()),
+                NewRoot::New(new) => {
+                    let object = epochfs_format::ObjectRef::Pack([0; 16]);
+                    let place = Place { object, offset: HEADER_LEN as u32, len: BLOCK_HEADER_LEN as u32 + 1 };
+                    Some(Root { digest: new.digest(), place })
+                }
+            };
+            entries.push(stream_entry(stream.path.clone(), stream.attributes.clone(), stream.length, root));
+        }
+        Ok(manifest_of(entries)?.encode(None).len())
     }
 
     /// Stores a large manifest as a byte image, so that what did not change since the parent's is shared.
@@ -385,6 +416,11 @@ fn place_in_pack(root: NewRoot, packs: &mut PackWriter<'_>) -> Result<Option<Roo
             Some(Root { digest, place })
         }
     })
+}
+
+fn not_the_parent(machine: &str, newest: u64, expected: u64) -> Error {
+    Error::conflict(format!("the newest epoch of {machine} is {newest}, and not {expected}"))
+        .hint("nothing was committed: what changed since another epoch would be missed")
 }
 
 fn lost_race(machine: &str, newest: u64) -> Error {

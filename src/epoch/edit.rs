@@ -74,6 +74,8 @@ struct Open {
     index: u64,
     editor: NodeEditor,
     parent: Option<Arc<LoadedNode>>,
+    /// The slots that were set.
+    set: Vec<usize>,
 }
 
 /// Builds one tree.
@@ -90,6 +92,10 @@ pub struct TreeEditor<'a> {
     keeps: bool,
     open: Vec<Open>,
     root: NewRoot,
+    /// Whether any leaf was set.
+    is_set: bool,
+    /// Pages of the parent that went without their leaf being set.
+    removed: u64,
 }
 
 impl<'a> TreeEditor<'a> {
@@ -105,10 +111,23 @@ impl<'a> TreeEditor<'a> {
         let mut parent_root = parent.and_then(|image| image.root.clone());
         let mut parent_levels = parent.map_or(0, |image| levels_for(image.length));
         let mut raised = Vec::new();
-        while parent_levels > levels && parent_root.is_some() {
-            parent_root = match (parent_levels, &parent_root) {
-                (2.., Some(root)) => child(&*nodes.load(root, parent_levels - 1)?, 0),
-                _ => None,
+        let mut removed = 0;
+        while parent_levels > levels
+            && let Some(root) = &parent_root
+        {
+            let load = |root: &Root, level| nodes.load(root, level);
+            let node = load(root, parent_levels - 1)?;
+            parent_root = match parent_levels {
+                2.. => {
+                    for gone in (1..FANOUT).filter_map(|slot| child(&node, slot)) {
+                        removed += count_pages(&load, &gone, parent_levels - 2)?;
+                    }
+                    child(&node, 0)
+                }
+                _ => {
+                    removed += node.node.count() as u64;
+                    None
+                }
             };
             parent_levels -= 1;
         }
@@ -131,7 +150,18 @@ impl<'a> TreeEditor<'a> {
             _ => NewRoot::Empty,
         };
         let pages = page_count(length);
-        Ok(Self { nodes, levels, pages, parent: parent_root, raised, keeps, open: Vec::new(), root })
+        Ok(Self {
+            nodes,
+            levels,
+            pages,
+            parent: parent_root,
+            raised,
+            keeps,
+            open: Vec::new(),
+            root,
+            is_set: false,
+            removed,
+        })
     }
 
     /// A node of the parent's tree.
@@ -149,6 +179,7 @@ impl<'a> TreeEditor<'a> {
         packs: &mut PackWriter<'_>,
         store_page: &mut dyn FnMut(&mut PackWriter<'_>, &Hash, &[u8]) -> Result<Place>,
     ) -> Result<()> {
+        self.is_set = true;
         // The parent's last leaf may hold pages past the new end, whether or not one of the others changed.
         let is_cut = self.keeps && (work.index + 1) * FANOUT as u64 > self.pages;
         let stored = if work.changes.is_empty() && !is_cut {
@@ -169,7 +200,7 @@ impl<'a> TreeEditor<'a> {
                     }
                 }
             }
-            self.close_editor(0, work.index, editor, work.parent.as_deref())
+            self.close_editor(0, work.index, editor, work.parent.as_deref(), &[])?
         };
         if self.levels == 1 {
             self.root = stored;
@@ -178,15 +209,24 @@ impl<'a> TreeEditor<'a> {
         self.open_path(work.index, packs)?;
         let slot = (work.index % FANOUT as u64) as usize;
         let parent = self.open.last_mut().expect("the path to a leaf below the root has inner nodes");
+        parent.set.push(slot);
         set_child(&mut parent.editor, slot, stored, packs)
     }
 
-    /// Finishes the tree.
-    pub fn finish(mut self, packs: &mut PackWriter<'_>) -> Result<NewRoot> {
+    /// Finishes the tree; returns its root, and how many pages of the parent went with leaves that were not set.
+    pub fn finish(mut self, packs: &mut PackWriter<'_>) -> Result<(NewRoot, u64)> {
         while !self.open.is_empty() {
             self.close_last(packs)?;
         }
-        Ok(self.root)
+        if let (Some(parent), false, false) = (&self.parent, self.keeps, self.is_set) {
+            self.removed += self.count_parent_pages(parent, self.levels - 1)?;
+        }
+        Ok((self.root, self.removed))
+    }
+
+    /// How many pages lie below a node of the parent's tree.
+    fn count_parent_pages(&self, root: &Root, level: u8) -> Result<u64> {
+        count_pages(&|root, level| self.load_parent(root, level), root, level)
     }
 
     /// Has the inner nodes above this leaf open, and no others.
@@ -206,41 +246,79 @@ impl<'a> TreeEditor<'a> {
                 Some(parent) if self.keeps => NodeEditor::of(&parent.node),
                 _ => NodeEditor::new(level),
             };
-            self.open.push(Open { level, index, editor, parent });
+            self.open.push(Open { level, index, editor, parent, set: Vec::new() });
         }
         Ok(())
     }
 
     fn close_last(&mut self, packs: &mut PackWriter<'_>) -> Result<()> {
         let open = self.open.pop().expect("a node is open");
-        let closed = self.close_editor(open.level, open.index, open.editor, open.parent.as_deref());
+        let closed = self.close_editor(open.level, open.index, open.editor, open.parent.as_deref(), &open.set)?;
+        let slot = (open.index % FANOUT as u64) as usize;
         match self.open.last_mut() {
             None => self.root = closed,
-            Some(above) => set_child(&mut above.editor, (open.index % FANOUT as u64) as usize, closed, packs)?,
+            Some(above) => {
+                above.set.push(slot);
+                set_child(&mut above.editor, slot, closed, packs)?;
+            }
         }
         Ok(())
     }
 
-    fn close_editor(&self, level: u8, index: u64, mut editor: NodeEditor, parent: Option<&LoadedNode>) -> NewRoot {
+    /// Finishes a node, of which these slots were set, and counts what the parent's had and it has not.
+    fn close_editor(
+        &mut self,
+        level: u8,
+        index: u64,
+        mut editor: NodeEditor,
+        parent: Option<&LoadedNode>,
+        set: &[usize],
+    ) -> Result<NewRoot> {
+        let mut end = FANOUT;
         if self.keeps {
             // The parent may have been longer: what lies past the end goes.
             let span = level_span(level);
             let first = index * FANOUT as u64;
-            let end = self.pages.div_ceil(span).saturating_sub(first).min(FANOUT as u64);
-            for slot in end as usize..FANOUT {
+            end = self.pages.div_ceil(span).saturating_sub(first).min(FANOUT as u64) as usize;
+            for slot in end..FANOUT {
                 editor.clear(slot);
             }
         }
         let node = editor.finish();
+        if let Some(parent) = parent {
+            if level == 0 {
+                // The slots within the image were compared one by one.
+                self.removed += (end..FANOUT).filter(|slot| parent.node.hash(*slot).is_some()).count() as u64;
+            } else {
+                for slot in (0..FANOUT).filter(|slot| node.hash(*slot).is_none() && !set.contains(slot)) {
+                    if let Some(gone) = child(parent, slot) {
+                        self.removed += self.count_parent_pages(&gone, level - 1)?;
+                    }
+                }
+            }
+        }
         if node.is_empty() {
-            return NewRoot::Empty;
+            return Ok(NewRoot::Empty);
         }
         let digest = node.digest();
-        match parent {
+        Ok(match parent {
             Some(parent) if parent.root.digest == digest => NewRoot::Stored(parent.root.clone()),
             _ => NewRoot::New(Box::new(NewNode::new(node, digest, parent))),
-        }
+        })
     }
+}
+
+/// How many pages lie below a node.
+fn count_pages(load: &dyn Fn(&Root, u8) -> Result<Arc<LoadedNode>>, root: &Root, level: u8) -> Result<u64> {
+    let loaded = load(root, level)?;
+    if level == 0 {
+        return Ok(loaded.node.count() as u64);
+    }
+    let mut pages = 0;
+    for below in (0..FANOUT).filter_map(|slot| child(&loaded, slot)) {
+        pages += count_pages(load, &below, level - 1)?;
+    }
+    Ok(pages)
 }
 
 /// Puts a finished node below another one, storing it if it is new.

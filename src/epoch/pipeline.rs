@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::PoisonError;
 
 use epochfs_format::{Image, PAGE_SIZE, Page};
@@ -14,7 +15,7 @@ use super::ranges::Ranges;
 use super::reader::wanted_pages;
 use super::source::Source;
 use super::tree::leaf_root;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::repo::PackWriter;
 
 /// Holes shorter than this are read: cheaper than another call.
@@ -267,8 +268,9 @@ pub fn commit_stream(
             run_threads(job.source, shared, workers, &mut sequencer, [first, second], &mut jobs)?;
         }
     }
-    let Sequencer { tree, packs, .. } = sequencer;
-    let root = tree.finish(packs)?;
+    let Sequencer { tree, packs, counts, .. } = sequencer;
+    let (root, removed) = tree.finish(packs)?;
+    counts.changed_pages += removed;
     job.source.check_unchanged()?;
     Ok(root)
 }
@@ -291,7 +293,12 @@ fn run_threads(
             let (job_receiver, work_sender) = (job_receiver.clone(), work_sender.clone());
             scope.spawn(move || {
                 for (number, job) in job_receiver {
-                    if work_sender.send((number, worker.run(&job, source, shared))).is_err() {
+                    // A source that panics must end the commit, and not leave it waiting for this leaf.
+                    let run = AssertUnwindSafe(|| worker.run(&job, source, shared));
+                    let work = catch_unwind(run).unwrap_or_else(|_| {
+                        Err(Error::new(Kind::Io, format!("{}: reading it failed badly", source.name())))
+                    });
+                    if work_sender.send((number, work)).is_err() {
                         return;
                     }
                 }

@@ -73,7 +73,7 @@ struct Verifier<'a> {
     /// Blocks found damaged, by object.
     bad: HashMap<ObjectRef, Vec<(u32, u32)>>,
     /// Nodes that were walked, with how many unreadable pages lie below.
-    walked: HashMap<Place, u64>,
+    walked: HashMap<(Place, Hash, u8), u64>,
     on_bytes: &'a mut dyn FnMut(u64, u64),
     total: u64,
 }
@@ -265,7 +265,8 @@ impl Verifier<'_> {
 
     /// Follows a subtree; returns how many of its pages cannot be read.
     fn walk(&mut self, root: &Root, level: u8) -> Result<u64> {
-        if let Some(unreadable) = self.walked.get(&root.place) {
+        let key = (root.place.clone(), root.digest, level);
+        if let Some(unreadable) = self.walked.get(&key) {
             return Ok(*unreadable);
         }
         let loaded = self.store.nodes().load(root, level)?;
@@ -275,8 +276,10 @@ impl Verifier<'_> {
         }
         let mut unreadable = 0;
         if level == 0 {
-            for slot in loaded.node.iter() {
-                if !self.page_is_whole(slot.hash, &slot.place())? {
+            let claims: Vec<(Hash, Place)> = loaded.node.iter().map(|slot| (*slot.hash, slot.place())).collect();
+            let answers = self.store.repository().objects().confirm_all(&claims);
+            for ((_, place), answer) in claims.iter().zip(answers) {
+                if !self.page_is_whole(place, answer)? {
                     unreadable += 1;
                 }
             }
@@ -287,7 +290,7 @@ impl Verifier<'_> {
                 unreadable += self.walk(&below, level - 1)?;
             }
         }
-        self.walked.insert(root.place.clone(), unreadable);
+        self.walked.insert(key, unreadable);
         Ok(unreadable)
     }
 
@@ -301,8 +304,8 @@ impl Verifier<'_> {
     }
 
     /// Whether the page is where the tree says, and was found whole when its object was read.
-    fn page_is_whole(&self, hash: &Hash, place: &Place) -> Result<bool> {
-        let confirmed = match self.store.repository().objects().confirms(hash, place) {
+    fn page_is_whole(&self, place: &Place, confirmed: Result<bool>) -> Result<bool> {
+        let confirmed = match confirmed {
             Ok(confirmed) => confirmed,
             Err(error) if is_damage(&error) => false,
             Err(error) => return Err(error),

@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use epochfs_format::{
-    Footer, HEADER_LEN, Hash, ObjectRef, Place, Record, TRAILER_LEN, Trailer, check_header, pack_key, record_key,
+    Footer, HEADER_LEN, Hash, ObjectRef, PAGE_SIZE, PageDecoder, Place, Record, TRAILER_LEN, Trailer, check_header,
+    pack_key, record_key,
 };
 
 use super::cache::TwoGenerations;
@@ -15,6 +16,9 @@ use crate::platform::store::{Store, Tail};
 const RECORD_TAIL_LEN: u64 = 32 << 10;
 const FOOTER_CACHE_LEN: usize = 24 << 20;
 const TAIL_CACHE_LEN: usize = 4 << 20;
+
+/// So many pages of one object are confirmed by its footer, which costs as much as about as many blocks.
+const FOOTER_FROM_CLAIMS: usize = 256;
 
 /// The key under which an object is stored.
 pub fn object_key(object: &ObjectRef) -> String {
@@ -138,9 +142,40 @@ impl Objects {
         Ok(trailer.decode_footer(&block)?)
     }
 
-    /// Whether a page with this hash really begins at this place, by the footer of the object: what the index says
-    /// is only believed after this.
-    pub fn confirms(&self, hash: &Hash, place: &Place) -> Result<bool> {
+    /// Whether pages with these hashes really lie at these places: what the index says is only believed after this.
+    ///
+    /// Of an object that holds many of them, the footer tells. Of one that holds few, and whose footer is not at hand,
+    /// the blocks themselves are read and proven: footers are large, and many at a time would not stay cached.
+    pub fn confirm_all(&self, claims: &[(Hash, Place)]) -> Vec<Result<bool>> {
+        let mut order: Vec<usize> = (0..claims.len()).collect();
+        order.sort_by(|a, b| {
+            let (a, b) = (&claims[*a].1, &claims[*b].1);
+            (&a.object, a.offset).cmp(&(&b.object, b.offset))
+        });
+        let mut answers: Vec<Result<bool>> = claims.iter().map(|_| Ok(false)).collect();
+        let mut decoder = PageDecoder::new();
+        for group in order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object) {
+            let object = &claims[group[0]].1.object;
+            let by_footer = group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
+            for claim in group {
+                let (hash, place) = &claims[*claim];
+                answers[*claim] =
+                    if by_footer { self.confirms(hash, place) } else { self.proves(hash, place, &mut decoder) };
+            }
+        }
+        answers
+    }
+
+    /// Whether the block at this place is a page with this hash.
+    fn proves(&self, hash: &Hash, place: &Place, decoder: &mut PageDecoder) -> Result<bool> {
+        match self.read(place) {
+            Ok(block) => Ok(decoder.decode(&block, hash, &mut [0; PAGE_SIZE]).is_ok()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether a page with this hash begins at this place, by the footer of the object.
+    fn confirms(&self, hash: &Hash, place: &Place) -> Result<bool> {
         let entry = self.footer(&place.object)?.find(place.offset);
         Ok(entry.is_some_and(|entry| {
             entry.hash == *hash && entry.len == place.len && entry.kind == epochfs_format::BlockKind::Page

@@ -115,9 +115,11 @@ impl Index {
                 return vec![None; hashes.len()];
             }
         };
-        for (hash, slot) in hashes.iter().zip(&mut found) {
-            let Some(place) = slot else { continue };
-            match objects.confirms(hash, place) {
+        let claims: Vec<(Hash, Place)> =
+            hashes.iter().zip(&found).filter_map(|(hash, place)| Some((*hash, place.clone()?))).collect();
+        let claimed = found.iter_mut().filter(|slot| slot.is_some());
+        for (slot, answer) in claimed.zip(objects.confirm_all(&claims)) {
+            match answer {
                 Ok(true) => {
                     self.counters.hits.fetch_add(1, Ordering::Relaxed);
                 }
@@ -140,17 +142,24 @@ impl Index {
     pub fn learn(&self, object: &ObjectRef, footer: &FooterBuilder) {
         match (&self.learner, &self.database) {
             (Some(learner), _) => learner.learn(object, footer),
-            (None, Some(_)) => {
+            // Another process owns the index, or is just rebuilding it: it will learn from the note.
+            (None, _) if !self.directory.as_os_str().is_empty() => {
                 if let Err(error) = pending::note(&self.directory, object) {
                     self.distrust(&format!("it could not be told of new pages: {error}"));
                 }
             }
-            (None, None) => {}
+            (None, _) => {}
         }
     }
 
     fn distrust(&self, reason: &str) {
-        distrust(&self.distrusted, &self.directory, reason);
+        // A reader may merely have missed what the owner moved.
+        let is_owner = self.database.as_ref().is_some_and(|database| database.is_owner());
+        if is_owner {
+            distrust(&self.distrusted, &self.directory, reason);
+        } else if !self.distrusted.swap(true, Ordering::Relaxed) {
+            tracing::warn!(directory = %self.directory.display(), reason, "the page index is not used any further");
+        }
     }
 }
 

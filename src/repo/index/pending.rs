@@ -83,7 +83,7 @@ pub(super) fn ingest(directory: &Path, database: &Database, objects: &Objects) -
         if let Some(object) = fs::read_to_string(&path).ok().as_deref().and_then(parse) {
             match objects.footer(&object) {
                 Ok(footer) => database.put(&object, footer.iter())?,
-                Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged) => {
+                Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged | Kind::Unsupported) => {
                     tracing::warn!(%error, "a noted object is not indexed");
                 }
                 Err(error) => return Err(error),
