@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use epochfs::Kind;
 use epochfs::epoch::{
-    BytesSource, CommitBuilder, CommitOptions, Epoch, EpochName, EpochStore, FileSource, PagesSource, Ranges, Which,
+    BytesSource, CommitBuilder, CommitOptions, Committed, Epoch, EpochName, EpochStore, FileSource, PagesSource,
+    Ranges, Which,
 };
 use epochfs::platform::files::RealFiles;
 use epochfs::platform::random::Seeded;
@@ -195,6 +196,7 @@ impl World {
                 .saying(format!("{name}, stream {}", path.escape_ascii()))?;
         }
         let committed = commit.finish().saying("commit")?;
+        check_counts(&committed, &streams, &before)?;
         self.committed(name, committed.epoch, streams, &options.tags)
     }
 
@@ -214,6 +216,7 @@ impl World {
             add(&mut commit, path, image, before.get(path), seeded, &self.directory, &mut self.files)?;
         }
         let committed = commit.finish().saying("commit of many")?;
+        check_counts(&committed, &streams, &before)?;
         self.committed(name, committed.epoch, streams, &[])
     }
 
@@ -502,6 +505,19 @@ fn compare_file(path: &std::path::Path, image: &Image) -> Check {
         file.read_exact_at(&mut page[..kept], number * PAGE).saying("read")?;
         must!(page == image.page(number), "page {number} has other bytes");
     }
+    Ok(())
+}
+
+/// What a commit tells about itself: as many pages as differ from the parent's streams of the same names.
+fn check_counts(committed: &Committed, streams: &Streams, before: &Streams) -> Check {
+    let empty = Image::default();
+    let differing =
+        |(path, image): (&Vec<u8>, &Image)| image.differing(before.get(path).unwrap_or(&empty)).total() / PAGE;
+    let expected: u64 = streams.iter().map(differing).sum();
+    let counts = &committed.counts;
+    must!(counts.changed_pages == expected, "it counts {} changed pages, not {expected}", counts.changed_pages);
+    let stored = counts.new_pages + counts.deduplicated_pages;
+    must!(stored <= expected, "it stored {stored} pages of {expected} that changed");
     Ok(())
 }
 
