@@ -185,6 +185,25 @@ fn p3_a_name_goes_to_exactly_one_of_several_who_want_it() {
 }
 
 #[test]
+fn p2_a_tag_goes_to_one_of_several_who_want_it_for_different_epochs() {
+    let shared = Shared::new();
+    let stores: Vec<EpochStore> = (0..THREADS).map(|_| shared.open()).collect();
+    for racer in 0..THREADS as u64 {
+        commit_image(&stores[0], "web1", &unique(racer), options()).unwrap();
+    }
+    for round in 0..ROUNDS {
+        let (machine, tag): (Arc<str>, _) = ("web1".into(), format!("tag{round}"));
+        let outcomes = race(THREADS, |racer| stores[racer].tag(&machine, racer as u64 + 1, &tag, false));
+        let won: Vec<usize> = (0..THREADS).filter(|racer| outcomes[*racer].is_ok()).collect();
+        let &[winner] = won.as_slice() else { panic!("round {round}: {won:?} won") };
+        for error in outcomes.into_iter().filter_map(Result::err) {
+            assert_eq!(error.kind(), Kind::Conflict, "{error}");
+        }
+        assert_eq!(stores[0].repository().tagged_record(&machine, &tag).unwrap().seq, winner as u64 + 1);
+    }
+}
+
+#[test]
 fn p2_tags_drops_and_commits_at_once_all_count() {
     let shared = Shared::new();
     let stores: Vec<EpochStore> = (0..THREADS).map(|_| shared.open()).collect();

@@ -109,22 +109,22 @@ fn run_cases(kept: Kept, cases: u64) {
 
 #[test]
 fn p1_p2_any_history_in_memory_reads_as_the_oracle() {
-    run_cases(Kept::Memory, 104);
+    run_cases(Kept::Memory, 320);
 }
 
 #[test]
 fn p1_p2_any_history_in_a_bucket_reads_as_the_oracle() {
-    run_cases(Kept::Bucket, 24);
+    run_cases(Kept::Bucket, 64);
 }
 
 #[test]
 fn p1_p2_any_history_in_a_directory_reads_as_the_oracle() {
-    run_cases(Kept::Directory, 64);
+    run_cases(Kept::Directory, 128);
 }
 
 #[test]
 fn p1_p2_any_history_with_an_index_lost_or_damaged_reads_as_the_oracle() {
-    run_cases(Kept::DirectoryWithIndex, 64);
+    run_cases(Kept::DirectoryWithIndex, 128);
 }
 
 /// A commit that was told of too few dirty pages, and a repository that lost a record, must not pass.

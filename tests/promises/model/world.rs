@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use epochfs::Kind;
 use epochfs::epoch::{
-    BytesSource, CommitBuilder, CommitOptions, Epoch, EpochName, EpochStore, FileSource, PagesSource, Ranges, Which,
+    BytesSource, CommitBuilder, CommitOptions, Committed, Epoch, EpochName, EpochStore, FileSource, PagesSource,
+    Ranges, Which,
 };
 use epochfs::platform::files::RealFiles;
 use epochfs::platform::random::Seeded;
@@ -194,6 +196,7 @@ impl World {
                 .saying(format!("{name}, stream {}", path.escape_ascii()))?;
         }
         let committed = commit.finish().saying("commit")?;
+        check_counts(&committed, &streams, &before)?;
         self.committed(name, committed.epoch, streams, &options.tags)
     }
 
@@ -213,6 +216,7 @@ impl World {
             add(&mut commit, path, image, before.get(path), seeded, &self.directory, &mut self.files)?;
         }
         let committed = commit.finish().saying("commit of many")?;
+        check_counts(&committed, &streams, &before)?;
         self.committed(name, committed.epoch, streams, &[])
     }
 
@@ -470,7 +474,7 @@ impl World {
     }
 
     fn check_export(&mut self, name: &EpochName, streams: &Streams) -> Check {
-        if streams.values().any(|image| image.length > 1 << 30) {
+        if streams.values().any(|image| image.length > 1 << 42) {
             return Ok(());
         }
         self.files += 1;
@@ -478,11 +482,43 @@ impl World {
         let epoch = self.stores[0].epoch(name).saying("open")?;
         epochfs::epoch::export(&epoch, &[], &target, &|_| {}).saying("export")?;
         for (path, image) in streams {
-            let bytes = std::fs::read(target.join(std::ffi::OsStr::from_bytes(path))).saying("an exported file")?;
-            must!(bytes == image.bytes(), "{}: {} is exported wrong", epoch.name(), path.escape_ascii());
+            let file = target.join(std::ffi::OsStr::from_bytes(path));
+            compare_file(&file, image).saying(format!("{}, exported {}", epoch.name(), path.escape_ascii()))?;
         }
         std::fs::remove_dir_all(&target).saying("cleaning up")
     }
+}
+
+/// A small file is compared whole; of a large one the data, and that it takes no more room than that.
+fn compare_file(path: &std::path::Path, image: &Image) -> Check {
+    let file = std::fs::File::open(path).saying("open")?;
+    let metadata = file.metadata().saying("metadata")?;
+    must!(metadata.len() == image.length, "it has {} bytes instead of {}", metadata.len(), image.length);
+    if image.length <= 1 << 23 {
+        must!(std::fs::read(path).saying("read")? == image.bytes(), "it has other bytes");
+        return Ok(());
+    }
+    must!(metadata.blocks() * 512 <= image.page_numbers().count() as u64 * PAGE + (1 << 20), "its holes are filled");
+    for number in image.page_numbers() {
+        let mut page = [0; PAGE as usize];
+        let kept = (image.length - number * PAGE).min(PAGE) as usize;
+        file.read_exact_at(&mut page[..kept], number * PAGE).saying("read")?;
+        must!(page == image.page(number), "page {number} has other bytes");
+    }
+    Ok(())
+}
+
+/// What a commit tells about itself: as many pages as differ from the parent's streams of the same names.
+fn check_counts(committed: &Committed, streams: &Streams, before: &Streams) -> Check {
+    let empty = Image::default();
+    let differing =
+        |(path, image): (&Vec<u8>, &Image)| image.differing(before.get(path).unwrap_or(&empty)).total() / PAGE;
+    let expected: u64 = streams.iter().map(differing).sum();
+    let counts = &committed.counts;
+    must!(counts.changed_pages == expected, "it counts {} changed pages, not {expected}", counts.changed_pages);
+    let stored = counts.new_pages + counts.deduplicated_pages;
+    must!(stored <= expected, "it stored {stored} pages of {expected} that changed");
+    Ok(())
 }
 
 fn must_be<T>(result: epochfs::Result<T>, kind: Kind, what: &str) -> Check {
