@@ -35,6 +35,8 @@ pub struct Objects {
     footers: Mutex<TwoGenerations<ObjectRef, Arc<Footer>>>,
     /// The ends of records read lately, which hold the roots of their trees.
     tails: Mutex<TwoGenerations<ObjectRef, Tail>>,
+    /// Decoders that nobody uses just now: making one costs more than a page.
+    decoders: Mutex<Vec<PageDecoder>>,
 }
 
 impl Objects {
@@ -44,6 +46,7 @@ impl Objects {
             repository,
             footers: Mutex::new(TwoGenerations::new(FOOTER_CACHE_LEN)),
             tails: Mutex::new(TwoGenerations::new(TAIL_CACHE_LEN)),
+            decoders: Mutex::new(Vec::new()),
         }
     }
 
@@ -153,17 +156,27 @@ impl Objects {
             (&a.object, a.offset).cmp(&(&b.object, b.offset))
         });
         let mut answers: Vec<Result<bool>> = claims.iter().map(|_| Ok(false)).collect();
-        let mut decoder = PageDecoder::new();
+        let mut decoder = None;
         for group in order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object) {
             let object = &claims[group[0]].1.object;
             let by_footer = group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
             for claim in group {
                 let (hash, place) = &claims[*claim];
-                answers[*claim] =
-                    if by_footer { self.confirms(hash, place) } else { self.proves(hash, place, &mut decoder) };
+                answers[*claim] = if by_footer {
+                    self.confirms(hash, place)
+                } else {
+                    self.proves(hash, place, decoder.get_or_insert_with(|| self.take_decoder()))
+                };
             }
         }
+        if let Some(decoder) = decoder {
+            lock(&self.decoders).push(decoder);
+        }
         answers
+    }
+
+    fn take_decoder(&self) -> PageDecoder {
+        lock(&self.decoders).pop().unwrap_or_default()
     }
 
     /// Whether the block at this place is a page with this hash.
