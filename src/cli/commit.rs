@@ -59,8 +59,8 @@ pub struct Commit {
     /// End the term of the machine's owner. Only when that host is certainly dead.
     #[arg(long)]
     take_over: bool,
-    /// zstd level of new pages: -7 (fast) to 19 (small).
-    #[arg(long, value_name = "LEVEL", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
+    /// zstd level of new pages: -7 (fast to write and to read) to 19 (small).
+    #[arg(long, value_name = "LEVEL", default_value_t = -1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     compression: i32,
     /// Threads that hash and compress; 0 for one a processor.
     #[arg(long, value_name = "N", default_value_t = 0)]

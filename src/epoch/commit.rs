@@ -46,7 +46,7 @@ impl Default for CommitOptions {
             message: String::new(),
             tags: Vec::new(),
             notes: Vec::new(),
-            compression_level: 1,
+            compression_level: -1,
             threads: 0,
             parent: None,
             term: None,
