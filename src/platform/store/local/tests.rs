@@ -76,6 +76,9 @@ fn sweeps_only_old_temporaries() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
     assert_eq!(store.sweep_temporaries(Duration::ZERO).unwrap(), 0);
+    assert!(!dir.path().join("tmp").exists(), "a store in which nothing was written stays as it is");
+    store.put_if_absent("a", &[b"x"]).unwrap();
+    assert_eq!(store.sweep_temporaries(Duration::ZERO).unwrap(), 0);
     std::fs::write(dir.path().join("tmp/left"), b"x").unwrap();
     assert_eq!(store.sweep_temporaries(Duration::from_secs(3600)).unwrap(), 0);
     std::thread::sleep(Duration::from_millis(20));
