@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use epochfs::epoch::{EpochStore, Ranges, Verified};
 use epochfs::{Error, Kind};
-use epochfs_format::{Body, DESCRIPTOR_KEY, ManifestPlace, Owner};
+use epochfs_format::{Attributes, Body, DESCRIPTOR_KEY, EntryKind, ManifestEntry, ManifestPlace, Owner};
 
 use crate::must;
 use crate::support::image::{Image, ImageSource, PAGE};
@@ -43,12 +43,16 @@ pub fn sample() -> Sample {
     commit_dirty(&store, "web1", &ImageSource::new(image.clone()), &dirty).unwrap();
     epochs.insert(("web1".into(), 2), memory(&image));
 
-    // Long names make the manifest too long for a record.
+    // Directories with long names make the manifest too long for a record.
+    let mut large = store.begin_commit("web1", options()).unwrap();
+    for (path, image) in &streams {
+        large.add_stream(path, Attributes::default(), &ImageSource::new(image.clone()), None).unwrap();
+    }
     for number in 0..5 {
         let path = [vec![b'a' + number; 255].as_slice(); 15].join(&b'/');
-        streams.insert(path, Image::of(&[number + 1; 10]));
+        large.add_entry(ManifestEntry { path, attributes: Attributes::default(), kind: EntryKind::Directory }).unwrap();
     }
-    commit(&store, "web1", &streams, options()).unwrap();
+    large.finish().unwrap();
     epochs.insert(("web1".into(), 3), streams.clone());
 
     store.tag(&"web1".into(), 3, "golden", false).unwrap();

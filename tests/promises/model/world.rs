@@ -546,9 +546,12 @@ fn add(
         0 | 1 if before.is_some() => {
             // Ranges are in bytes, and may say too much.
             let mut dirty: Vec<_> = exact.iter().cloned().collect();
+            let end = image.length.max(before.map_or(0, |before| before.length));
             for _ in 0..seeded.below(3) {
-                let start = seeded.below(image.length.saturating_add(2 * PAGE).max(1));
-                dirty.push(start..start + seeded.below(3 * PAGE));
+                let start = seeded.below(end.max(1));
+                if start < end {
+                    dirty.push(start..start + seeded.below(3 * PAGE));
+                }
             }
             let dirty = Ranges::new(dirty);
             let source = ImageSource::only(image.clone(), &dirty, before.map_or(0, |before| before.length));
