@@ -1,5 +1,6 @@
 //! Reading epochs.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -87,68 +88,98 @@ impl StreamReader {
     /// Fills the buffer from this offset, up to the stream's end; returns how much that was. Every page is proven
     /// against its hash; after an error the buffer holds nothing useful.
     pub fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
-        let end = self.image.length.min(offset.saturating_add(buffer.len() as u64));
-        if offset >= end {
-            return Ok(0);
-        }
-        let len = (end - offset) as usize;
-        let buffer = &mut buffer[..len];
-        buffer.fill(0);
-        let size = PAGE_SIZE as u64;
-        let mut wanted = wanted_pages(&self.nodes, &self.image, offset / size..end.div_ceil(size))?;
-        self.fetcher.fetch(self.nodes.objects(), &mut wanted, &mut |number, page| {
-            let page = page?;
-            let start = number * size;
-            let from = offset.max(start);
-            let to = end.min(start + size);
-            buffer[(from - offset) as usize..(to - offset) as usize]
-                .copy_from_slice(&page[(from - start) as usize..(to - start) as usize]);
-            Ok(())
-        })?;
-        Ok(len)
+        read_image_at(&self.nodes, &self.image, &mut self.fetcher, offset, buffer)
     }
 
     /// The next run of pages at or after `from` that are stored, as a byte range within the stream.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
-        // Within the last page, but past the end of the stream.
-        if from >= self.image.length {
-            return Ok(None);
+        next_data(&self.nodes, &self.image, from)
+    }
+}
+
+thread_local! {
+    static FETCHER: RefCell<Fetcher> = RefCell::default();
+}
+
+/// An image that any thread reads.
+pub struct SharedImage<'a> {
+    pub nodes: &'a Nodes,
+    pub image: &'a Image,
+}
+
+impl SharedImage<'_> {
+    /// As [`StreamReader::read_at`].
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        FETCHER.with_borrow_mut(|fetcher| read_image_at(self.nodes, self.image, fetcher, offset, buffer))
+    }
+
+    /// As [`StreamReader::next_data`].
+    pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        next_data(self.nodes, self.image, from)
+    }
+}
+
+fn read_image_at(nodes: &Nodes, image: &Image, fetcher: &mut Fetcher, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+    let end = image.length.min(offset.saturating_add(buffer.len() as u64));
+    if offset >= end {
+        return Ok(0);
+    }
+    let len = (end - offset) as usize;
+    let buffer = &mut buffer[..len];
+    buffer.fill(0);
+    let size = PAGE_SIZE as u64;
+    let mut wanted = wanted_pages(nodes, image, offset / size..end.div_ceil(size))?;
+    fetcher.fetch(nodes.objects(), &mut wanted, &mut |number, page| {
+        let page = page?;
+        let start = number * size;
+        let from = offset.max(start);
+        let to = end.min(start + size);
+        buffer[(from - offset) as usize..(to - offset) as usize]
+            .copy_from_slice(&page[(from - start) as usize..(to - start) as usize]);
+        Ok(())
+    })?;
+    Ok(len)
+}
+
+fn next_data(nodes: &Nodes, image: &Image, from: u64) -> Result<Option<Range<u64>>> {
+    // Within the last page, but past the end of the stream.
+    if from >= image.length {
+        return Ok(None);
+    }
+    let size = PAGE_SIZE as u64;
+    let mut page = from / size;
+    let mut run: Option<Range<u64>> = None;
+    while page < page_count(image.length) {
+        let Some((index, root)) = next_leaf(nodes, image, page / LEAF_PAGES)? else { break };
+        let first = index * LEAF_PAGES;
+        if run.is_some() && page < first {
+            break;
         }
-        let size = PAGE_SIZE as u64;
-        let mut page = from / size;
-        let mut run: Option<Range<u64>> = None;
-        while page < page_count(self.image.length) {
-            let Some((index, root)) = next_leaf(&self.nodes, &self.image, page / LEAF_PAGES)? else { break };
-            let first = index * LEAF_PAGES;
-            if run.is_some() && page < first {
-                break;
-            }
-            let leaf = self.nodes.load(&root, 0)?;
-            let mut slot = page.saturating_sub(first) as usize;
-            if run.is_none() {
-                match leaf.node.next_slot(slot) {
-                    None => {
-                        page = first + LEAF_PAGES;
-                        continue;
-                    }
-                    Some(found) => {
-                        slot = found;
-                        run = Some(first + found as u64..first + found as u64);
-                    }
+        let leaf = nodes.load(&root, 0)?;
+        let mut slot = page.saturating_sub(first) as usize;
+        if run.is_none() {
+            match leaf.node.next_slot(slot) {
+                None => {
+                    page = first + LEAF_PAGES;
+                    continue;
+                }
+                Some(found) => {
+                    slot = found;
+                    run = Some(first + found as u64..first + found as u64);
                 }
             }
-            let run = run.as_mut().expect("it was just begun");
-            while slot < LEAF_PAGES as usize && leaf.node.hash(slot).is_some() {
-                slot += 1;
-            }
-            run.end = first + slot as u64;
-            if slot < LEAF_PAGES as usize {
-                break;
-            }
-            page = first + LEAF_PAGES;
         }
-        Ok(run.map(|run| (run.start * size).max(from)..(run.end * size).min(self.image.length)))
+        let run = run.as_mut().expect("it was just begun");
+        while slot < LEAF_PAGES as usize && leaf.node.hash(slot).is_some() {
+            slot += 1;
+        }
+        run.end = first + slot as u64;
+        if slot < LEAF_PAGES as usize {
+            break;
+        }
+        page = first + LEAF_PAGES;
     }
+    Ok(run.map(|run| (run.start * size).max(from)..(run.end * size).min(image.length)))
 }
 
 /// The stored pages of this page range.
