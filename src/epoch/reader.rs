@@ -2,9 +2,10 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::slice;
 use std::sync::Arc;
 
-use epochfs_format::{EntryKind, Image, Manifest, ManifestEntry, PAGE_SIZE, Record};
+use epochfs_format::{EntryKind, Image, Manifest, ManifestEntry, PAGE_SIZE, Page, Record};
 
 use super::fetch::{Fetcher, Wanted};
 use super::nodes::Nodes;
@@ -126,18 +127,23 @@ fn read_image_at(nodes: &Nodes, image: &Image, fetcher: &mut Fetcher, offset: u6
     }
     let len = (end - offset) as usize;
     let buffer = &mut buffer[..len];
-    buffer.fill(0);
     let size = PAGE_SIZE as u64;
-    let mut wanted = wanted_pages(nodes, image, offset / size..end.div_ceil(size))?;
-    fetcher.fetch(nodes.objects(), &mut wanted, &mut |number, page| {
-        let page = page?;
-        let start = number * size;
-        let from = offset.max(start);
-        let to = end.min(start + size);
-        buffer[(from - offset) as usize..(to - offset) as usize]
-            .copy_from_slice(&page[(from - start) as usize..(to - start) as usize]);
-        Ok(())
-    })?;
+    let mut at = 0;
+    while at < len {
+        let rest = &mut buffer[at..];
+        let (number, within) = ((offset + at as u64) / size, ((offset + at as u64) % size) as usize);
+        if within == 0 && rest.len() >= PAGE_SIZE {
+            let (pages, _) = rest.as_chunks_mut();
+            fill_pages(nodes, image, fetcher, number, pages)?;
+            at += pages.len() * PAGE_SIZE;
+        } else {
+            let mut page = [0; PAGE_SIZE];
+            fill_pages(nodes, image, fetcher, number, slice::from_mut(&mut page))?;
+            let part = rest.len().min(PAGE_SIZE - within);
+            rest[..part].copy_from_slice(&page[within..within + part]);
+            at += part;
+        }
+    }
     Ok(len)
 }
 
@@ -182,15 +188,33 @@ fn next_data(nodes: &Nodes, image: &Image, from: u64) -> Result<Option<Range<u64
     Ok(run.map(|run| (run.start * size).max(from)..(run.end * size).min(image.length)))
 }
 
-/// The stored pages of this page range.
+/// Fills pages with those of the image from number `first` on.
+pub(super) fn fill_pages(
+    nodes: &Nodes,
+    image: &Image,
+    fetcher: &mut Fetcher,
+    first: u64,
+    pages: &mut [Page],
+) -> Result<()> {
+    let mut wanted = wanted_pages(nodes, image, first..first + pages.len() as u64)?;
+    let mut next = 0;
+    for slot in wanted.iter().map(|wanted| (wanted.page - first) as usize) {
+        pages[next..slot].as_flattened_mut().fill(0);
+        next = slot + 1;
+    }
+    pages[next..].as_flattened_mut().fill(0);
+    fetcher.fetch(nodes.objects(), &mut wanted, first, pages)
+}
+
+/// The stored pages of this page range, in order.
 pub(super) fn wanted_pages(nodes: &Nodes, image: &Image, pages: Range<u64>) -> Result<Vec<Wanted>> {
     let mut wanted = Vec::new();
     let mut index = pages.start / LEAF_PAGES;
     while index * LEAF_PAGES < pages.end {
         if let Some(leaf) = leaf(nodes, image, index)? {
             let first = index * LEAF_PAGES;
-            let within = pages.start.saturating_sub(first)..(pages.end - first).min(LEAF_PAGES);
-            wanted.extend(leaf.node.iter().filter(|slot| within.contains(&(slot.slot as u64))).map(|slot| Wanted {
+            let within = pages.start.saturating_sub(first) as usize..(pages.end - first).min(LEAF_PAGES) as usize;
+            wanted.extend(leaf.node.iter_range(within).map(|slot| Wanted {
                 page: first + slot.slot as u64,
                 hash: *slot.hash,
                 place: slot.place(),
