@@ -32,7 +32,8 @@ pub use fuse::{Mount, MountOptions, Unmounter, mount};
 pub use inodes::Line;
 pub use names::Found;
 
-use crate::epoch::live::{Answer, Budget, Live, LiveCommit, LiveSettings, Refusal, machines_kept};
+pub use crate::epoch::live::LiveCommit;
+use crate::epoch::live::{Answer, Budget, Live, LiveSettings, Refusal, machines_kept};
 use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
