@@ -24,6 +24,8 @@ struct World {
     /// Commits on their way, with what they must hold.
     tickets: Vec<(CommitTicket, Oracle)>,
     epochs: Vec<(u64, Oracle)>,
+    /// What was done, for the report of a failure.
+    done: Vec<String>,
 }
 
 fn refused(refusal: Refusal) -> String {
@@ -35,7 +37,7 @@ impl World {
         let files: Arc<dyn Files> = Arc::new(SimFiles::new(1));
         create_machine(files.clone())?;
         let daemon = Daemon::start(open_store(files.clone())?, files.clone(), 1)?;
-        Ok(Self { files, daemon, oracle: Oracle::new(), tickets: Vec::new(), epochs: Vec::new() })
+        Ok(Self { files, daemon, oracle: Oracle::new(), tickets: Vec::new(), epochs: Vec::new(), done: Vec::new() })
     }
 
     fn collect(&mut self) -> Check {
@@ -55,7 +57,9 @@ impl World {
         let live = self.daemon.live.clone();
         let id = live.lookup(ROOT, name).ok().map(|(id, _)| id);
         let offset = if dice.chance(400) { dice.below(20) * PAGE as u64 } else { dice.below(LEN_MAX) };
-        match (dice.below(100), id) {
+        let choice = dice.below(100);
+        self.done.push(format!("{choice} {} {offset}", name.escape_ascii()));
+        match (choice, id) {
             (0..=39, _) => {
                 let len = if dice.chance(500) { (1 + dice.below(4)) as usize * PAGE } else { 1 + dice.below(9000) as usize };
                 let bytes: Vec<u8> = if dice.chance(250) {
@@ -64,6 +68,7 @@ impl World {
                     let tag = dice.next() as u8 | 1;
                     (0..len).map(|at| tag.wrapping_add((at / 100) as u8)).collect()
                 };
+                self.done.push(format!("  write {len} bytes of {}", bytes[0]));
                 self.daemon.write(name, offset, &bytes).map_err(refused)?;
                 let file = self.oracle.entry(name.to_vec()).or_default();
                 let end = offset as usize + len;
@@ -79,6 +84,7 @@ impl World {
             }
             (52..=61, Some(id)) => {
                 let (len, grow) = (1 + dice.below(6 * PAGE as u64), dice.chance(500));
+                self.done.push(format!("  zero {len} bytes, {grow}"));
                 let file = live.file(id).map_err(refused)?;
                 live.allocate(&file, offset..offset + len, Allocation::Zero { grow }).map_err(refused)?;
                 let bytes = self.oracle.get_mut(name).expect("it exists");
@@ -97,6 +103,7 @@ impl World {
             }
             (67..=71, Some(_)) => {
                 let to = NAMES[dice.below(4) as usize];
+                self.done.push(format!("  to {}", to.escape_ascii()));
                 live.rename((ROOT, name), (ROOT, to), true).map_err(refused)?;
                 let bytes = self.oracle.remove(name).expect("it exists");
                 self.oracle.insert(to.to_vec(), bytes);
@@ -167,7 +174,10 @@ fn run(seed: u64, steps: u64) -> Check {
     let mut world = World::new()?;
     let mut dice = Seeded::new(seed);
     for number in 0..steps {
-        world.step(&mut dice).map_err(|wrong| format!("seed {seed}, step {number}: {wrong}"))?;
+        world.step(&mut dice).map_err(|wrong| {
+            let last = world.done[world.done.len().saturating_sub(60)..].join("\n");
+            format!("seed {seed}, step {number}: {wrong}\nafter\n{last}")
+        })?;
     }
     world.check_epochs().map_err(|wrong| format!("seed {seed}: {wrong}"))
 }
