@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod control;
+pub mod daemon;
 pub mod doctor;
 pub mod flush;
 pub mod kernel;
