@@ -74,7 +74,7 @@ class Guest:
 
     count = 0
 
-    def __init__(self, directory, initramfs, memory, ram, append, disk=None, processors=2, incoming=False):
+    def __init__(self, directory, initramfs, memory, ram, append, disk=None, processors=2, cpu="max", incoming=False):
         Guest.count += 1
         self.name = f"guest-{Guest.count}"
         self.console_path = Path(directory) / f"{self.name}.console"
@@ -82,7 +82,7 @@ class Guest:
         socket = Path(directory) / f"{self.name}.qmp"
         command = [
             "qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot",
-            "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(processors), "-m", str(memory),
+            "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(processors), "-m", str(memory),
             "-machine", "q35,memory-backend=ram", "-object", f"{ram},id=ram,size={memory}M",
             "-serial", f"file:{self.console_path}", "-qmp", f"unix:{socket},server,nowait",
             "-kernel", str(CACHE / "guest/vmlinuz"), "-initrd", str(initramfs),
@@ -133,14 +133,15 @@ class Guest:
     def wait_for(self, pattern, what, seconds=180):
         """Waits until the console matches, and gives the match."""
         deadline = time.monotonic() + seconds
-        while not (found := re.search(pattern, text := self.console(), re.MULTILINE)):
+        while True:
+            ended = self.process.poll() is not None
+            if found := re.search(pattern, text := self.console(), re.MULTILINE):
+                return found
             if "guest: failed" in text:
                 raise self.failure("the workload failed")
-            if time.monotonic() > deadline:
-                raise self.failure(f"no {what} after {seconds} s")
-            self.check_alive()
+            if ended or time.monotonic() > deadline:
+                raise self.failure(f"no {what}" + ("" if ended else f" after {seconds} s"))
             time.sleep(0.01)
-        return found
 
     def ticks(self):
         return ticks(self.console())
@@ -164,8 +165,11 @@ class Guest:
         self.monitor.wait_migrated()
 
     def load_state(self, path):
-        self.monitor.run("migrate-incoming", uri=f"file:{path}")
-        self.monitor.wait_incoming()
+        try:
+            self.monitor.run("migrate-incoming", uri=f"file:{path}")
+            self.monitor.wait_incoming()
+        except QmpError as error:
+            raise self.failure(str(error)) from error
 
     def run_on(self):
         self.monitor.run("cont")
