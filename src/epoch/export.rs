@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 
-use epochfs_format::{EntryKind, Image, ManifestEntry, PAGE_SIZE};
+use epochfs_format::{EntryKind, Image, ManifestEntry, PAGE_SIZE, Page};
 
 use super::fetch::Fetcher;
 use super::reader::{Epoch, wanted_pages};
@@ -195,7 +195,7 @@ fn feed(epoch: &Epoch, image: &Image, sender: &crossbeam_channel::Sender<u64>, s
 #[derive(Default)]
 struct LeafWriter {
     fetcher: Fetcher,
-    buffer: Vec<u8>,
+    pages: Vec<Page>,
 }
 
 impl LeafWriter {
@@ -203,22 +203,16 @@ impl LeafWriter {
     fn write(&mut self, epoch: &Epoch, image: &Image, leaf: u64, file: &File, target: &Path) -> Result<u64> {
         let first = leaf * LEAF_PAGES;
         let mut wanted = wanted_pages(epoch.nodes(), image, first..first + LEAF_PAGES)?;
-        let mut filled: Vec<u64> = wanted.iter().map(|wanted| wanted.page).collect();
-        self.buffer.resize(LEAF_PAGES as usize * PAGE_SIZE, 0);
-        let buffer = &mut self.buffer;
-        self.fetcher.fetch(epoch.nodes().objects(), &mut wanted, &mut |page, bytes| {
-            let offset = (page - first) as usize * PAGE_SIZE;
-            buffer[offset..offset + PAGE_SIZE].copy_from_slice(bytes?);
-            Ok(())
-        })?;
-        filled.sort_unstable();
+        let filled: Vec<u64> = wanted.iter().map(|wanted| wanted.page).collect();
+        self.pages.resize(LEAF_PAGES as usize, [0; PAGE_SIZE]);
+        self.fetcher.fetch(epoch.nodes().objects(), &mut wanted, first, &mut self.pages)?;
         let mut written = 0;
         for run in filled.chunk_by(|a, b| a + 1 == *b) {
             let start = run[0] * PAGE_SIZE as u64;
             let len = (run.len() * PAGE_SIZE) as u64;
             let len = len.min(image.length - start) as usize;
-            let from = (run[0] - first) as usize * PAGE_SIZE;
-            file.write_all_at(&self.buffer[from..from + len], start)
+            let bytes = self.pages[(run[0] - first) as usize..].as_flattened();
+            file.write_all_at(&bytes[..len], start)
                 .map_err(|error| Error::io(format!("cannot write to {}", target.display()), error))?;
             written += len as u64;
         }

@@ -1,6 +1,9 @@
 //! Fetching many pages: neighbours in one read, each page proven against its hash.
 
-use epochfs_format::{Hash, ObjectRef, PAGE_SIZE, Page, PageDecoder, Place};
+use std::ops::Range;
+use std::slice;
+
+use epochfs_format::{Block, BlockKind, Hash, PAGE_SIZE, Page, PageDecoder, Place, hash_pages};
 
 use super::nodes::describe;
 use crate::error::{Error, Result};
@@ -21,38 +24,36 @@ pub struct Wanted {
     pub place: Place,
 }
 
-/// Fetches pages. One a thread: it keeps its decoder.
+/// So many pages are hashed together, which is quicker than one by one.
+const PROVEN_TOGETHER: usize = 16;
+
+/// Fetches pages. One a thread: it keeps its decoder and its buffers.
 #[derive(Default)]
 pub struct Fetcher {
     decoder: PageDecoder,
+    blocks: Vec<u8>,
+    hashes: Vec<Hash>,
 }
 
 impl Fetcher {
-    /// Calls `each` with every wanted page, in the order in which they lie.
-    ///
-    /// A page that cannot be read or proven goes to `each` as the error; what it returns ends the fetch or not.
-    pub fn fetch(
-        &mut self,
-        objects: &Objects,
-        wanted: &mut [Wanted],
-        each: &mut dyn FnMut(u64, Result<&Page>) -> Result<()>,
-    ) -> Result<()> {
+    /// Puts every wanted page in its place in `pages`, the first of which has the number `first`. Each is proven;
+    /// after an error `pages` holds nothing useful.
+    pub fn fetch(&mut self, objects: &Objects, wanted: &mut [Wanted], first: u64, pages: &mut [Page]) -> Result<()> {
         wanted.sort_by(|a, b| (&a.place.object, a.place.offset).cmp(&(&b.place.object, b.place.offset)));
         let mut rest = &*wanted;
-        let mut page = [0; PAGE_SIZE];
-        while let Some(first) = rest.first() {
-            let start = u64::from(first.place.offset);
-            let mut end = start + u64::from(first.place.len);
+        while let Some(next) = rest.first() {
+            let start = u64::from(next.place.offset);
+            let mut end = start + u64::from(next.place.len);
             let count = rest
                 .iter()
-                .take_while(|next| {
-                    let next_start = u64::from(next.place.offset);
-                    let next_end = next_start + u64::from(next.place.len);
-                    let near = next.place.object == first.place.object
-                        && next_start <= end + BRIDGED_GAP_LEN
-                        && next_end.max(end) - start <= READ_LEN_MAX;
+                .take_while(|other| {
+                    let other_start = u64::from(other.place.offset);
+                    let other_end = other_start + u64::from(other.place.len);
+                    let near = other.place.object == next.place.object
+                        && other_start <= end + BRIDGED_GAP_LEN
+                        && other_end.max(end) - start <= READ_LEN_MAX;
                     if near {
-                        end = end.max(next_end);
+                        end = end.max(other_end);
                     }
                     near
                 })
@@ -60,48 +61,58 @@ impl Fetcher {
                 .max(1);
             let (group, behind) = rest.split_at(count);
             rest = behind;
-            self.fetch_group(objects, &first.place.object, start..end, group, &mut page, each)?;
+            self.fetch_group(objects, start..end, group, first, pages)?;
         }
         Ok(())
     }
 
+    /// Fetches pages whose blocks all lie in this range of one object.
     fn fetch_group(
         &mut self,
         objects: &Objects,
-        object: &ObjectRef,
-        range: std::ops::Range<u64>,
+        range: Range<u64>,
         group: &[Wanted],
-        page: &mut Page,
-        each: &mut dyn FnMut(u64, Result<&Page>) -> Result<()>,
+        first: u64,
+        pages: &mut [Page],
     ) -> Result<()> {
-        let bytes = match (u32::try_from(range.start), u32::try_from(range.end - range.start)) {
-            (Ok(offset), Ok(len)) => objects.read_range(object, offset, len),
-            _ => Err(Error::damaged("a page's place lies past the end of any object")),
-        };
-        let bytes = match bytes {
-            Ok(bytes) => Some(bytes),
-            // Of several pages some may be whole: each is tried alone.
-            Err(_) if group.len() > 1 => None,
-            Err(error) => return each(group[0].page, Err(error)),
-        };
-        for wanted in group {
-            let place = &wanted.place;
-            let block = match &bytes {
-                Some(bytes) => {
-                    Ok(bytes.slice((u64::from(place.offset) - range.start) as usize..).slice(..place.len as usize))
-                }
-                None => objects.read(place),
-            };
-            let decoded = block.and_then(|block| {
-                self.decoder
-                    .decode(&block, &wanted.hash, page)
-                    .map_err(|error| Error::from(error).context(describe(place)))
-            });
-            match decoded {
-                Ok(()) => each(wanted.page, Ok(page))?,
-                Err(error) => each(wanted.page, Err(error))?,
+        let outside = |_| Error::damaged("a page's place lies past the end of any object");
+        let offset = u32::try_from(range.start).map_err(outside)?;
+        let len = u32::try_from(range.end - range.start).map_err(outside)? as usize;
+        if self.blocks.len() < len {
+            self.blocks.resize(len, 0);
+        }
+        match objects.read_into(&group[0].place.object, offset, &mut self.blocks[..len]) {
+            Ok(()) => group.chunks(PROVEN_TOGETHER).try_for_each(|some| self.decode(some, offset, first, pages)),
+            // What cannot be read may lie between the pages: each is tried alone.
+            Err(_) if group.len() > 1 => group.iter().try_for_each(|one| {
+                let start = u64::from(one.place.offset);
+                self.fetch_group(objects, start..start + u64::from(one.place.len), slice::from_ref(one), first, pages)
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Decodes pages from blocks that were read from `offset` on, and proves them.
+    fn decode(&mut self, some: &[Wanted], offset: u32, first: u64, pages: &mut [Page]) -> Result<()> {
+        let slot = |wanted: &Wanted| (wanted.page - first) as usize;
+        for wanted in some {
+            let block = &self.blocks[(wanted.place.offset - offset) as usize..][..wanted.place.len as usize];
+            Block::only(block, BlockKind::Page)
+                .and_then(|block| self.decoder.decode_unproven(block, &mut pages[slot(wanted)]))
+                .map_err(|error| Error::from(error).context(describe(&wanted.place)))?;
+        }
+        let mut decoded = [&ZERO_PAGE; PROVEN_TOGETHER];
+        for (page, wanted) in decoded.iter_mut().zip(some) {
+            *page = &pages[slot(wanted)];
+        }
+        hash_pages(&decoded[..some.len()], &mut self.hashes);
+        match some.iter().zip(&self.hashes).find(|(wanted, hash)| wanted.hash != **hash) {
+            None => Ok(()),
+            Some((wanted, _)) => {
+                Err(Error::damaged("the page there has another hash").context(describe(&wanted.place)))
             }
         }
-        Ok(())
     }
 }
+
+const ZERO_PAGE: Page = [0; PAGE_SIZE];

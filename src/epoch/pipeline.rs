@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::slice;
 use std::sync::PoisonError;
 
 use epochfs_format::{Image, PAGE_SIZE, Page};
@@ -12,7 +13,7 @@ use super::fetch::Fetcher;
 use super::leaf::{LEAF_LEN, LeafJob, LeafWork, PageChange, Shared, Worker};
 use super::nodes::Nodes;
 use super::ranges::Ranges;
-use super::reader::wanted_pages;
+use super::reader::fill_pages;
 use super::source::Source;
 use super::tree::leaf_root;
 use crate::error::{Error, Kind, Result};
@@ -167,11 +168,7 @@ impl<'a> Cut<'a> {
             return Ok(None);
         }
         let mut last_page = [0; PAGE_SIZE];
-        let mut wanted = wanted_pages(nodes, parent, number..number + 1)?;
-        Fetcher::default().fetch(nodes.objects(), &mut wanted, &mut |_, page| {
-            last_page = *page?;
-            Ok(())
-        })?;
+        fill_pages(nodes, parent, &mut Fetcher::default(), number, slice::from_mut(&mut last_page))?;
         Ok(Some(Self { source: job.source, last_page, last_start }))
     }
 }

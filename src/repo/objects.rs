@@ -1,5 +1,6 @@
 //! Reading objects that hold blocks: single blocks, footers, log records.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -66,20 +67,34 @@ impl Objects {
 
     /// Any bytes of an object.
     pub fn read_range(&self, object: &ObjectRef, offset: u32, len: u32) -> Result<Bytes> {
-        let (start, end) = (u64::from(offset), u64::from(offset) + u64::from(len));
-        if matches!(object, ObjectRef::Record { .. })
-            && let Some(tail) = lock(&self.tails).get(object)
-        {
-            let tail_start = tail.object_len - tail.bytes.len() as u64;
-            if start >= tail_start && end <= tail.object_len {
-                return Ok(tail.bytes.slice((start - tail_start) as usize..(end - tail_start) as usize));
-            }
+        let range = u64::from(offset)..u64::from(offset) + u64::from(len);
+        match self.tail_range(object, &range) {
+            Some(bytes) => Ok(bytes),
+            None => self.store.get_range(&object_key(object), range).map_err(missing_is_damage),
         }
-        self.store.get_range(&object_key(object), start..end).map_err(|error| match error.kind() {
-            Kind::NotFound => Error::damaged(error.to_string())
-                .hint("an object that epochs refer to is missing; `epochfs verify` lists what is affected"),
-            _ => error,
-        })
+    }
+
+    /// The same into a buffer.
+    pub fn read_into(&self, object: &ObjectRef, offset: u32, buffer: &mut [u8]) -> Result<()> {
+        let start = u64::from(offset);
+        match self.tail_range(object, &(start..start + buffer.len() as u64)) {
+            Some(bytes) => {
+                buffer.copy_from_slice(&bytes);
+                Ok(())
+            }
+            None => self.store.read_into(&object_key(object), start, buffer).map_err(missing_is_damage),
+        }
+    }
+
+    /// These bytes of a record that was read lately.
+    fn tail_range(&self, object: &ObjectRef, range: &Range<u64>) -> Option<Bytes> {
+        if !matches!(object, ObjectRef::Record { .. }) {
+            return None;
+        }
+        let tail = lock(&self.tails).get(object)?;
+        let tail_start = tail.object_len - tail.bytes.len() as u64;
+        let within = range.start >= tail_start && range.end <= tail.object_len;
+        within.then(|| tail.bytes.slice((range.start - tail_start) as usize..(range.end - tail_start) as usize))
     }
 
     /// A log record and its digest, or `None` when the log has no such record.
@@ -193,6 +208,14 @@ impl Objects {
         Ok(entry.is_some_and(|entry| {
             entry.hash == *hash && entry.len == place.len && entry.kind == epochfs_format::BlockKind::Page
         }))
+    }
+}
+
+fn missing_is_damage(error: Error) -> Error {
+    match error.kind() {
+        Kind::NotFound => Error::damaged(error.to_string())
+            .hint("an object that epochs refer to is missing; `epochfs verify` lists what is affected"),
+        _ => error,
     }
 }
 

@@ -85,8 +85,7 @@ pub const DESCRIPTOR_KEY: &str = "epochfs.json";
 
 /// The key of a pack.
 pub fn pack_key(id: &[u8; 16]) -> String {
-    let name = hex(id);
-    format!("packs/{}/{name}", &name[..2])
+    ["packs/", &hex(&id[..1]), "/", &hex(id)].concat()
 }
 
 /// Where a machine's log lies, with a slash at the end.
@@ -141,11 +140,9 @@ pub fn decode_component(text: &str) -> Option<String> {
 
 /// Lower-case hexadecimal.
 pub fn hex(bytes: &[u8]) -> String {
-    let mut out = String::with_capacity(bytes.len() * 2);
-    for byte in bytes {
-        out.push_str(&format!("{byte:02x}"));
-    }
-    out
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits.map(|digit| char::from(DIGITS[usize::from(digit)])).collect()
 }
 
 /// Sixteen bytes from 32 lower-case hexadecimal digits.

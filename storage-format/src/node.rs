@@ -4,6 +4,7 @@
 //! few of its slots changed, as a patch of a node that is stored whole. Never as a patch of a patch.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use crate::block::{Block, BlockKind, put_raw_block};
 use crate::error::{FormatError, Result, invalid};
@@ -103,7 +104,13 @@ impl Node {
 
     /// The slots that hold something, in order, without copying the object names.
     pub fn iter(&self) -> impl Iterator<Item = Slot<'_>> {
-        (0..FANOUT).filter(|slot| self.holds(*slot)).zip(&self.entries).map(|(slot, entry)| Slot {
+        self.iter_range(0..FANOUT)
+    }
+
+    /// The same within a range of slots, at the cost of these alone.
+    pub fn iter_range(&self, slots: Range<usize>) -> impl Iterator<Item = Slot<'_>> {
+        let first = if slots.start < FANOUT { self.rank(slots.start) } else { self.entries.len() };
+        slots.filter(|slot| self.holds(*slot)).zip(&self.entries[first..]).map(|(slot, entry)| Slot {
             slot,
             hash: &entry.hash,
             object: &self.objects[entry.object as usize],

@@ -42,9 +42,16 @@ pub fn hash_pages(pages: &[&Page], out: &mut Vec<Hash>) {
     let platform = Platform::detect();
     out.clear();
     out.reserve(pages.len());
-    for group in pages.chunks(MAX_SIMD_DEGREE) {
-        hash_group(platform, group, out);
+    let mut rest = pages;
+    // Vectors come with 16, 8 and 4 lanes; the four chunks of one page fill the last as well as four pages do.
+    for lanes in [MAX_SIMD_DEGREE, 8] {
+        while rest.len() >= lanes {
+            let (group, behind) = rest.split_at(lanes);
+            hash_group(platform, group, out);
+            rest = behind;
+        }
     }
+    out.extend(rest.iter().map(|page| hash_page(page)));
 }
 
 fn hash_group(platform: Platform, group: &[&Page], out: &mut Vec<Hash>) {

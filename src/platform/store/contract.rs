@@ -46,6 +46,7 @@ fn missing_objects(store: &dyn Store) {
     refused(store.get("no/such"), Kind::NotFound, "no/such");
     refused(store.get_range("no/such", 0..1), Kind::NotFound, "no/such");
     refused(store.get_range("no/such", 0..0), Kind::NotFound, "no/such");
+    refused(store.read_into("no/such", 0, &mut [0]), Kind::NotFound, "no/such");
     refused(store.get_tail("no/such", 10), Kind::NotFound, "no/such");
     refused(store.get_tail("no/such", 0), Kind::NotFound, "no/such");
     assert_eq!(store.len("no/such").unwrap(), None);
@@ -59,7 +60,13 @@ fn ranges_and_tails(store: &dyn Store) {
     assert_eq!(store.put_if_absent("r/a", &[b"0123", b"", b"456789"]).unwrap(), Put::Created);
     assert_eq!(&store.get("r/a").unwrap()[..], b"0123456789");
     for (range, expected) in [(0..10, &b"0123456789"[..]), (3..5, b"34"), (9..10, b"9"), (0..0, b""), (10..10, b"")] {
+        let mut buffer = vec![7; expected.len()];
+        store.read_into("r/a", range.start, &mut buffer).unwrap();
+        assert_eq!(buffer, expected);
         assert_eq!(&store.get_range("r/a", range).unwrap()[..], expected);
+    }
+    for (start, len) in [(0, 11), (9, 2), (10, 1), (11, 0), (u64::MAX - 1, 1), (u64::MAX, 5)] {
+        refused(store.read_into("r/a", start, &mut vec![0; len]), Kind::Damaged, "r/a");
     }
     for range in [0..11, 9..11, 10..11, 11..11, 20..30, 0..u64::MAX, u64::MAX - 1..u64::MAX] {
         refused(store.get_range("r/a", range), Kind::Damaged, "r/a");

@@ -41,7 +41,7 @@ fn check_component(component: &str) -> std::result::Result<(), &'static str> {
         "" => Err("has an empty name in it"),
         "." | ".." => Err("has a relative name in it"),
         _ if component.len() > COMPONENT_LEN_MAX => Err("has a name longer than 255 bytes in it"),
-        _ if component.chars().any(|c| c.is_ascii_control()) => Err("has a control character in it"),
+        _ if component.bytes().any(|byte| byte.is_ascii_control()) => Err("has a control character in it"),
         _ => Ok(()),
     }
 }

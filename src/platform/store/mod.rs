@@ -62,6 +62,18 @@ pub trait Store: Send + Sync {
     /// Exactly these bytes; an object too short for them is damaged.
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes>;
 
+    /// The same into a buffer, for whoever reads small pieces often and proves what they are: an object that somebody
+    /// else deleted may still be read.
+    fn read_into(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<()> {
+        let bytes = self.get_range(key, start..start.saturating_add(buffer.len() as u64))?;
+        if bytes.len() != buffer.len() {
+            let (url, wanted, got) = (self.url(), buffer.len(), bytes.len());
+            return Err(Error::damaged(format!("{url} answered with {got} bytes of object {key} instead of {wanted}")));
+        }
+        buffer.copy_from_slice(&bytes);
+        Ok(())
+    }
+
     /// The last `len` bytes, or all of a shorter object.
     fn get_tail(&self, key: &str, len: u64) -> Result<Tail>;
 
@@ -101,13 +113,13 @@ pub trait ObjectWriter: Send {
 }
 
 /// Refuses a range that runs backwards, and one that the object is too short for.
-fn check_range(key: &str, url: &str, range: &Range<u64>, object_len: u64) -> Result<()> {
+fn check_range(key: &str, url: impl FnOnce() -> String, range: &Range<u64>, object_len: u64) -> Result<()> {
     if range.start > range.end {
-        return Err(Error::usage(format!("the range {range:?} of object {key} in {url} runs backwards")));
+        return Err(Error::usage(format!("the range {range:?} of object {key} in {} runs backwards", url())));
     }
     if range.end > object_len {
-        let (end, has) = (range.end, object_len);
-        return Err(Error::damaged(format!("object {key} in {url} is shorter than {end} bytes: it has {has}")));
+        let (url, end) = (url(), range.end);
+        return Err(Error::damaged(format!("object {key} in {url} is shorter than {end} bytes: it has {object_len}")));
     }
     Ok(())
 }

@@ -154,20 +154,20 @@ impl Store for RemoteStore {
             // No service answers to an empty range.
             let len = self.len_of(key)?;
             self.shared.counters.get(0);
-            return check_range(key, &self.shared.url, &range, len).map(|()| Bytes::new());
+            return check_range(key, || self.shared.url.clone(), &range, len).map(|()| Bytes::new());
         }
         let result = match self.open(key, Some(GetRange::Bounded(range.clone())))? {
             Ok(result) => result,
             // A service reports a range that begins after the end in words of its own. The length tells.
             Err(error) if !matches!(error, RemoteError::NotFound { .. }) => {
                 if let Some(len) = self.len(key)? {
-                    check_range(key, &self.shared.url, &range, len)?;
+                    check_range(key, || self.shared.url.clone(), &range, len)?;
                 }
                 return Err(self.shared.error("read", key, error));
             }
             Err(error) => return Err(self.shared.error("read", key, error)),
         };
-        check_range(key, &self.shared.url, &range, result.meta.size)?;
+        check_range(key, || self.shared.url.clone(), &range, result.meta.size)?;
         if result.range != range {
             let (url, got) = (&self.shared.url, &result.range);
             return Err(Error::new(Kind::Io, format!("{url} answered with {got:?} of {key} for {range:?}")));

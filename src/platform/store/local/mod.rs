@@ -94,59 +94,62 @@ impl LocalStore {
         Ok(removed)
     }
 
-    /// Reads the range that `choose` picks when it is told the object's length, and returns the bytes and that length.
-    fn read(&self, key: &str, keep: Keep, choose: &dyn Fn(u64) -> Result<Range<u64>>) -> Result<(Bytes, u64)> {
-        check_key(key)?;
-        let mut result = self.read_once(key, keep, choose);
+    /// Has `take` read from the object.
+    fn read<T>(&self, key: &str, keep: Keep, mut take: impl FnMut(&Handle) -> Taken<T>) -> Result<T> {
+        let mut open_and_take = || match keep {
+            Keep::No => take(&*self.open_object(key)?),
+            Keep::WhileNamed => take(&*self.kept_object(key, true)?),
+            Keep::Yes => take(&*self.kept_object(key, false)?),
+        };
+        let mut result = open_and_take();
         if matches!(&result, Err(ReadError::Io(error)) if error.kind() == io::ErrorKind::StaleNetworkFileHandle) {
             // On NFS somebody else deleted the file that we hold open. Look for the name again.
             self.shared.handles.forget(key);
-            result = self.read_once(key, keep, choose);
+            result = open_and_take();
         }
         result.map_err(|error| match error {
             ReadError::Io(error) if is_missing(&error) => {
                 Error::not_found(format!("there is no object {key} in {}", self.url()))
             }
             ReadError::Io(error) => Error::io(format!("cannot read {key} in {}", self.url()), error),
+            ReadError::Short { object_len } => {
+                Error::damaged(format!("object {key} in {} is shorter than its {object_len} bytes", self.url()))
+            }
             ReadError::Refused(error) => error,
         })
     }
 
-    fn read_once(
-        &self,
-        key: &str,
-        keep: Keep,
-        choose: &dyn Fn(u64) -> Result<Range<u64>>,
-    ) -> std::result::Result<(Bytes, u64), ReadError> {
-        let handle = match keep {
-            Keep::No => self.open_object(key)?,
-            Keep::Yes => self.kept_object(key)?,
-        };
-        // Chosen from the real length, so that nothing is allocated for bytes that are not there.
-        let range = choose(handle.len)?;
-        let short = || {
-            let message = format!("object {key} in {} is shorter than its {} bytes", self.url(), handle.len);
-            ReadError::Refused(Error::damaged(message))
-        };
-        let count = usize::try_from(range.end - range.start).map_err(|_| short())?;
-        let mut bytes = vec![0; count];
-        if count > 0 && handle.file.read_at(range.start, &mut bytes)? != count {
-            return Err(short());
-        }
-        self.shared.counters.get(count as u64);
-        Ok((bytes.into(), handle.len))
+    /// These bytes of an object that is so long, or was when it was opened.
+    fn take_range(&self, handle: &Handle, range: Range<u64>) -> Taken<Bytes> {
+        let short = ReadError::Short { object_len: handle.len };
+        let mut bytes = vec![0; usize::try_from(range.end - range.start).map_err(|_| short)?];
+        self.fill(handle, range.start, &mut bytes)?;
+        Ok(bytes.into())
     }
 
-    fn open_object(&self, key: &str) -> io::Result<Arc<Handle>> {
+    fn fill(&self, handle: &Handle, start: u64, buffer: &mut [u8]) -> Taken<()> {
+        if !buffer.is_empty() && handle.file.read_at(start, buffer)? != buffer.len() {
+            return Err(ReadError::Short { object_len: handle.len });
+        }
+        self.shared.counters.get(buffer.len() as u64);
+        Ok(())
+    }
+
+    fn check_range(&self, key: &str, range: &Range<u64>, handle: &Handle) -> Result<()> {
+        super::check_range(key, || self.url(), range, handle.len)
+    }
+
+    fn open_object(&self, key: &str) -> Taken<Arc<Handle>> {
+        check_key(key)?;
         let file = self.shared.files.open(&self.shared.path(key))?;
         let len = file.len()?;
         Ok(Arc::new(Handle { file, len }))
     }
 
-    fn kept_object(&self, key: &str) -> io::Result<Arc<Handle>> {
+    fn kept_object(&self, key: &str, must_be_named: bool) -> Taken<Arc<Handle>> {
         if let Some(handle) = self.shared.handles.get(key) {
             // Another process may have deleted the object, and even used the name again.
-            if handle.file.links()? > 0 {
+            if !must_be_named || handle.file.links()? > 0 {
                 return Ok(handle);
             }
             self.shared.handles.forget(key);
@@ -157,17 +160,26 @@ impl LocalStore {
     }
 }
 
-/// Whether a file stays open for the next read. Objects that are read whole are seldom read again.
+/// Whether a file stays open for the next read.
 #[derive(Clone, Copy)]
 enum Keep {
-    Yes,
+    /// Objects that are read whole are seldom read again.
     No,
+    /// For as long as it has its name.
+    WhileNamed,
+    Yes,
 }
 
 enum ReadError {
     Io(io::Error),
+    /// The file ends before the object did.
+    Short {
+        object_len: u64,
+    },
     Refused(Error),
 }
+
+type Taken<T> = std::result::Result<T, ReadError>;
 
 impl From<io::Error> for ReadError {
     fn from(error: io::Error) -> Self {
@@ -191,17 +203,30 @@ impl Store for LocalStore {
     }
 
     fn get(&self, key: &str) -> Result<Bytes> {
-        self.read(key, Keep::No, &|len| Ok(0..len)).map(|(bytes, _)| bytes)
+        self.read(key, Keep::No, |handle| self.take_range(handle, 0..handle.len))
     }
 
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        let choose = |len| super::check_range(key, &self.url(), &range, len).map(|()| range.clone());
-        self.read(key, Keep::Yes, &choose).map(|(bytes, _)| bytes)
+        self.read(key, Keep::WhileNamed, |handle| {
+            // Against the real length, so that nothing is allocated for bytes that are not there.
+            self.check_range(key, &range, handle)?;
+            self.take_range(handle, range.clone())
+        })
+    }
+
+    fn read_into(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<()> {
+        let range = start..start.saturating_add(buffer.len() as u64);
+        self.read(key, Keep::Yes, |handle| {
+            self.check_range(key, &range, handle)?;
+            self.fill(handle, start, buffer)
+        })
     }
 
     fn get_tail(&self, key: &str, tail_len: u64) -> Result<Tail> {
-        let (bytes, object_len) = self.read(key, Keep::Yes, &|len| Ok(len.saturating_sub(tail_len)..len))?;
-        Ok(Tail { bytes, object_len })
+        self.read(key, Keep::WhileNamed, |handle| {
+            let bytes = self.take_range(handle, handle.len.saturating_sub(tail_len)..handle.len)?;
+            Ok(Tail { bytes, object_len: handle.len })
+        })
     }
 
     fn len(&self, key: &str) -> Result<Option<u64>> {

@@ -54,6 +54,9 @@ fn a_name_used_again_by_another_process_is_not_read_from_an_old_handle() {
     ours.put_if_absent("a", &[b"old"]).unwrap();
     assert_eq!(&ours.get_range("a", 0..3).unwrap()[..], b"old");
     theirs.delete("a").unwrap();
+    let mut buffer = [0; 3];
+    ours.read_into("a", 0, &mut buffer).unwrap();
+    assert_eq!(&buffer, b"old", "who proves what he reads may go on reading");
     assert_eq!(ours.get_range("a", 0..3).unwrap_err().kind(), Kind::NotFound);
     theirs.put_if_absent("a", &[b"new"]).unwrap();
     assert_eq!(&ours.get_range("a", 0..3).unwrap()[..], b"new");
