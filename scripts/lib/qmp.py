@@ -4,7 +4,8 @@
 Usage: qmp.py SOCKET COMMAND...
 
 A command is a name, optionally followed by its arguments as JSON. 'wait-migrated'
-waits for a migration to end and fails when it failed.
+waits for a migration to end, 'wait-incoming' for the state of another guest to be
+loaded; both fail when that failed.
 
 Example: qmp.py vm.sock stop 'migrate {"uri": "file:vmstate"}' wait-migrated cont
 """
@@ -15,34 +16,47 @@ import sys
 import time
 
 
+class QmpError(Exception):
+    """QEMU refused a command, or is gone."""
+
+
 class Monitor:
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(60)
-        self.socket.connect(path)
+        self.socket.connect(str(path))
         self.lines = self.socket.makefile()
         self.lines.readline()  # the greeting
         self.run("qmp_capabilities")
 
-    def run(self, name, arguments=None):
+    def run(self, name, **arguments):
         request = {"execute": name}
         if arguments:
             request["arguments"] = arguments
-        self.socket.sendall(json.dumps(request).encode())
-        for line in self.lines:
-            answer = json.loads(line)
-            if "error" in answer:
-                sys.exit(f"qmp: {name}: {answer['error']['desc']}")
-            if "return" in answer:
-                return answer["return"]
-            # Anything else is an event.
-        sys.exit(f"qmp: {name}: QEMU closed the connection")
+        try:
+            self.socket.sendall(json.dumps(request).encode())
+            for line in self.lines:
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise QmpError(f"{name}: {answer['error']['desc']}")
+                if "return" in answer:
+                    return answer["return"]
+                # Anything else is an event.
+        except OSError as error:
+            raise QmpError(f"{name}: {error}") from error
+        raise QmpError(f"{name}: QEMU closed the connection")
 
     def wait_migrated(self):
         while (answer := self.run("query-migrate")).get("status") != "completed":
             if answer.get("status") in ("failed", "cancelled"):
-                sys.exit(f"qmp: migration {answer['status']}: {answer.get('error-desc', 'no reason given')}")
-            time.sleep(0.002)
+                raise QmpError(f"migration {answer['status']}: {answer.get('error-desc', 'no reason given')}")
+            time.sleep(0.001)
+
+    def wait_incoming(self):
+        while self.run("query-status")["status"] == "inmigrate":
+            if self.run("query-migrate").get("status") == "failed":
+                raise QmpError("the state could not be loaded")
+            time.sleep(0.001)
 
 
 def main():
@@ -54,9 +68,14 @@ def main():
         name, _, arguments = command.partition(" ")
         if name == "wait-migrated":
             monitor.wait_migrated()
+        elif name == "wait-incoming":
+            monitor.wait_incoming()
         else:
-            monitor.run(name, json.loads(arguments) if arguments else None)
+            monitor.run(name, **(json.loads(arguments) if arguments else {}))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (QmpError, OSError) as error:
+        sys.exit(f"qmp: {error}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares the memory images of successive epochs, page by page.
 
-Usage: compare-epochs.py DIR PARAMETERS
+Usage: compare_epochs.py DIR PARAMETERS
 
 Writes DIR/epoch-N/dirty (a line 'OFFSET LENGTH' in bytes for each run of pages
 that differs from epoch N-1) and DIR/manifest.json. PARAMETERS is kept in the

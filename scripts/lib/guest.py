@@ -1,0 +1,316 @@
+"""Real guests on a mount of EpochFS, for the scripts beside this directory.
+
+`Guest` is one QEMU; `Mount` is a repository of its own, mounted by a daemon of its
+own; `Control` stands in for it with a plain directory, to tell what QEMU does from
+what the mount does. All of them are context managers that leave nothing behind.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qmp import Monitor, QmpError
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("EPOCHFS_CACHE") or Path.home() / ".cache/epochfs")
+MIB = 1 << 20
+DISK_MIB = 8  # scripts/guest/workload.rs uses all of it
+
+
+class Failed(Exception):
+    """What a script tells its user before it ends with 1."""
+
+
+def find_epochfs():
+    """$EPOCHFS, else the release build, else the one in PATH."""
+    if named := os.environ.get("EPOCHFS"):
+        return named
+    target = Path(os.environ.get("CARGO_TARGET_DIR") or CACHE / "target")
+    built = target / "release/epochfs"
+    return str(built) if built.exists() else shutil.which("epochfs")
+
+
+def check_tools():
+    for tool in ("qemu-system-x86_64", "busybox", "cpio", "rustc"):
+        if not shutil.which(tool):
+            raise Failed(f"{tool} is missing; run scripts/setup first")
+    if not (CACHE / "guest/vmlinuz").exists():
+        raise Failed(f"the guest's kernel is missing from {CACHE / 'guest'}; run scripts/setup first")
+
+
+def run(command, **options):
+    """Runs a command to its end and gives what it printed."""
+    command = [str(word) for word in command]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, **options)
+    if done.returncode:
+        raise Failed(f"'{' '.join(command)}' exited with {done.returncode}: {done.stderr.strip()[-800:]}")
+    return done.stdout
+
+
+def build_initramfs(workload, directory):
+    path = Path(directory) / f"initramfs-{workload}"
+    run([SCRIPTS / "lib/initramfs", workload, path])
+    return path
+
+
+def fsync(path):
+    """Syncs a file from a descriptor of this process, as an agent beside the VMM would."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+class Guest:
+    """A QEMU whose RAM is what `ram` says, the options of a memory backend. `memory` is in MiB."""
+
+    count = 0
+
+    def __init__(self, directory, initramfs, memory, ram, append, disk=None, processors=2, cpu="max", incoming=False):
+        Guest.count += 1
+        self.name = f"guest-{Guest.count}"
+        self.console_path = Path(directory) / f"{self.name}.console"
+        self.log_path = Path(directory) / f"{self.name}.log"
+        socket = Path(directory) / f"{self.name}.qmp"
+        command = [
+            "qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot",
+            "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(processors), "-m", str(memory),
+            "-machine", "q35,memory-backend=ram", "-object", f"{ram},id=ram,size={memory}M",
+            "-serial", f"file:{self.console_path}", "-qmp", f"unix:{socket},server,nowait",
+            "-kernel", str(CACHE / "guest/vmlinuz"), "-initrd", str(initramfs),
+            "-append", f"console=ttyS0 quiet panic=-1 {append}",
+        ]  # fmt: skip
+        if disk:
+            command += ["-drive", f"if=none,id=disk,format=raw,{disk}", "-device", "virtio-blk-pci,drive=disk"]
+        if incoming:
+            command += ["-incoming", "defer"]
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 60
+            while not socket.exists():
+                self.check_alive()
+                if time.monotonic() > deadline:
+                    raise self.failure("QEMU did not open its monitor")
+                time.sleep(0.005)
+            self.monitor = Monitor(socket)
+            ignore_shared = {"capability": "x-ignore-shared", "state": True}
+            self.monitor.run("migrate-set-capabilities", capabilities=[ignore_shared])
+        except BaseException:
+            self.kill()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        """As a host that dies would: nothing is flushed, nobody is told."""
+        self.process.kill()
+        self.process.wait()
+
+    def console(self):
+        return self.console_path.read_text(errors="replace") if self.console_path.exists() else ""
+
+    def failure(self, what):
+        tail = "\n".join((self.log_path.read_text(errors="replace") + self.console()).splitlines()[-15:])
+        return Failed(f"{self.name}: {what}; the end of its log and console:\n{tail}")
+
+    def check_alive(self):
+        if self.process.poll() is not None:
+            raise self.failure(f"QEMU exited with {self.process.returncode}")
+
+    def wait_for(self, pattern, what, seconds=180):
+        """Waits until the console matches, and gives the match."""
+        deadline = time.monotonic() + seconds
+        while True:
+            ended = self.process.poll() is not None
+            if found := re.search(pattern, text := self.console(), re.MULTILINE):
+                return found
+            if "guest: failed" in text:
+                raise self.failure("the workload failed")
+            if ended or time.monotonic() > deadline:
+                raise self.failure(f"no {what}" + ("" if ended else f" after {seconds} s"))
+            time.sleep(0.01)
+
+    def ticks(self):
+        return ticks(self.console())
+
+    def wait_ticks(self, more, seconds=180):
+        """Waits for so many more ticks of the workload `keep`; it checks everything it keeps in eight of them."""
+        last = (self.ticks() or [0])[-1]
+        deadline = time.monotonic() + seconds
+        while (self.ticks() or [0])[-1] < last + more:
+            if "guest: failed" in self.console():
+                raise self.failure("the workload failed")
+            if time.monotonic() > deadline:
+                raise self.failure(f"the workload did not go on for {seconds} s")
+            self.check_alive()
+            time.sleep(0.01)
+
+    def save_state(self, path):
+        """The devices' state; the guest is stopped from here on, until `run_on`."""
+        self.monitor.run("stop")
+        self.monitor.run("migrate", uri=f"file:{path}")
+        self.monitor.wait_migrated()
+
+    def load_state(self, path):
+        try:
+            self.monitor.run("migrate-incoming", uri=f"file:{path}")
+            self.monitor.wait_incoming()
+        except QmpError as error:
+            raise self.failure(str(error)) from error
+
+    def run_on(self):
+        self.monitor.run("cont")
+
+    def dump(self, path, memory):
+        """The guest's memory as QEMU itself sees it; up to 2816 MiB it is one piece."""
+        self.monitor.run("pmemsave", val=0, size=memory * MIB, filename=str(path))
+
+
+def ticks(console):
+    return [int(number) for number in re.findall(r"^guest: tick (\d+)\r?\n", console, re.MULTILINE)]
+
+
+class Mount:
+    """A new repository in a directory, mounted by `epochfs mount`."""
+
+    what = "a mount of EpochFS"
+
+    def __init__(self, directory, epochfs):
+        self.directory = Path(directory)
+        self.epochfs = epochfs
+        self.mounted = self.directory / "mount"
+        self.log_path = self.directory / "daemon.log"
+        self.environment = os.environ | {
+            "EPOCHFS_REPO": str(self.directory / "repository"),
+            "EPOCHFS_STATE_DIR": str(self.directory / "state"),
+        }
+        self.mounted.mkdir()
+        self.run("init")
+        with open(self.log_path, "wb") as log:
+            self.daemon = subprocess.Popen(
+                [self.epochfs, "mount", str(self.mounted)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment,
+            )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not os.path.ismount(self.mounted) or b"mounted" not in self.log_path.read_bytes():
+            if self.daemon.poll() is not None or time.monotonic() > deadline:
+                reason = self.log_path.read_text(errors="replace")
+                self.close()
+                raise Failed(f"'epochfs mount' did not come up: {reason.strip()}")
+            time.sleep(0.01)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def run(self, *arguments):
+        return run([self.epochfs, *arguments], env=self.environment)
+
+    def create(self, machine):
+        (self.mounted / machine).mkdir()
+
+    def live(self, machine):
+        return self.mounted / machine / "live"
+
+    def commit(self, machine, tag, by_mkdir):
+        """Returns when the epoch is durable."""
+        if by_mkdir:
+            (self.mounted / machine / "epochs" / tag).mkdir()
+        else:
+            self.run("commit", machine, "--tag", tag)
+
+    def epoch(self, machine, tag):
+        return self.mounted / machine / "epochs" / tag
+
+    def clone(self, machine, tag, name):
+        self.run("clone", f"{machine}@{tag}", name)
+
+    def facts(self, machine):
+        epochs = json.loads(self.run("log", machine, "--json"))
+        return {"log": epochs, "daemon_peak_bytes": peak_memory(self.daemon.pid)}
+
+    def verify(self):
+        self.run("verify")
+
+    def close(self):
+        """Unmounts; a daemon that does not end in time is killed, and its mount detached."""
+        if self.daemon.poll() is None:
+            self.daemon.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.daemon.wait(30)
+        if self.daemon.poll() is None:
+            print("the daemon did not end on SIGTERM, and is killed", file=sys.stderr)
+            self.daemon.kill()
+            self.daemon.wait()
+        if is_mounted(self.mounted):
+            subprocess.run(["fusermount3", "-u", "-z", str(self.mounted)], stderr=subprocess.DEVNULL, check=False)
+
+
+class Control:
+    """A plain directory in the place of the mount: an epoch is a copy."""
+
+    what = "a plain directory (the control)"
+
+    def __init__(self, directory, stale=None):
+        self.root = Path(directory)
+        self.stale, self.last = stale, None  # a file that each epoch wrongly takes from the one before
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def create(self, machine):
+        self.live(machine).mkdir(parents=True)
+
+    def live(self, machine):
+        return self.root / machine / "live"
+
+    def commit(self, machine, tag, by_mkdir):
+        self.copy(self.live(machine), epoch := self.epoch(machine, tag))
+        if self.stale and self.last:
+            self.copy(self.last / self.stale, epoch / self.stale)
+        self.last = epoch
+
+    def epoch(self, machine, tag):
+        return self.root / machine / "epochs" / tag
+
+    def clone(self, machine, tag, name):
+        self.copy(self.epoch(machine, tag), self.live(name))
+
+    def facts(self, machine):
+        return {}
+
+    def verify(self):
+        pass
+
+    @staticmethod
+    def copy(source, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run(["cp", "-r", "--sparse=always", source, target])
+
+
+def is_mounted(path):
+    """Without asking the file system, which may have no daemon any more."""
+    return any(line.split(" ")[1] == str(path) for line in Path("/proc/mounts").read_text().splitlines())
+
+
+def peak_memory(pid):
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
