@@ -25,6 +25,38 @@ pub enum Kind {
     Io,
 }
 
+impl Kind {
+    const ALL: [Self; 8] = [
+        Self::Usage,
+        Self::NotFound,
+        Self::Conflict,
+        Self::Fenced,
+        Self::Damaged,
+        Self::Unsupported,
+        Self::NoSpace,
+        Self::Io,
+    ];
+
+    /// Its name in documents. Stable: scripts and other processes go by it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Usage => "usage",
+            Self::NotFound => "not_found",
+            Self::Conflict => "conflict",
+            Self::Fenced => "fenced",
+            Self::Damaged => "damaged",
+            Self::Unsupported => "unsupported",
+            Self::NoSpace => "no_space",
+            Self::Io => "io",
+        }
+    }
+
+    /// The kind of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
 /// An error with its kind, a sentence, and optionally a hint about what to do next.
 #[derive(Debug)]
 pub struct Error {

@@ -47,6 +47,7 @@
 pub mod cli;
 pub mod epoch;
 pub mod error;
+pub mod fs;
 pub mod ops;
 pub mod platform;
 pub mod repo;

@@ -8,13 +8,13 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use epochfs_format::hex;
-use serde_json::json;
 
 use super::context::Context;
 use super::output::size;
 use crate::epoch::{CommitOptions, FileSource, Ranges, Source};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::ops::control::{Client, CommitRequest, CommitSummary, socket_path};
+use crate::ops::flush::flush_files;
 use crate::platform::clock::Stopwatch;
 
 /// A stream's name and the file it is read from.
@@ -24,18 +24,21 @@ struct StreamArgument {
     file: PathBuf,
 }
 
-/// Commit files as a machine's next epoch.
+/// Commit files, or what a machine has on the mount, as its next epoch.
 ///
 /// The files named are all of the new epoch: its memory, device state and disks of one instant. The machine comes into
 /// being with its first epoch. Pages that the repository holds already, from any machine, are not stored again.
+///
+/// Without files, the machine's live on this host's mount is committed: its files are synced, frozen at one instant, and
+/// stored. This returns when the epoch is durable; writing to live may go on meanwhile.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs commit web1 memory=/run/web1/mem.raw vmstate=/run/web1/state disk0=/srv/web1.img\n  epochfs commit web1 memory=/run/web1/mem.raw --dirty memory=/run/web1/dirty --keep disk0\n\nA file of dirty ranges has one range a line: OFFSET LENGTH in bytes, decimal or 0x...; # begins a comment.\nAn = or a backslash in a stream's name is written with a backslash before it."
+    after_help = "Examples:\n  epochfs commit web1 memory=/run/web1/mem.raw vmstate=/run/web1/state disk0=/srv/web1.img\n  epochfs commit web1 memory=/run/web1/mem.raw --dirty memory=/run/web1/dirty --keep disk0\n  epochfs commit web1 --tag before-upgrade (what it has on the mount)\n\nA file of dirty ranges has one range a line: OFFSET LENGTH in bytes, decimal or 0x...; # begins a comment.\nAn = or a backslash in a stream's name is written with a backslash before it."
 )]
 pub struct Commit {
     /// The machine.
     machine: String,
-    /// The streams: names, and the files or block devices that they are read from.
+    /// The streams: names, and the files or block devices that they are read from. None for the machine's live.
     #[arg(value_name = "STREAM=FILE", value_parser = OsStringValueParser::new().try_map(parse_stream))]
     streams: Vec<StreamArgument>,
     /// Only these ranges of the stream differ from the newest epoch: nothing else of its file is read.
@@ -59,12 +62,12 @@ pub struct Commit {
     /// End the term of the machine's owner. Only when that host is certainly dead.
     #[arg(long)]
     take_over: bool,
-    /// zstd level of new pages: -7 (fast to write and to read) to 19 (small).
-    #[arg(long, value_name = "LEVEL", default_value_t = -1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
-    compression: i32,
-    /// Threads that hash and compress; 0 for one a processor.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    threads: usize,
+    /// zstd level of new pages: -7 (fast to write and to read) to 19 (small). -1 unless given.
+    #[arg(long, value_name = "LEVEL", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
+    compression: Option<i32>,
+    /// Threads that hash and compress; 0, or none given, for one a processor.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
 }
 
 /// Splits at the first = that has no backslash before it.
@@ -124,7 +127,7 @@ impl Commit {
         Ok(dirty)
     }
 
-    fn options(&self) -> Result<CommitOptions> {
+    fn notes(&self) -> Result<Vec<(String, String)>> {
         let mut notes = Vec::new();
         for note in &self.note {
             let (name, value) = note
@@ -132,25 +135,47 @@ impl Commit {
                 .ok_or_else(|| Error::usage(format!("--note {note:?} is not of the form NAME=VALUE")))?;
             notes.push((name.to_owned(), value.to_owned()));
         }
+        Ok(notes)
+    }
+
+    fn options(&self) -> Result<CommitOptions> {
+        let default = CommitOptions::default();
         Ok(CommitOptions {
             message: self.message.clone(),
             tags: self.tag.clone(),
-            notes,
-            compression_level: self.compression,
-            threads: self.threads,
+            notes: self.notes()?,
+            compression_level: self.compression.unwrap_or(default.compression_level),
+            threads: self.threads.unwrap_or(default.threads),
             parent: self.parent,
             take_over: self.take_over,
-            ..CommitOptions::default()
+            ..default
         })
     }
 
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
-        if self.streams.is_empty() && self.keep.is_empty() {
-            return Err(Error::usage("no stream is named")
-                .hint(format!("name the files: epochfs commit {} memory=FILE ...", self.machine)));
-        }
         epochfs_format::check_machine(&self.machine)
             .map_err(|error| Error::usage(format!("{:?}: {error}", self.machine)))?;
+        let summary = match self.streams.is_empty() && self.keep.is_empty() {
+            true => self.commit_live(context)?,
+            false => self.commit_files(context)?,
+        };
+        let document = serde_json::to_value(&summary)
+            .map_err(|error| Error::usage(format!("the result cannot be written: {error}")))?;
+        context.print(&document, || {
+            format!(
+                "committed {}@{}: {} pages changed, {} new, {} stored, in {:.3} s\n",
+                summary.machine,
+                summary.epoch,
+                summary.changed_pages,
+                summary.new_pages,
+                size(summary.stored_bytes),
+                summary.elapsed_ms / 1000.0
+            )
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn commit_files(&self, context: &Context) -> Result<CommitSummary> {
         let dirty = self.dirty_ranges()?;
         let mut sources = Vec::new();
         for stream in &self.streams {
@@ -167,7 +192,6 @@ impl Commit {
         let bar = context.progress(&format!("committing {}", self.machine));
         let shown = bar.clone();
         commit.on_read(move |bytes| shown.add_bytes(bytes, total));
-        let parent = commit.parent();
         for (stream, source) in &sources {
             commit.add_stream(&stream.name, source.attributes(), source, dirty.get(&stream.name))?;
         }
@@ -180,34 +204,80 @@ impl Commit {
         }
         let committed = commit.finish()?;
         bar.finish();
-        let elapsed = started.elapsed();
         let index = &store.index(None).0.counters;
-        let counts = &committed.counts;
-        let document = json!({
-            "machine": &*committed.machine,
-            "epoch": committed.epoch,
-            "parent": parent,
-            "digest": hex(&crate::epoch::commit_of(&committed.record)?.digest),
-            "read_bytes": counts.read_bytes,
-            "changed_pages": counts.changed_pages,
-            "new_pages": counts.new_pages,
-            "deduplicated_pages": counts.deduplicated_pages,
-            "stored_bytes": committed.stored_bytes,
-            "index_lookups": index.lookups.load(Ordering::Relaxed),
-            "index_hits": index.hits.load(Ordering::Relaxed),
-            "elapsed_ms": elapsed.as_secs_f64() * 1000.0,
-        });
-        context.print(&document, || {
-            format!(
-                "committed {}@{}: {} pages changed, {} new, {} stored, in {:.3} s\n",
-                committed.machine,
-                committed.epoch,
-                counts.changed_pages,
-                counts.new_pages,
-                size(committed.stored_bytes),
-                elapsed.as_secs_f64()
-            )
-        })?;
-        Ok(ExitCode::SUCCESS)
+        let asked = (index.lookups.load(Ordering::Relaxed), index.hits.load(Ordering::Relaxed));
+        CommitSummary::new(&committed, asked, started.elapsed())
+    }
+
+    /// Has the daemon commit what the machine has on the mount.
+    fn commit_live(&self, context: &Context) -> Result<CommitSummary> {
+        self.check_fit_for_live()?;
+        let notes = self.notes()?;
+        let store = context.open()?;
+        let Some(mut client) = Client::connect(&socket_path(&context.local_directory(&store)))? else {
+            let repository = store.repository().url();
+            return Err(Error::not_found(format!(
+                "no stream is named, and no daemon has {repository} mounted here, whose {} could be committed",
+                self.machine
+            ))
+            .hint(format!(
+                "mount it: epochfs --repo {repository} mount MOUNTPOINT --background; or name the files: epochfs commit {} memory=FILE ...",
+                self.machine
+            )));
+        };
+        drop(store);
+        let who = client.ping()?;
+        let started = Stopwatch::start();
+        let live = Path::new(&who.mountpoint).join(&self.machine).join("live");
+        let bar = context.progress(&format!("syncing {}", live.display()));
+        let flushed = flush_files(&live, &mut |files| bar.set_items(files, files));
+        bar.finish();
+        if let Err(error) = flushed {
+            return Err(self.explain(error, &mut client, &who.mountpoint));
+        }
+        let request = CommitRequest {
+            machine: self.machine.clone(),
+            message: self.message.clone(),
+            tags: self.tag.clone(),
+            notes,
+        };
+        let mut summary = client.commit(request)?;
+        // What the caller waited for is the sync too.
+        summary.elapsed_ms = started.elapsed().as_secs_f64() * 1000.0;
+        Ok(summary)
+    }
+
+    fn check_fit_for_live(&self) -> Result<()> {
+        let given = [
+            ("--dirty", !self.dirty.is_empty()),
+            ("--parent", self.parent.is_some()),
+            ("--take-over", self.take_over),
+            ("--compression", self.compression.is_some()),
+            ("--threads", self.threads.is_some()),
+        ];
+        match given.iter().find(|(_, is_given)| *is_given) {
+            None => Ok(()),
+            Some((option, _)) => Err(Error::usage(format!(
+                "no stream is named: {option} is for commits of files, not for what a machine has on the mount"
+            ))
+            .hint(format!("name the files: epochfs commit {} memory=FILE ...", self.machine))),
+        }
+    }
+
+    /// Why the files could not be synced: what the daemon knows of the machine says more than an error number.
+    fn explain(&self, error: Error, client: &mut Client, mountpoint: &str) -> Error {
+        let Ok(status) = client.status() else { return error };
+        let machine = status.filesystem.machines.into_iter().find(|machine| machine.machine == self.machine);
+        match machine {
+            None if error.kind() == Kind::NotFound => {
+                Error::not_found(format!("there is no machine {} at {mountpoint}", self.machine))
+                    .hint(format!("`ls {mountpoint}` lists the machines, and mkdir makes one"))
+            }
+            Some(machine) if machine.state == "fenced" || machine.state == "stale" => {
+                let why = machine.error.unwrap_or_else(|| "another owner has taken it over".to_owned());
+                Error::new(Kind::Fenced, format!("{} is {}: {why}", self.machine, machine.state))
+            }
+            _ => error,
+        }
     }
 }

@@ -64,6 +64,16 @@ impl Context {
         Ok(EpochStore::open_directory(&self.repository_path()?)?.with_state(self.state_directory()))
     }
 
+    /// Where this host keeps what belongs to an opened repository.
+    pub fn local_directory(&self, store: &EpochStore) -> PathBuf {
+        store.repository().local_directory(&self.state_directory())
+    }
+
+    /// Whether the logs that the user asked for are more, or fewer, than usual.
+    pub fn verbosity(&self) -> (u8, bool) {
+        (self.global.verbose, self.global.quiet)
+    }
+
     /// Opens the page index now, and shows the progress if it must be rebuilt.
     pub fn open_index(&self, store: &EpochStore) {
         let bar = self.progress("rebuilding the page index");

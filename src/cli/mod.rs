@@ -15,12 +15,15 @@ mod init;
 mod log;
 mod ls;
 mod man;
+mod mount;
 mod output;
 mod progress;
 mod rm;
 mod show;
 mod stats;
+mod status;
 mod tag;
+mod umount;
 mod verify;
 
 use std::ffi::OsString;
@@ -61,7 +64,7 @@ pub struct Global {
         hide_env_values = true
     )]
     repo: Option<String>,
-    /// Where this host keeps what it derives: the page index.
+    /// Where this host keeps the page index, what was written to mounts and is not committed, and the daemon's socket.
     #[arg(
         long,
         global = true,
@@ -96,6 +99,9 @@ enum Command {
     Rm(rm::Rm),
     Verify(verify::Verify),
     Stats(stats::Stats),
+    Mount(mount::Mount),
+    Umount(umount::Umount),
+    Status(status::Status),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Completions(completions::Completions),
@@ -117,6 +123,9 @@ impl Command {
             Self::Rm(command) => command.run(context),
             Self::Verify(command) => command.run(context),
             Self::Stats(command) => command.run(context),
+            Self::Mount(command) => command.run(context),
+            Self::Umount(command) => command.run(context),
+            Self::Status(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
             Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),

@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use serde_json::{Value, json};
 use tracing_subscriber::EnvFilter;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 
 /// Sends logs to stderr: warnings, or what EPOCHFS_LOG or the flags ask for.
 pub fn start_logging(verbose: u8, quiet: bool) {
@@ -13,7 +13,7 @@ pub fn start_logging(verbose: u8, quiet: bool) {
         (true, _) => "error",
         (_, 0) => "warn",
         (_, 1) => "info",
-        _ => "epochfs=debug",
+        _ => "info,epochfs=debug",
     };
     let filter = EnvFilter::try_from_env("EPOCHFS_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     // A second call, as in tests, keeps the first one's settings.
@@ -47,26 +47,13 @@ pub fn print_error(error: &Error, as_json: bool) {
     }
     if as_json {
         let document = json!({"error": {
-            "kind": kind_name(error.kind()),
+            "kind": error.kind().name(),
             "message": error.to_string(),
             "next_step": error.next_step(),
             "exit_code": error.exit_code(),
         }});
         // The error that matters was printed already.
         let _ = print(&format!("{document:#}\n"));
-    }
-}
-
-fn kind_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Usage => "usage",
-        Kind::NotFound => "not_found",
-        Kind::Conflict => "conflict",
-        Kind::Fenced => "fenced",
-        Kind::Damaged => "damaged",
-        Kind::Unsupported => "unsupported",
-        Kind::NoSpace => "no_space",
-        Kind::Io => "io",
     }
 }
 
@@ -102,6 +89,21 @@ pub fn size(bytes: u64) -> String {
         unit += 1;
     }
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// Reads a size: a number of bytes, or of KiB, MiB, GiB or TiB behind which stands K, M, G or T.
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|letter: char| !letter.is_ascii_digit());
+    let shift = match text[digits.len()..].to_ascii_lowercase().trim_end_matches('b').trim_end_matches('i') {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err("a size is a number with K, M, G, T or nothing behind it, like 64G".to_owned()),
+    };
+    let number: u64 = digits.parse().map_err(|_| "a size is a whole number, like 64G".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "this size is too large".to_owned())
 }
 
 /// A time in UTC, like 2026-03-01 12:30:05.
@@ -151,6 +153,18 @@ mod tests {
         assert_eq!(time(1_709_210_096_000_000_000), "2024-02-29 12:34:56");
         assert_eq!(time(4_107_542_399_000_000_000), "2100-02-28 23:59:59");
         assert_eq!((size(1023), size(1024), size(u64::MAX)), ("1023 B".into(), "1.0 KiB".into(), "16.0 EiB".into()));
+    }
+
+    #[test]
+    fn sizes_are_understood() {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("64K", 65536), ("1m", 1 << 20), ("2GiB", 2 << 30), ("1TB", 1 << 40)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "-1", "1.5G", "1 G", "1X", "16777216T", "1GG", "0x10"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
     }
 
     #[test]

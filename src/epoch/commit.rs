@@ -190,13 +190,39 @@ impl CommitBuilder {
         source: &dyn Source,
         dirty: Option<&Ranges>,
     ) -> Result<()> {
+        let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path)).cloned();
+        self.add_stream_with(path, attributes, source, dirty, parent.as_ref())
+    }
+
+    /// Adds a stream that differs from a stored image, wherever that image comes from, only where `dirty` says so.
+    pub fn add_stream_over(
+        &mut self,
+        path: &[u8],
+        attributes: Attributes,
+        source: &dyn Source,
+        dirty: &Ranges,
+        base: &Image,
+    ) -> Result<()> {
+        if let Some(root) = &base.root {
+            self.settle_unless_of_parent(path, root)?;
+        }
+        self.add_stream_with(path, attributes, source, Some(dirty), Some(base))
+    }
+
+    fn add_stream_with(
+        &mut self,
+        path: &[u8],
+        attributes: Attributes,
+        source: &dyn Source,
+        dirty: Option<&Ranges>,
+        parent: Option<&Image>,
+    ) -> Result<()> {
         // Until it succeeds: whatever ends it early leaves packs half written and the epoch without the stream.
         let failed_before = std::mem::replace(&mut self.failed, true);
         self.take_path(path, false)?;
         if source.len() > IMAGE_LEN_MAX {
             return Err(Error::usage(format!("{}: no file is {} bytes long", path.escape_ascii(), source.len())));
         }
-        let parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
         let end = source.len().max(parent.map_or(0, |image| image.length));
         if let Some(range) = dirty.and_then(|dirty| dirty.iter().find(|range| range.start >= end)) {
             // Page numbers taken for bytes, or the other way round: what is really dirty would be lost.
@@ -241,11 +267,25 @@ impl CommitBuilder {
         let failed_before = std::mem::replace(&mut self.failed, true);
         self.take_path(&entry.path, entry.kind == EntryKind::Directory)?;
         if let EntryKind::Stream(Image { root: Some(root), .. }) = &entry.kind {
-            self.repository.objects().store().settle(&object_key(&root.place.object))?;
+            self.settle_unless_of_parent(&entry.path, root)?;
         }
         self.others.push(entry);
         self.failed = failed_before;
         Ok(())
+    }
+
+    /// What the parent epoch holds is durable; anything else that this epoch is to lean on is made so.
+    fn settle_unless_of_parent(&self, path: &[u8], root: &Root) -> Result<()> {
+        let of_parent = self.parent.as_ref().and_then(|(_, manifest)| manifest.stream(path));
+        if of_parent.and_then(|image| image.root.as_ref()) == Some(root) {
+            return Ok(());
+        }
+        self.repository.objects().store().settle(&object_key(&root.place.object))
+    }
+
+    /// What the parent epoch has at a path.
+    pub fn parent_entry(&self, path: &[u8]) -> Option<&ManifestEntry> {
+        self.parent.as_ref().and_then(|(_, manifest)| manifest.get(path))
     }
 
     /// Notes that the epoch has something at this path. Only a directory may have anything below it.

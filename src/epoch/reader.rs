@@ -1,5 +1,6 @@
 //! Reading epochs.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::slice;
 use std::sync::Arc;
@@ -88,73 +89,103 @@ impl StreamReader {
     /// Fills the buffer from this offset, up to the stream's end; returns how much that was. Every page is proven
     /// against its hash; after an error the buffer holds nothing useful.
     pub fn read_at(&mut self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
-        let end = self.image.length.min(offset.saturating_add(buffer.len() as u64));
-        if offset >= end {
-            return Ok(0);
-        }
-        let len = (end - offset) as usize;
-        let buffer = &mut buffer[..len];
-        let size = PAGE_SIZE as u64;
-        let mut at = 0;
-        while at < len {
-            let rest = &mut buffer[at..];
-            let (number, within) = ((offset + at as u64) / size, ((offset + at as u64) % size) as usize);
-            if within == 0 && rest.len() >= PAGE_SIZE {
-                let (pages, _) = rest.as_chunks_mut();
-                fill_pages(&self.nodes, &self.image, &mut self.fetcher, number, pages)?;
-                at += pages.len() * PAGE_SIZE;
-            } else {
-                let mut page = [0; PAGE_SIZE];
-                fill_pages(&self.nodes, &self.image, &mut self.fetcher, number, slice::from_mut(&mut page))?;
-                let part = rest.len().min(PAGE_SIZE - within);
-                rest[..part].copy_from_slice(&page[within..within + part]);
-                at += part;
-            }
-        }
-        Ok(len)
+        read_image_at(&self.nodes, &self.image, &mut self.fetcher, offset, buffer)
     }
 
     /// The next run of pages at or after `from` that are stored, as a byte range within the stream.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
-        // Within the last page, but past the end of the stream.
-        if from >= self.image.length {
-            return Ok(None);
+        next_data(&self.nodes, &self.image, from)
+    }
+}
+
+thread_local! {
+    static FETCHER: RefCell<Fetcher> = RefCell::default();
+}
+
+/// An image that any thread reads.
+pub struct SharedImage<'a> {
+    pub nodes: &'a Nodes,
+    pub image: &'a Image,
+}
+
+impl SharedImage<'_> {
+    /// As [`StreamReader::read_at`].
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        FETCHER.with_borrow_mut(|fetcher| read_image_at(self.nodes, self.image, fetcher, offset, buffer))
+    }
+
+    /// As [`StreamReader::next_data`].
+    pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        next_data(self.nodes, self.image, from)
+    }
+}
+
+fn read_image_at(nodes: &Nodes, image: &Image, fetcher: &mut Fetcher, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+    let end = image.length.min(offset.saturating_add(buffer.len() as u64));
+    if offset >= end {
+        return Ok(0);
+    }
+    let len = (end - offset) as usize;
+    let buffer = &mut buffer[..len];
+    let size = PAGE_SIZE as u64;
+    let mut at = 0;
+    while at < len {
+        let rest = &mut buffer[at..];
+        let (number, within) = ((offset + at as u64) / size, ((offset + at as u64) % size) as usize);
+        if within == 0 && rest.len() >= PAGE_SIZE {
+            let (pages, _) = rest.as_chunks_mut();
+            fill_pages(nodes, image, fetcher, number, pages)?;
+            at += pages.len() * PAGE_SIZE;
+        } else {
+            let mut page = [0; PAGE_SIZE];
+            fill_pages(nodes, image, fetcher, number, slice::from_mut(&mut page))?;
+            let part = rest.len().min(PAGE_SIZE - within);
+            rest[..part].copy_from_slice(&page[within..within + part]);
+            at += part;
         }
-        let size = PAGE_SIZE as u64;
-        let mut page = from / size;
-        let mut run: Option<Range<u64>> = None;
-        while page < page_count(self.image.length) {
-            let Some((index, root)) = next_leaf(&self.nodes, &self.image, page / LEAF_PAGES)? else { break };
-            let first = index * LEAF_PAGES;
-            if run.is_some() && page < first {
-                break;
-            }
-            let leaf = self.nodes.load(&root, 0)?;
-            let mut slot = page.saturating_sub(first) as usize;
-            if run.is_none() {
-                match leaf.node.next_slot(slot) {
-                    None => {
-                        page = first + LEAF_PAGES;
-                        continue;
-                    }
-                    Some(found) => {
-                        slot = found;
-                        run = Some(first + found as u64..first + found as u64);
-                    }
+    }
+    Ok(len)
+}
+
+fn next_data(nodes: &Nodes, image: &Image, from: u64) -> Result<Option<Range<u64>>> {
+    // Within the last page, but past the end of the stream.
+    if from >= image.length {
+        return Ok(None);
+    }
+    let size = PAGE_SIZE as u64;
+    let mut page = from / size;
+    let mut run: Option<Range<u64>> = None;
+    while page < page_count(image.length) {
+        let Some((index, root)) = next_leaf(nodes, image, page / LEAF_PAGES)? else { break };
+        let first = index * LEAF_PAGES;
+        if run.is_some() && page < first {
+            break;
+        }
+        let leaf = nodes.load(&root, 0)?;
+        let mut slot = page.saturating_sub(first) as usize;
+        if run.is_none() {
+            match leaf.node.next_slot(slot) {
+                None => {
+                    page = first + LEAF_PAGES;
+                    continue;
+                }
+                Some(found) => {
+                    slot = found;
+                    run = Some(first + found as u64..first + found as u64);
                 }
             }
-            let run = run.as_mut().expect("it was just begun");
-            while slot < LEAF_PAGES as usize && leaf.node.hash(slot).is_some() {
-                slot += 1;
-            }
-            run.end = first + slot as u64;
-            if slot < LEAF_PAGES as usize {
-                break;
-            }
-            page = first + LEAF_PAGES;
         }
-        Ok(run.map(|run| (run.start * size).max(from)..(run.end * size).min(self.image.length)))
+        let run = run.as_mut().expect("it was just begun");
+        while slot < LEAF_PAGES as usize && leaf.node.hash(slot).is_some() {
+            slot += 1;
+        }
+        run.end = first + slot as u64;
+        if slot < LEAF_PAGES as usize {
+            break;
+        }
+        page = first + LEAF_PAGES;
     }
+    Ok(run.map(|run| (run.start * size).max(from)..(run.end * size).min(image.length)))
 }
 
 /// Fills pages with those of the image from number `first` on.

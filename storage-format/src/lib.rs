@@ -5,6 +5,7 @@
 mod block;
 mod descriptor;
 mod error;
+mod journal;
 mod manifest;
 mod name;
 mod node;
@@ -17,6 +18,9 @@ mod wire;
 pub use block::{BLOCK_HEADER_LEN, BLOCK_PAYLOAD_LEN_MAX, Block, BlockKind, PageDecoder, PageEncoder, put_raw_block};
 pub use descriptor::Descriptor;
 pub use error::{FormatError, Result};
+pub use journal::{
+    JOURNAL_PAGES_MAX, JournalBase, JournalEntry, JournalKind, JournalNode, JournalReader, JournalWriter, SpooledPage,
+};
 pub use manifest::{Attributes, EntryKind, IMAGE_LEN_MAX, Image, Manifest, ManifestEntry, Root};
 pub use name::{
     DESCRIPTOR_KEY, NAME_LEN_MAX, RECORDS_A_SEGMENT, STREAM_PATH_LEN_MAX, check_machine, check_stream_path, check_tag,

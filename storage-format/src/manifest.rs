@@ -15,7 +15,7 @@ const KIND_SYMLINK: u8 = 3;
 pub const IMAGE_LEN_MAX: u64 = i64::MAX as u64;
 
 /// The longest value of an extended attribute that Linux knows.
-const EXTENDED_VALUE_LEN_MAX: usize = 64 << 10;
+pub(crate) const EXTENDED_VALUE_LEN_MAX: usize = 64 << 10;
 
 /// Path length, kind, mode, owner, group, time and attribute count: what each entry takes at least.
 const ENTRY_LEN_MIN: usize = 2 + 1 + 4 + 4 + 4 + 8 + 2;

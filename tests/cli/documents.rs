@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 
 use serde_json::Value;
 
-use crate::support::{World, pages, stream};
+use crate::support::{Mountpoint, World, can_mount_or_skip, pages, stream};
 
 /// Fails unless the document has these fields; `a.b` is b in a, `a[].b` is b in each element of a, which is not empty.
 #[track_caller]
@@ -191,6 +191,55 @@ fn every_command_prints_a_document_with_its_fields() {
             "figures[].detail",
         ],
     );
+    let mountpoint = Mountpoint::new(&world, "mount");
+    let can_mount = can_mount_or_skip("the documents of mount and umount");
+    if can_mount {
+        check(
+            &["mount", "--background", mountpoint.text()],
+            &[
+                "repository",
+                "id",
+                "mountpoint",
+                "pid",
+                "socket",
+                "log",
+                "kernel[].name",
+                "kernel[].wanted",
+                "kernel[].found",
+            ],
+        );
+        check(
+            &["status"],
+            &[
+                "dead_mounts",
+                "daemons[].repository",
+                "daemons[].id",
+                "daemons[].mountpoint",
+                "daemons[].pid",
+                "daemons[].epochfs",
+                "daemons[].started_ns",
+                "daemons[].state",
+                "daemons[].read_only",
+                "daemons[].allow_other",
+                "daemons[].threads",
+                "daemons[].spool_bytes_max",
+                "daemons[].socket",
+                "daemons[].log",
+                "daemons[].io_flusher",
+                "daemons[].kernel[].name",
+                "daemons[].kernel[].wanted",
+                "daemons[].kernel[].found",
+                "daemons[].kernel[].refused",
+                "daemons[].machines",
+                "daemons[].inodes",
+                "daemons[].open_files",
+                "daemons[].read_bytes",
+                "daemons[].written_bytes",
+            ],
+        );
+        check(&["umount", mountpoint.text()], &["mountpoint", "repository", "ended", "holders"]);
+    }
+    check(&["status"], &["daemons", "dead_mounts"]);
     // What a host lacks makes doctor fail, and is no fault of the document.
     seen.insert("doctor".to_owned());
     has(
@@ -207,6 +256,9 @@ fn every_command_prints_a_document_with_its_fields() {
             "checks[].next_step",
         ],
     );
+    if !can_mount {
+        seen.extend(["mount", "umount"].map(str::to_owned));
+    }
     // Whoever adds a command adds its document here.
     let all: BTreeSet<String> =
         epochfs::cli::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
@@ -221,7 +273,9 @@ fn an_error_is_a_document_too() {
         (&["show", "web1"][..], 5, "not_found"),
         (&["tag", "web1", "17"], 5, "not_found"),
         (&["init"], 4, "conflict"),
-        (&["commit", "web1"], 2, "usage"),
+        (&["commit", "web1"], 5, "not_found"),
+        (&["commit", "web1", "--threads", "2"], 2, "usage"),
+        (&["umount", "/"], 5, "not_found"),
     ] {
         let mut command = world.command(words);
         command.arg("--json");

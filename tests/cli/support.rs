@@ -254,3 +254,86 @@ pub fn is_root_or_skip(test: &str) -> bool {
     }
     root
 }
+
+/// Whether this process can mount repositories; otherwise says loudly that a test is skipped.
+pub fn can_mount_or_skip(test: &str) -> bool {
+    let can = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").is_ok();
+    if !can {
+        eprintln!("SKIPPED {test}: it needs /dev/fuse");
+    }
+    can && is_root_or_skip(test)
+}
+
+/// A place to mount a world's repository. Whatever is mounted there ends with this value, its daemon too.
+pub struct Mountpoint<'a> {
+    world: &'a World,
+    pub path: PathBuf,
+}
+
+impl<'a> Mountpoint<'a> {
+    pub fn new(world: &'a World, name: &str) -> Self {
+        let path = world.path(name).canonicalize().unwrap_or_else(|_| {
+            std::fs::create_dir_all(world.path(name)).unwrap();
+            world.path(name).canonicalize().unwrap()
+        });
+        Self { world, path }
+    }
+
+    pub fn text(&self) -> &str {
+        self.path.to_str().unwrap()
+    }
+
+    /// Mounts in the background, and returns the daemon's process.
+    #[track_caller]
+    pub fn mount(&self) -> u32 {
+        self.world
+            .ok(["mount", "--background", self.text()])
+            .says(&format!("mounted {}", self.world.repository().display()));
+        self.status()["pid"].as_u64().unwrap().try_into().unwrap()
+    }
+
+    /// What the one daemon says of itself.
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        let document = self.world.json(["status"]);
+        assert_eq!(document["daemons"].as_array().unwrap().len(), 1, "{document:#}");
+        document["daemons"][0].clone()
+    }
+
+    pub fn is_mounted(&self) -> bool {
+        let list = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        list.lines().any(|line| line.split(' ').nth(4) == Some(self.text()))
+    }
+}
+
+impl Drop for Mountpoint<'_> {
+    fn drop(&mut self) {
+        // Nothing is there where the test came to its end.
+        let _ = self.world.command(["umount", "--lazy", self.text()]).output();
+        let Ok(output) = self.world.command(["status", "--json"]).output() else { return };
+        let document: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        for daemon in document["daemons"].as_array().into_iter().flatten() {
+            if let Some(pid) = daemon["pid"].as_i64().filter(|_| daemon["mountpoint"] == self.text()) {
+                kill(u32::try_from(pid).unwrap(), rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
+
+pub fn kill(pid: u32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    // One that has ended is as good as one that is told to.
+    let _ = rustix::process::kill_process(pid, signal);
+}
+
+/// Waits until something is so.
+#[track_caller]
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    for _ in 0..600 {
+        if is_so() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    panic!("{what}: not within 30 s");
+}

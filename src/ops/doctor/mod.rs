@@ -6,6 +6,7 @@
 mod file_system;
 mod fuse;
 mod host;
+mod mount;
 mod page_index;
 mod race;
 mod repository;
@@ -98,6 +99,7 @@ pub struct Subject {
 pub fn examine(subject: &Subject) -> Vec<Check> {
     let mut checks = host::check();
     checks.extend(fuse::check());
+    checks.push(mount::check_request_size());
     checks.extend(virtualization::check());
     checks.extend(space::check_state(&subject.state_directory));
     checks.extend(repository::check(subject));

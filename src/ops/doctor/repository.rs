@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Check, Subject, file_system, page_index, race, space};
+use super::{Check, Subject, file_system, mount, page_index, race, space};
 use crate::error::Result;
 use crate::platform::clock;
 use crate::platform::files::{Files, RealFiles};
@@ -37,6 +37,10 @@ pub(super) fn check(subject: &Subject) -> Vec<Check> {
     }
     checks.push(leftovers(&**opened.objects().store(), repository.directory.as_deref()));
     checks.push(page_index::check(&opened, &subject.state_directory));
+    checks.extend(match &repository.directory {
+        None => mount::skipped("it is not in a directory"),
+        Some(directory) => mount::check(&opened, directory, subject),
+    });
     checks
 }
 
@@ -44,6 +48,7 @@ fn all_skipped(why: &str) -> Vec<Check> {
     let mut checks = vec![Check::skipped(NAME, why)];
     checks.extend(directory_skipped(why));
     checks.extend(["put-if-absent", "leftovers", "page-index"].map(|name| Check::skipped(name, why)));
+    checks.extend(mount::skipped(why));
     checks
 }
 

@@ -24,6 +24,8 @@ pub trait File: Send + Sync {
     fn write_at(&self, offset: u64, buffer: &[u8]) -> io::Result<()>;
     fn set_len(&self, len: u64) -> io::Result<()>;
     fn sync(&self) -> io::Result<()>;
+    /// Gives the space of a range back: it reads as zeros from then on, or, where the file system cannot, as before.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
     /// How many names the file has.
     fn links(&self) -> io::Result<u64>;
 }
@@ -39,12 +41,16 @@ pub struct Entry {
 pub trait Files: Send + Sync {
     /// Opens a file for reading. A directory is refused with `IsADirectory`.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+    /// Opens a file that exists, for reading and writing.
+    fn open_writable(&self, path: &Path) -> io::Result<Arc<dyn File>>;
     /// Creates a file that must not exist, for writing. `direct` asks to bypass the page cache, and binds each write
     /// to `DIRECT_ALIGNMENT`; where the file system cannot, the call fails with `InvalidInput` and leaves nothing behind.
     fn create_new(&self, path: &Path, direct: bool) -> io::Result<Arc<dyn File>>;
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()>;
     fn remove_file(&self, path: &Path) -> io::Result<()>;
     fn create_dir(&self, path: &Path) -> io::Result<()>;
+    /// Removes an empty directory.
+    fn remove_dir(&self, path: &Path) -> io::Result<()>;
     /// The names in a directory, in no order. One that is not UTF-8 is left out: it can be no object's.
     fn read_dir(&self, path: &Path) -> io::Result<Vec<Entry>>;
     fn sync_dir(&self, path: &Path) -> io::Result<()>;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags};
 
 use super::{Entry, File, Files};
 
@@ -49,6 +49,14 @@ impl File for RealFile {
         self.0.sync_all()
     }
 
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.0, flags, offset, len) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn links(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.nlink())
     }
@@ -61,6 +69,10 @@ impl Files for RealFiles {
             return Err(io::ErrorKind::IsADirectory.into());
         }
         Ok(Arc::new(RealFile(file)))
+    }
+
+    fn open_writable(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        Ok(Arc::new(RealFile(fs::OpenOptions::new().read(true).write(true).open(path)?)))
     }
 
     fn create_new(&self, path: &Path, direct: bool) -> io::Result<Arc<dyn File>> {
@@ -91,6 +103,10 @@ impl Files for RealFiles {
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         fs::create_dir(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        fs::remove_dir(path)
     }
 
     fn read_dir(&self, path: &Path) -> io::Result<Vec<Entry>> {

@@ -65,6 +65,16 @@ impl Files for Lying {
         Ok(self.wrap(self.inner.open(path)?))
     }
 
+    fn open_writable(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.look()?;
+        Ok(self.wrap(self.inner.open_writable(path)?))
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.change()?;
+        self.inner.remove_dir(path)
+    }
+
     fn create_new(&self, path: &Path, direct: bool) -> io::Result<Arc<dyn File>> {
         self.change()?;
         Ok(self.wrap(self.inner.create_new(path, direct)?))
@@ -155,6 +165,11 @@ impl File for LyingFile {
     fn sync(&self) -> io::Result<()> {
         self.files.change()?;
         if self.files.lie == Lie::FileSync { Ok(()) } else { self.inner.sync() }
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.files.change()?;
+        self.inner.punch(offset, len)
     }
 
     fn links(&self) -> io::Result<u64> {

@@ -178,6 +178,10 @@ impl Files for SimFiles {
         })
     }
 
+    fn open_writable(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.open(path)
+    }
+
     fn create_new(&self, path: &Path, direct: bool) -> io::Result<Arc<dyn File>> {
         self.call(Needs::Space, |state| {
             if direct && state.direct == Direct::RefusedAtCreate {
@@ -204,6 +208,10 @@ impl Files for SimFiles {
         self.call(Needs::Space, |state| {
             state.tree.make(path, Node::Dir { entries: BTreeMap::new() }, "make directory").map(|_| ())
         })
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.call(Needs::Nothing, |state| state.tree.remove_dir(path))
     }
 
     fn read_dir(&self, path: &Path) -> io::Result<Vec<Entry>> {
@@ -292,6 +300,16 @@ impl File for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         self.files.sync(|_| Ok(self.node))
+    }
+
+    /// As the zeros that they read as from then on.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.files.call(Needs::Nothing, |state| {
+            let end = (state.tree.data(self.node)?.len() as u64).min(offset.saturating_add(len));
+            let bytes = vec![0; end.saturating_sub(offset) as usize];
+            state.tree.change(Change::Write { file: self.node, offset, bytes: bytes.into() });
+            Ok(())
+        })
     }
 
     fn links(&self) -> io::Result<u64> {

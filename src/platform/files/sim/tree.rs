@@ -127,6 +127,15 @@ impl Tree {
         Ok(())
     }
 
+    pub fn remove_dir(&mut self, path: &Path) -> io::Result<()> {
+        if !self.entries(self.find(path)?)?.is_empty() {
+            return Err(io::ErrorKind::DirectoryNotEmpty.into());
+        }
+        let (dir, name) = self.split(path)?;
+        self.change(Change::Name { dir, name, node: None, what: "remove directory" });
+        Ok(())
+    }
+
     /// Applies a change to the tree and logs it.
     pub fn change(&mut self, change: Change) {
         let now = self.log.len() as u64;

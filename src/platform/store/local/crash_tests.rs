@@ -367,6 +367,12 @@ impl Files for Lazy {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         self.wrap(self.files.open(path))
     }
+    fn open_writable(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.wrap(self.files.open_writable(path))
+    }
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.files.remove_dir(path)
+    }
     fn create_new(&self, path: &Path, direct: bool) -> io::Result<Arc<dyn File>> {
         self.wrap(self.files.create_new(path, direct))
     }
@@ -415,6 +421,9 @@ impl File for LazyFile {
     }
     fn sync(&self) -> io::Result<()> {
         if self.skip == Skip::Files { Ok(()) } else { self.file.sync() }
+    }
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.punch(offset, len)
     }
     fn links(&self) -> io::Result<u64> {
         self.file.links()

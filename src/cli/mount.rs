@@ -1,0 +1,152 @@
+//! `epochfs mount`
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::context::Context;
+use super::output::{parse_size, print};
+use crate::error::{Error, Kind, Result};
+use crate::ops::daemon::{Claim, DaemonOptions, Ready, background, make_directory, prepare_process, serve};
+use crate::ops::machine::processors;
+
+/// Mount the repository: every machine's live, to write to, and its epochs, to read.
+///
+/// Runs until the mount ends: by `epochfs umount`, by SIGTERM or SIGINT, or because somebody else unmounts it. What was
+/// written and not committed is kept in the state directory, and is there again with the next mount.
+#[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  epochfs --repo /srv/epochs mount /mnt/epochs --background\n  epochfs mount /mnt/epochs --allow-other (for VMMs that run as other users)\n\nOn the mount:\n  mkdir MOUNT/web1                    makes a machine\n  MOUNT/web1/live/                    its files, to write to\n  mkdir MOUNT/web1/epochs/TAG         commits them, like epochfs commit web1 --tag TAG\n  MOUNT/web1/epochs/17/, latest/      epochs, to read"
+)]
+pub struct Mount {
+    /// Where to mount: a directory, which should be empty.
+    mountpoint: PathBuf,
+    /// Return once the mount is ready. The daemon's log is daemon.log in the state directory, below the repository's id.
+    #[arg(long, short)]
+    background: bool,
+    /// Let other users in, as far as the files' modes allow.
+    #[arg(long)]
+    allow_other: bool,
+    /// Threads that answer the kernel; 0 for one a processor, at least 2 and at most 16.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=128))]
+    threads: u16,
+    /// How much may be written and not committed, of all machines together. Beyond it, writers get ENOSPC.
+    #[arg(long, value_name = "SIZE", default_value = "64G", value_parser = parse_size)]
+    spool_size: u64,
+    /// Change nothing: live is read-only, and nothing can be committed.
+    #[arg(long)]
+    read_only: bool,
+    /// Set for the process in the background.
+    #[arg(long, hide = true)]
+    detached: bool,
+}
+
+const SPOOL_LEN_MIN: u64 = 1 << 20;
+
+impl Mount {
+    pub fn run(&self, context: &Context) -> Result<ExitCode> {
+        if self.spool_size < SPOOL_LEN_MIN {
+            return Err(Error::usage("the spool has room for 1 MiB at least").hint("for example --spool-size 64G"));
+        }
+        let absolute = |path: &Path| {
+            std::path::absolute(path).map_err(|error| Error::io(format!("the path {}", path.display()), error))
+        };
+        let repository = absolute(&context.repository_path()?)?;
+        let state = absolute(&context.state_directory())?;
+        if self.background {
+            return self.start(context, &repository, &state);
+        }
+        if self.detached {
+            background::detach()?;
+        }
+        let io_flusher = prepare_process();
+        let store = context.open()?;
+        let claim = Claim::new(&store, &repository, &state, &self.mountpoint)?;
+        context.open_index(&store);
+        let log = self.detached.then(|| log_path(&context.local_directory(&store)));
+        let options = DaemonOptions {
+            allow_other: self.allow_other,
+            read_only: self.read_only,
+            threads: match self.threads {
+                0 => processors().clamp(2, 16),
+                threads => usize::from(threads),
+            },
+            spool_len_max: self.spool_size,
+            log: log.clone(),
+            io_flusher,
+        };
+        serve(claim, store, &options, &mut |ready| {
+            let document = document(ready, log.as_deref());
+            let printed = if context.json() { print(&format!("{document:#}\n")) } else { Ok(()) };
+            // The mount is what matters; who started it may be gone.
+            if let Err(error) = printed.and_then(|()| if self.detached { background::let_go() } else { Ok(()) }) {
+                tracing::warn!(%error, "the mount is ready, but that could not be told");
+            }
+            context.notice(&sentence(&document));
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Starts a daemon in the background, and waits until it is ready.
+    fn start(&self, context: &Context, repository: &Path, state: &Path) -> Result<ExitCode> {
+        let store = context.open()?;
+        // The mountpoint is named as seen from here.
+        let mountpoint = std::path::absolute(&self.mountpoint)
+            .map_err(|error| Error::io(format!("the mountpoint {}", self.mountpoint.display()), error))?;
+        let directory = context.local_directory(&store);
+        make_directory(&directory)?;
+        drop(store);
+        let arguments = self.arguments(context, repository, state, &mountpoint)?;
+        let document = background::start(&arguments, &log_path(&directory))?;
+        context.notice(&sentence(&document));
+        if context.json() {
+            print(&format!("{document:#}\n"))?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn arguments(&self, context: &Context, repository: &Path, state: &Path, at: &Path) -> Result<Vec<OsString>> {
+        let repository = repository.to_str().ok_or_else(|| {
+            Error::new(Kind::Usage, format!("the repository {}: its path is not text", repository.display()))
+        })?;
+        let mut arguments: Vec<OsString> = vec!["--repo".into(), format!("file://{repository}").into()];
+        arguments.extend(["--state-dir".into(), state.into(), "--json".into()]);
+        // A daemon's log tells more than a terminal.
+        arguments.extend(match context.verbosity() {
+            (_, true) => vec!["--quiet".into()],
+            (0 | 1, _) => vec!["-v".into()],
+            _ => vec!["-vv".into()],
+        });
+        arguments.extend(["mount".into(), "--detached".into()]);
+        arguments.extend(["--threads".into(), self.threads.to_string().into()]);
+        arguments.extend(["--spool-size".into(), self.spool_size.to_string().into()]);
+        for (flag, is_given) in [("--allow-other", self.allow_other), ("--read-only", self.read_only)] {
+            arguments.extend(is_given.then(|| flag.into()));
+        }
+        arguments.extend(["--".into(), at.into()]);
+        Ok(arguments)
+    }
+}
+
+fn log_path(directory: &Path) -> PathBuf {
+    directory.join("daemon.log")
+}
+
+fn document(ready: &Ready, log: Option<&Path>) -> Value {
+    json!({
+        "repository": ready.who.repository,
+        "id": ready.who.id,
+        "mountpoint": ready.who.mountpoint,
+        "pid": ready.who.pid,
+        "socket": ready.socket.display().to_string(),
+        "log": log.map(|log| log.display().to_string()),
+        "kernel": ready.kernel,
+    })
+}
+
+fn sentence(document: &Value) -> String {
+    let text = |field: &str| document[field].as_str().unwrap_or_default().to_owned();
+    format!("mounted {} at {}", text("repository"), text("mountpoint"))
+}

@@ -1,0 +1,140 @@
+//! `epochfs status`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use super::context::Context;
+use super::output::{plain, size, table, time};
+use crate::error::{Error, Result};
+use crate::ops::control::{Client, DaemonStatus, socket_path, sockets};
+use crate::ops::mounts::{Liveness, liveness, mounts};
+
+/// Show what is mounted: each daemon with its machines, what they have written and not committed, and the kernel's
+/// settings.
+///
+/// Shows the daemon of the repository, or those of all repositories where none is named. That none runs is no failure.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  epochfs status\n  epochfs --repo /srv/epochs status --json")]
+pub struct Status {}
+
+impl Status {
+    pub fn run(&self, context: &Context) -> Result<ExitCode> {
+        let paths: Vec<PathBuf> = match context.names_repository() {
+            true => vec![socket_path(&context.local_directory(&context.open()?))],
+            false => sockets(&context.state_directory()),
+        };
+        let mut daemons = Vec::new();
+        for path in paths {
+            if let Some(mut client) = Client::connect(&path)? {
+                daemons.push(client.status()?);
+            }
+        }
+        let documents: Vec<serde_json::Value> = daemons
+            .iter()
+            .map(serde_json::to_value)
+            .collect::<serde_json::Result<_>>()
+            .map_err(|error| Error::usage(format!("the status cannot be written: {error}")))?;
+        let dead = self.dead_mounts(context)?;
+        let document = json!({
+            "daemons": documents,
+            "dead_mounts": dead.iter().map(|(at, repository)| json!({"mountpoint": at, "repository": repository})).collect::<Vec<_>>(),
+        });
+        context.print(&document, || {
+            let mut parts: Vec<String> = daemons.iter().map(render).collect();
+            parts.extend(dead.iter().map(|(at, repository)| {
+                format!(
+                    "the daemon died that had {} mounted at {}; mount it again, or: epochfs umount {}\n",
+                    plain(repository),
+                    plain(at),
+                    plain(at)
+                )
+            }));
+            if parts.is_empty() { "nothing is mounted\n".to_owned() } else { parts.join("\n") }
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Mounts whose daemons died, with their repositories; only those of the repository that is named, if one is.
+    fn dead_mounts(&self, context: &Context) -> Result<Vec<(String, String)>> {
+        let only = match context.names_repository() {
+            true => {
+                let path = context.repository_path()?;
+                let absolute = std::path::absolute(&path)
+                    .map_err(|error| Error::io(format!("the path {}", path.display()), error))?;
+                Some(absolute.display().to_string())
+            }
+            false => None,
+        };
+        Ok(mounts()?
+            .into_iter()
+            .filter(|mount| mount.is_ours() && only.as_ref().is_none_or(|only| *only == mount.repository()))
+            .filter(|mount| liveness(&mount.at) == Liveness::Dead)
+            .map(|mount| (mount.at.display().to_string(), mount.repository()))
+            .collect())
+    }
+}
+
+fn render(status: &DaemonStatus) -> String {
+    let who = &status.who;
+    let mut facts = vec![
+        ("repository", who.repository.clone()),
+        ("mountpoint", format!("{} ({})", who.mountpoint, status.state)),
+        ("daemon", format!("process {}, epochfs {}, since {} (UTC)", who.pid, who.epochfs, time(status.started_ns))),
+        ("socket", status.socket.clone()),
+    ];
+    facts.extend(status.log.iter().map(|log| ("log", log.clone())));
+    let options: Vec<&str> = [
+        (status.read_only, "read-only"),
+        (status.allow_other, "other users allowed"),
+        (status.io_flusher, "I/O flusher"),
+    ]
+    .into_iter()
+    .filter_map(|(is_set, name)| is_set.then_some(name))
+    .collect();
+    facts.push(("options", format!("{} threads", status.threads)));
+    if let Some((_, text)) = facts.last_mut() {
+        options.iter().for_each(|option| *text += &format!(", {option}"));
+    }
+    let filesystem = &status.filesystem;
+    facts.push((
+        "files",
+        format!(
+            "{} open, {} known; {} read, {} written",
+            filesystem.open_files,
+            filesystem.inodes,
+            size(filesystem.read_bytes),
+            size(filesystem.written_bytes)
+        ),
+    ));
+    let spooled = filesystem.machines.iter().map(|machine| machine.spool_bytes).fold(0, u64::saturating_add);
+    facts.push(("spool", format!("{} of {}", size(spooled), size(status.spool_bytes_max))));
+    for setting in &status.kernel {
+        let found = setting.found.map_or("unknown".to_owned(), |found| found.to_string());
+        let remark = if setting.is_fit() { String::new() } else { format!(" (better {})", setting.wanted) };
+        facts.push(("kernel", format!("{} {found}{remark}", setting.name)));
+    }
+    let mut text: String = facts.iter().map(|(name, value)| format!("{name:<11} {}\n", plain(value))).collect();
+    let rows: Vec<Vec<String>> = filesystem
+        .machines
+        .iter()
+        .map(|machine| {
+            vec![
+                machine.machine.clone(),
+                if machine.base == 0 { "-".to_owned() } else { machine.base.to_string() },
+                machine.state.clone(),
+                size(machine.dirty_bytes),
+                size(machine.spool_bytes),
+                machine.commits_in_flight.to_string(),
+                machine.files.to_string(),
+                plain(machine.error.as_deref().unwrap_or_default()).replace('\n', " "),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        let headings = ["machine", ">base", "state", ">dirty", ">spooled", ">commits", ">files", "error"];
+        text += &format!("\n{}", table(&headings, &rows));
+    }
+    text
+}

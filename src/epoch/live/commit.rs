@@ -1,0 +1,289 @@
+//! Committing a live: freeze at once, make the epoch in the background, several on their way at a time.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use epochfs_format::{Attributes, EntryKind, Image, ManifestEntry, check_tag};
+
+use super::file::{FrozenLayer, LiveFile};
+use super::frozen::FrozenSource;
+use super::tree::{Content, ROOT, Tree};
+use super::{Halt, Live, lock};
+use crate::epoch::commit::{CommitOptions, Committed};
+use crate::epoch::ranges::Ranges;
+use crate::epoch::view::{commit_of, load_manifest};
+use crate::error::{Error, Kind, Result};
+use crate::platform::clock::Stopwatch;
+
+/// What is said about an epoch that is made of a live.
+#[derive(Clone, Debug, Default)]
+pub struct LiveCommit {
+    pub message: String,
+    pub tags: Vec<String>,
+    pub notes: Vec<(String, String)>,
+}
+
+/// A commit on its way.
+pub struct CommitTicket {
+    result: Receiver<Result<Committed>>,
+    /// How long changes had to wait.
+    pub frozen_for: Duration,
+}
+
+impl CommitTicket {
+    /// Waits until the epoch is durable.
+    pub fn wait(self) -> Result<Committed> {
+        self.result.recv().unwrap_or_else(|_| Err(Error::new(Kind::Io, "the commit ended without a result")))
+    }
+}
+
+/// A file of the moment that was frozen.
+struct FrozenFile {
+    file: Arc<LiveFile>,
+    length: u64,
+    layer: Option<Arc<FrozenLayer>>,
+}
+
+enum FrozenKind {
+    File(FrozenFile),
+    Directory,
+    Symlink(Vec<u8>),
+}
+
+struct FrozenEntry {
+    path: Vec<u8>,
+    attributes: Attributes,
+    kind: FrozenKind,
+}
+
+impl FrozenEntry {
+    fn file(&self) -> Option<&FrozenFile> {
+        match &self.kind {
+            FrozenKind::File(file) => Some(file),
+            _ => None,
+        }
+    }
+}
+
+/// One moment on its way to become an epoch.
+struct Job {
+    entries: Vec<FrozenEntry>,
+    options: LiveCommit,
+    changes: u64,
+    done: Sender<Result<Committed>>,
+}
+
+#[derive(Default)]
+pub struct Pipeline {
+    waiting: VecDeque<Job>,
+    running: bool,
+}
+
+impl Pipeline {
+    pub fn len(&self) -> u64 {
+        self.waiting.len() as u64 + u64::from(self.running)
+    }
+}
+
+/// Everything that has a name, and the changed pages of each file.
+fn freeze(tree: &Tree) -> Vec<FrozenEntry> {
+    let mut entries = Vec::new();
+    let mut below: Vec<(u64, Vec<u8>)> = vec![(ROOT, Vec::new())];
+    while let Some((directory, above)) = below.pop() {
+        let Ok(names) = tree.entries(directory) else { continue };
+        for (name, id) in names {
+            let Ok(node) = tree.get(*id) else { continue };
+            let mut path = above.clone();
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(name);
+            let mut attributes = node.attributes.clone();
+            let kind = match &node.content {
+                Content::Directory(_) => {
+                    below.push((*id, path.clone()));
+                    FrozenKind::Directory
+                }
+                Content::Symlink(target) => FrozenKind::Symlink(target.clone()),
+                Content::File(file) => {
+                    attributes.modified_ns = file.modified_ns();
+                    let (length, layer) = file.freeze();
+                    FrozenKind::File(FrozenFile { file: file.clone(), length, layer })
+                }
+            };
+            entries.push(FrozenEntry { path, attributes, kind });
+        }
+    }
+    entries
+}
+
+impl Live {
+    /// Freezes what was changed so far and begins to make an epoch of it. Changes go on meanwhile.
+    pub fn commit(self: &Arc<Self>, options: LiveCommit) -> Result<CommitTicket> {
+        if let Some(Halt::Fenced | Halt::Outdated(_) | Halt::Failed(_)) = self.halt() {
+            return Err(self.halted());
+        }
+        for tag in &options.tags {
+            check_tag(tag).map_err(|error| Error::usage(format!("{tag:?}: {error}")))?;
+        }
+        self.begin_change().map_err(|refusal| if self.halt().is_some() { self.halted() } else { refusal.into() })?;
+        let mut pipeline = lock(&self.pipeline);
+        while pipeline.len() >= self.settings.pipeline_max.max(1) as u64 {
+            pipeline = self.pipeline_moved.wait(pipeline).unwrap_or_else(PoisonError::into_inner);
+        }
+        let (done, result) = channel();
+        let started = Stopwatch::start();
+        {
+            // While this is held nothing changes: memory, device state and disks are of one moment.
+            let tree = self.exclusive();
+            let changes = self.changes.load(Ordering::Acquire);
+            pipeline.waiting.push_back(Job { entries: freeze(&tree), options, changes, done });
+        }
+        let frozen_for = started.elapsed();
+        if !pipeline.running {
+            pipeline.running = true;
+            let live = self.clone();
+            let name = format!("commit {}", self.machine).chars().take(15).collect();
+            let spawned = std::thread::Builder::new().name(name).spawn(move || live.run_commits());
+            if let Err(error) = spawned {
+                pipeline.running = false;
+                let job = pipeline.waiting.pop_back().expect("it was just pushed");
+                self.take_back(&job.entries, None);
+                return Err(Error::io("cannot start a thread for the commit", error));
+            }
+        }
+        Ok(CommitTicket { result, frozen_for })
+    }
+
+    /// Waits until no commit is on its way.
+    pub fn wait_for_commits(&self) {
+        let mut pipeline = lock(&self.pipeline);
+        while pipeline.len() > 0 {
+            pipeline = self.pipeline_moved.wait(pipeline).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn run_commits(self: Arc<Self>) {
+        loop {
+            let job = {
+                let mut pipeline = lock(&self.pipeline);
+                let Some(job) = pipeline.waiting.pop_front() else {
+                    pipeline.running = false;
+                    self.pipeline_moved.notify_all();
+                    return;
+                };
+                job
+            };
+            let result = self.make_epoch(&job);
+            match &result {
+                Ok(committed) => tracing::info!(machine = %self.machine, epoch = committed.epoch, "committed"),
+                Err(error) => {
+                    tracing::error!(machine = %self.machine, "commit failed: {error}");
+                    if matches!(error.kind(), Kind::Fenced | Kind::Conflict) {
+                        self.halt_with(Halt::Fenced);
+                    }
+                    let mut pipeline = lock(&self.pipeline);
+                    self.take_back(&job.entries, pipeline.waiting.front_mut());
+                }
+            }
+            // Whoever waited may be gone.
+            let _ = job.done.send(result);
+            self.pipeline_moved.notify_all();
+        }
+    }
+
+    fn make_epoch(&self, job: &Job) -> Result<Committed> {
+        let spool = self.spool.get().expect("a machine that is owned has a spool");
+        let options = CommitOptions {
+            message: job.options.message.clone(),
+            tags: job.options.tags.clone(),
+            notes: job.options.notes.clone(),
+            compression_level: self.settings.compression_level,
+            term: self.term(),
+            ..CommitOptions::default()
+        };
+        let mut builder = self.store.begin_commit(&self.machine, options)?;
+        for entry in &job.entries {
+            let whole = |kind| ManifestEntry { path: entry.path.clone(), attributes: entry.attributes.clone(), kind };
+            let stored = match &entry.kind {
+                FrozenKind::Directory => whole(EntryKind::Directory),
+                FrozenKind::Symlink(target) => whole(EntryKind::Symlink(target.clone())),
+                FrozenKind::File(FrozenFile { file, length, layer }) => {
+                    let base = file.base();
+                    if layer.is_some() || *length != base.length {
+                        let name = format!("{}:{}", self.machine, entry.path.escape_ascii());
+                        let dirty = match layer {
+                            Some(layer) => layer.read().ranges((*length).max(base.length)),
+                            None => Ranges::default(),
+                        };
+                        let nodes = &**self.store.nodes();
+                        let source =
+                            FrozenSource { name, length: *length, layer: layer.as_ref(), base: &base, spool, nodes };
+                        builder.add_stream_over(&entry.path, entry.attributes.clone(), &source, &dirty, &base)?;
+                        continue;
+                    }
+                    whole(EntryKind::Stream(base))
+                }
+            };
+            if builder.parent_entry(&entry.path) == Some(&stored) {
+                builder.keep_stream(&entry.path)?;
+            } else {
+                builder.add_entry(stored)?;
+            }
+        }
+        let committed = builder.finish()?;
+        self.rebase(job, &committed)?;
+        Ok(committed)
+    }
+
+    /// The epoch is durable: the files lie on it from now on.
+    fn rebase(&self, job: &Job, committed: &Committed) -> Result<()> {
+        // The epoch is there whatever happens here; a manifest that cannot be read back is damage all the same.
+        let manifest = load_manifest(self.store.nodes(), commit_of(&committed.record)?);
+        let manifest = match manifest {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                self.halt_with(Halt::Failed(format!("epoch {} cannot be read back: {error}", committed.epoch)));
+                return Err(error);
+            }
+        };
+        {
+            let mut tree = self.exclusive();
+            tree.base = committed.epoch;
+            for entry in &job.entries {
+                if let FrozenKind::File(FrozenFile { file, layer, .. }) = &entry.kind {
+                    let image: Option<Image> = manifest.stream(&entry.path).cloned();
+                    file.rebase(self.io(), layer.as_ref(), image);
+                }
+            }
+        }
+        self.committed.store(job.changes, Ordering::Release);
+        // Should this fail, the old journal still says enough, and the next sync writes it anew.
+        if let Err(error) = self.rewrite_journal() {
+            tracing::warn!(machine = %self.machine, "the journal was not renewed: {error}");
+        }
+        Ok(())
+    }
+
+    /// The commit failed: the next one holds all that this one would have held.
+    fn take_back(&self, entries: &[FrozenEntry], next: Option<&mut Job>) {
+        let mut next = next;
+        for frozen in entries.iter().filter_map(FrozenEntry::file) {
+            let Some(layer) = &frozen.layer else { continue };
+            let in_next = next.as_mut().and_then(|job| {
+                job.entries.iter_mut().find_map(|entry| match &mut entry.kind {
+                    FrozenKind::File(file) if Arc::ptr_eq(&file.file, &frozen.file) => Some(file),
+                    _ => None,
+                })
+            });
+            match in_next {
+                // The next moment has no changes of its own to this file: it takes these over as they are.
+                Some(file) if file.layer.is_none() => file.layer = Some(layer.clone()),
+                _ => frozen.file.take_back(self.io(), layer),
+            }
+        }
+    }
+}

@@ -1,0 +1,530 @@
+//! A machine's live: the writable view of it, copy-on-write over its newest epoch.
+//!
+//! Changed pages lie in a local spool; names, attributes and which page lies where are told to a local journal. A commit
+//! freezes what was changed so far and goes on in the background. The promises:
+//! - what was there when a sync returned is there after any crash, or something newer;
+//! - a page that changed is in the next epoch that is committed, whatever failed before.
+
+mod calls;
+mod commit;
+mod file;
+mod frozen;
+mod journal;
+mod layer;
+mod page_set;
+mod refusal;
+mod spool;
+#[cfg(test)]
+mod tests;
+mod tree;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use epochfs_format::{JournalBase, Owner, encode_component};
+
+pub use calls::{Allocation, Attributes, NodeKind, SetAttributes};
+pub use commit::{CommitTicket, LiveCommit};
+pub use file::LiveFile;
+pub use refusal::{Answer, Refusal};
+pub use spool::Budget;
+pub use tree::{Creator, ROOT};
+
+use super::admin::Ownership;
+use super::view::EpochStore;
+use crate::error::{Error, Kind, Result};
+use crate::platform::files::Files;
+use commit::Pipeline;
+use file::Io;
+use journal::{Journal, Recovered, entries_of, recover};
+use spool::Spool;
+use tree::Tree;
+
+/// So many changed pages wait for the journal at most: then it is told without being asked.
+const UNJOURNALED_PAGES_MAX: u64 = 32 << 10;
+
+/// A journal longer than this and than what it says is written anew.
+const JOURNAL_LEN_MAX: u64 = 64 << 20;
+
+static INSTANCES: AtomicU64 = AtomicU64::new(0);
+
+/// What all lives of a host share.
+pub struct LiveSettings {
+    pub files: Arc<dyn Files>,
+    /// Where spools and journals lie, a directory a machine.
+    pub directory: PathBuf,
+    pub budget: Arc<Budget>,
+    /// This host: what its ownership of machines is recorded under.
+    pub host: Owner,
+    /// Whose the topmost directory of a live is.
+    pub owner: u32,
+    pub group: u32,
+    /// Commits of one machine that may be on their way at once.
+    pub pipeline_max: usize,
+    pub compression_level: i32,
+    pub read_only: bool,
+}
+
+/// Why a live takes no changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Halt {
+    /// Another owner's term began.
+    Fenced,
+    /// Another host owns the machine.
+    Foreign(String),
+    /// Its changes are of an epoch that is not the newest any more.
+    Outdated(String),
+    /// What was written may be lost: nothing more is taken until the live is opened again.
+    Failed(String),
+}
+
+pub struct Live {
+    /// Differs from that of any other live that this process opens.
+    instance: u64,
+    machine: Arc<str>,
+    store: Arc<EpochStore>,
+    settings: Arc<LiveSettings>,
+    tree: RwLock<Tree>,
+    spool: OnceLock<Spool>,
+    journal: Mutex<Option<Journal>>,
+    ownership: Mutex<Option<Ownership>>,
+    /// The term of that ownership, or 0.
+    term: AtomicU64,
+    owned: AtomicBool,
+    halt: RwLock<Option<Halt>>,
+    /// Files that the journal has to be told about.
+    touched: Mutex<Vec<Arc<LiveFile>>>,
+    unjournaled_pages: AtomicU64,
+    /// Rises with each change, and where it stood when the newest epoch was frozen.
+    changes: AtomicU64,
+    committed: AtomicU64,
+    /// Where it stood when the journal was told last.
+    journaled: AtomicU64,
+    pipeline: Mutex<Pipeline>,
+    pipeline_moved: Condvar,
+    wake: Wake,
+}
+
+/// Wakes whoever tells journals without being asked: soon, or at once.
+pub type Wake = Box<dyn Fn(bool) + Send + Sync>;
+
+/// What `status` shows of a live.
+#[derive(Clone, Debug)]
+pub struct LiveStatus {
+    pub base: u64,
+    pub term: Option<u64>,
+    pub state: &'static str,
+    pub dirty_pages: u64,
+    pub spool_bytes: u64,
+    pub commits_in_flight: u64,
+    pub files: u64,
+    pub error: Option<String>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Live {
+    /// Opens a machine's live: as this host left it, or as the newest epoch is.
+    pub fn open(
+        store: Arc<EpochStore>,
+        machine: Arc<str>,
+        settings: Arc<LiveSettings>,
+        wake: Wake,
+    ) -> Result<Arc<Self>> {
+        let directory = directory_of(&settings, &machine);
+        let id = store.repository().id();
+        let recovered = recover(&settings.files, &directory, id, &machine, settings.budget.clone())?;
+        let live = |tree, spool: OnceLock<Spool>, journal| {
+            Arc::new(Self {
+                instance: INSTANCES.fetch_add(1, Ordering::Relaxed),
+                machine: machine.clone(),
+                store: store.clone(),
+                settings: settings.clone(),
+                tree: RwLock::new(tree),
+                spool,
+                journal: Mutex::new(journal),
+                ownership: Mutex::new(None),
+                term: AtomicU64::new(0),
+                owned: AtomicBool::new(false),
+                halt: RwLock::new(None),
+                touched: Mutex::new(Vec::new()),
+                unjournaled_pages: AtomicU64::new(0),
+                changes: AtomicU64::new(0),
+                committed: AtomicU64::new(0),
+                journaled: AtomicU64::new(0),
+                pipeline: Mutex::default(),
+                pipeline_moved: Condvar::new(),
+                wake,
+            })
+        };
+        let Some(Recovered { base, tree, spool, journal }) = recovered else {
+            let tree = newest_tree(&store, &machine, &settings, 0)?;
+            return Ok(live(tree, OnceLock::new(), None));
+        };
+        let live = live(tree, OnceLock::from(spool), Some(journal));
+        live.changes.store(1, Ordering::Relaxed);
+        live.resume(&base)?;
+        Ok(live)
+    }
+
+    /// Goes on where a daemon of this host stopped, if nobody committed to the machine meanwhile.
+    fn resume(self: &Arc<Self>, kept: &JournalBase) -> Result<()> {
+        let head = self.store.repository().require(&self.machine)?;
+        let newest = head.record.latest_epoch;
+        let is_ours = head.record.owner.as_ref().is_some_and(|owner| owner.host == self.settings.host.host)
+            && head.record.term >= kept.term;
+        if newest != kept.epoch && !is_ours {
+            let halt = Halt::Outdated(format!(
+                "its changes are of epoch {}, and somebody else committed epoch {newest} since",
+                kept.epoch
+            ));
+            tracing::error!(machine = %self.machine, "live is read-only: {halt:?}");
+            self.halt_with(halt);
+            return Ok(());
+        }
+        // An epoch that this host committed without having noted it has the same bytes as what is kept above its parent.
+        self.exclusive().base = newest;
+        if self.settings.read_only {
+            return Ok(());
+        }
+        match self.store.own(&self.machine, self.settings.host.clone(), false) {
+            Ok(ownership) => {
+                self.term.store(ownership.term, Ordering::Release);
+                *lock(&self.ownership) = Some(ownership);
+            }
+            Err(error) if error.kind() == Kind::Conflict => {
+                tracing::error!(machine = %self.machine, "live is read-only: {error}");
+                self.halt_with(Halt::Outdated(error.to_string()));
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+        self.rewrite_journal()?;
+        self.owned.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    pub fn instance(&self) -> u64 {
+        self.instance
+    }
+
+    pub fn machine(&self) -> &Arc<str> {
+        &self.machine
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, Tree> {
+        self.tree.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn exclusive(&self) -> RwLockWriteGuard<'_, Tree> {
+        self.tree.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn io(&self) -> Io<'_> {
+        Io { nodes: self.store.nodes(), spool: self.spool.get() }
+    }
+
+    fn halt(&self) -> Option<Halt> {
+        self.halt.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn halt_with(&self, halt: Halt) {
+        let mut held = self.halt.write().unwrap_or_else(PoisonError::into_inner);
+        held.get_or_insert(halt);
+    }
+
+    /// Takes the newest epoch when nobody changed anything here: another host may have committed.
+    pub fn refresh(&self) -> Result<()> {
+        if self.owned.load(Ordering::Acquire) || self.spool.get().is_some() {
+            return Ok(());
+        }
+        let head = self.store.repository().require(&self.machine)?;
+        let (base, next) = {
+            let tree = self.shared();
+            (tree.base, tree.next_id())
+        };
+        if head.record.latest_epoch == base {
+            return Ok(());
+        }
+        let tree = newest_tree(&self.store, &self.machine, &self.settings, next)?;
+        let mut held = self.exclusive();
+        if !self.owned.load(Ordering::Acquire) {
+            *held = tree;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that this host may change the machine. Comes before every change.
+    pub fn begin_change(&self) -> Answer<()> {
+        if self.owned.load(Ordering::Acquire) {
+            return match self.halt() {
+                None => Ok(()),
+                Some(Halt::Failed(_)) => Err(Refusal::Failed(self.halted())),
+                Some(_) => Err(Refusal::ReadOnly),
+            };
+        }
+        if self.settings.read_only || matches!(self.halt(), Some(Halt::Fenced | Halt::Outdated(_))) {
+            return Err(Refusal::ReadOnly);
+        }
+        self.become_owner()
+    }
+
+    fn become_owner(&self) -> Answer<()> {
+        let mut ownership = lock(&self.ownership);
+        if self.owned.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if ownership.is_none() {
+            match self.store.own(&self.machine, self.settings.host.clone(), false) {
+                Ok(owned) => {
+                    self.term.store(owned.term, Ordering::Release);
+                    *ownership = Some(owned);
+                }
+                Err(error) if error.kind() == Kind::Conflict => {
+                    tracing::warn!(machine = %self.machine, "live is read-only: {error}");
+                    *self.halt.write().unwrap_or_else(PoisonError::into_inner) = Some(Halt::Foreign(error.to_string()));
+                    return Err(Refusal::ReadOnly);
+                }
+                Err(error) => return Err(error.into()),
+            }
+            *self.halt.write().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        // Nobody else commits from here on; somebody may have until now.
+        self.refresh()?;
+        if self.spool.get().is_none() {
+            let directory = directory_of(&self.settings, &self.machine);
+            let (journal, spool) =
+                Journal::create(self.settings.files.clone(), &directory, self.settings.budget.clone())?;
+            *lock(&self.journal) = Some(journal);
+            let _ = self.spool.set(spool);
+        }
+        drop(ownership);
+        self.rewrite_journal()?;
+        self.owned.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn term(&self) -> Option<u64> {
+        Some(self.term.load(Ordering::Acquire)).filter(|term| *term > 0)
+    }
+
+    /// A file was changed: the journal will be told at the next sync.
+    fn touch(&self, file: &Arc<LiveFile>, pages: u64) {
+        if !file.listed.swap(true, Ordering::AcqRel) {
+            lock(&self.touched).push(file.clone());
+        }
+        self.note_change();
+        let before = self.unjournaled_pages.fetch_add(pages, Ordering::Relaxed);
+        if before / UNJOURNALED_PAGES_MAX != (before + pages) / UNJOURNALED_PAGES_MAX {
+            (self.wake)(true);
+        }
+    }
+
+    fn note_change(&self) {
+        let before = self.changes.fetch_add(1, Ordering::AcqRel);
+        if before == self.journaled.load(Ordering::Acquire) {
+            (self.wake)(false);
+        }
+    }
+
+    /// Whether there is anything that the journal was not told.
+    pub fn wants_sync(&self) -> bool {
+        self.owned.load(Ordering::Acquire)
+            && self.changes.load(Ordering::Acquire) != self.journaled.load(Ordering::Acquire)
+    }
+
+    /// Makes everything durable that was there when it was called.
+    pub fn sync(&self) -> Result<()> {
+        if self.halt().is_some_and(|halt| matches!(halt, Halt::Failed(_))) {
+            return Err(self.halted());
+        }
+        let mut held = lock(&self.journal);
+        match held.as_mut() {
+            None => Ok(()),
+            Some(journal) => {
+                let whole = journal.needs_whole() || journal.len() > JOURNAL_LEN_MAX;
+                self.tell_journal(journal, whole)
+            }
+        }
+    }
+
+    /// Writes a whole new journal.
+    fn rewrite_journal(&self) -> Result<()> {
+        let mut held = lock(&self.journal);
+        match held.as_mut() {
+            None => Ok(()),
+            Some(journal) => self.tell_journal(journal, true),
+        }
+    }
+
+    fn tell_journal(&self, journal: &mut Journal, whole: bool) -> Result<()> {
+        let spool = self.spool.get().expect("a journal comes with a spool");
+        let term = self.term().unwrap_or(0);
+        let (entries, limbo) = {
+            let mut tree = self.exclusive();
+            self.journaled.store(self.changes.load(Ordering::Acquire), Ordering::Release);
+            let touched = std::mem::take(&mut *lock(&self.touched));
+            for file in &touched {
+                file.listed.store(false, Ordering::Release);
+            }
+            self.unjournaled_pages.store(0, Ordering::Relaxed);
+            let base = whole.then(|| JournalBase {
+                repository: *self.store.repository().id(),
+                machine: self.machine.to_string(),
+                epoch: tree.base,
+                term,
+                next_node: tree.next_id(),
+            });
+            // Taken with what is told: these slots are free when it is durable.
+            (entries_of(&mut tree, base, touched), spool.take_limbo())
+        };
+        if entries.is_empty() && limbo.is_empty() {
+            return Ok(());
+        }
+        let result =
+            spool.sync().and_then(|()| if whole { journal.rewrite(&entries) } else { journal.append(&entries) });
+        match result {
+            Ok(()) => {
+                spool.free(limbo);
+                Ok(())
+            }
+            Err(error) => {
+                spool.put_back_limbo(limbo);
+                // What was told is only in memory now: the next journal must say everything.
+                journal.forget();
+                self.journaled.store(u64::MAX, Ordering::Release);
+                if error.kind() != Kind::NoSpace {
+                    tracing::error!(machine = %self.machine, "live takes no more changes: {error}");
+                    self.halt_with(Halt::Failed(error.to_string()));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Why there is nothing to be done here.
+    fn halted(&self) -> Error {
+        match self.halt() {
+            Some(Halt::Fenced) => Error::new(Kind::Fenced, format!("{} was taken over by another host", self.machine))
+                .hint("its VM must be stopped here; what live holds was not committed"),
+            Some(Halt::Foreign(why)) => Error::conflict(why),
+            Some(Halt::Outdated(why)) => Error::conflict(format!("live of {} cannot go on: {why}", self.machine)).hint(
+                "copy what you need out of live; then unmount and remove its spool, to begin with the newest epoch",
+            ),
+            Some(Halt::Failed(why)) => {
+                Error::new(Kind::Io, format!("live of {} takes no more changes: {why}", self.machine))
+                    .hint("what was synced is safe; mount again to go on with it")
+            }
+            None => Error::new(Kind::Io, format!("live of {} is in order", self.machine)),
+        }
+    }
+
+    fn is_clean(&self) -> bool {
+        self.changes.load(Ordering::Acquire) == self.committed.load(Ordering::Acquire)
+    }
+
+    /// Whether this host may change the machine, and nobody else.
+    pub fn is_owned(&self) -> bool {
+        self.owned.load(Ordering::Acquire)
+    }
+
+    /// Gives up everything that no epoch holds, and the machine.
+    pub fn discard(&self) -> Result<()> {
+        self.wait_for_commits();
+        self.committed.store(self.changes.load(Ordering::Acquire), Ordering::Release);
+        self.close()
+    }
+
+    pub fn base(&self) -> u64 {
+        self.shared().base
+    }
+
+    pub fn status(&self) -> LiveStatus {
+        let halt = self.halt();
+        let (base, files, dirty_pages) = {
+            let tree = self.shared();
+            let files = tree.nodes().filter_map(|(_, node)| match &node.content {
+                tree::Content::File(file) => Some(file.dirty_pages()),
+                _ => None,
+            });
+            let (mut count, mut dirty) = (0, 0);
+            for pages in files {
+                count += 1;
+                dirty += pages;
+            }
+            (tree.base, count, dirty)
+        };
+        let state = match &halt {
+            Some(Halt::Fenced) => "fenced",
+            Some(Halt::Foreign(_)) => "foreign",
+            Some(Halt::Outdated(_)) => "stale",
+            Some(Halt::Failed(_)) => "failed",
+            None if self.is_clean() => "clean",
+            None => "dirty",
+        };
+        LiveStatus {
+            base,
+            term: self.term(),
+            state,
+            dirty_pages,
+            spool_bytes: self.spool.get().map_or(0, Spool::used_bytes),
+            commits_in_flight: lock(&self.pipeline).len(),
+            files,
+            error: halt.map(|_| self.halted().to_string()),
+        }
+    }
+
+    /// Ends the live: what is on its way is finished; what no epoch holds stays in the spool, and the machine stays
+    /// this host's. A machine without such changes is given up.
+    pub fn close(&self) -> Result<()> {
+        self.wait_for_commits();
+        self.sync()?;
+        if !self.owned.load(Ordering::Acquire) || !self.is_clean() || self.halt().is_some() {
+            return Ok(());
+        }
+        if let Some(journal) = lock(&self.journal).take() {
+            journal.remove()?;
+        }
+        self.owned.store(false, Ordering::Release);
+        self.term.store(0, Ordering::Release);
+        match lock(&self.ownership).take() {
+            Some(ownership) => self.store.release(&ownership),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Where a host keeps a machine's changes.
+fn directory_of(settings: &LiveSettings, machine: &str) -> PathBuf {
+    settings.directory.join(encode_component(machine))
+}
+
+/// The machines of which changes are kept in a directory.
+pub fn machines_kept(files: &dyn Files, directory: &Path) -> Result<Vec<Arc<str>>> {
+    let entries = match files.read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io(format!("cannot list {}", directory.display()), error)),
+    };
+    let name = |entry: &crate::platform::files::Entry| epochfs_format::decode_component(&entry.name);
+    let mut machines: Vec<Arc<str>> =
+        entries.iter().filter(|entry| entry.is_dir).filter_map(|entry| Some(name(entry)?.into())).collect();
+    machines.sort();
+    Ok(machines)
+}
+
+/// The files of a machine's newest epoch.
+fn newest_tree(store: &EpochStore, machine: &Arc<str>, settings: &LiveSettings, next: u64) -> Result<Tree> {
+    let (owner, group) = (settings.owner, settings.group);
+    let head = store.repository().require(machine)?;
+    match store.repository().latest_of(&head)? {
+        Some(record) => {
+            let epoch = store.open(record)?;
+            Ok(Tree::of_manifest(epoch.manifest(), epoch.number(), owner, group, next))
+        }
+        None => Ok(Tree::new(owner, group, next)),
+    }
+}

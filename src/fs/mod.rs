@@ -1,0 +1,254 @@
+//! The mount's filesystem: machines as directories, each with its live and its epochs. Plain Rust; [`fuse`] hands the
+//! kernel's requests to it.
+//!
+//! ```text
+//! <mount>/<machine>/live/...         writable, copy-on-write over the newest epoch
+//! <mount>/<machine>/epochs/<n>/...   immutable; epochs/<tag> too
+//! <mount>/<machine>/latest           -> epochs/<n>
+//! ```
+
+mod attributes;
+mod data;
+mod error;
+mod extended;
+pub mod fuse;
+mod inodes;
+mod keeper;
+mod names;
+mod object;
+mod parked;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use epochfs_format::Owner;
+use serde::{Deserialize, Serialize};
+
+pub use attributes::{Attr, Change, Space};
+pub use error::errno;
+pub use fuse::{Mount, MountOptions, Unmounter, mount};
+pub use inodes::Line;
+pub use names::Found;
+
+pub use crate::epoch::live::LiveCommit;
+use crate::epoch::live::{Answer, Budget, Live, LiveSettings, Refusal, machines_kept};
+use crate::epoch::{Committed, EpochStore};
+use crate::error::{Error, Result};
+use crate::platform::files::{Files, RealFiles};
+use crate::platform::random;
+use inodes::{Handles, Inodes};
+use keeper::Keeper;
+use object::Object;
+
+/// The inode of the mount's topmost directory.
+pub const ROOT_INODE: u64 = 1;
+
+/// How a repository is mounted.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where this host keeps what belongs to the repository.
+    pub state: PathBuf,
+    /// Bytes of changed pages that all machines together may have waiting for a commit.
+    pub spool_len_max: u64,
+    /// Commits of one machine that may be on their way at once.
+    pub pipeline_max: usize,
+    pub read_only: bool,
+    pub compression_level: i32,
+}
+
+pub struct FileSystem {
+    store: Arc<EpochStore>,
+    settings: Settings,
+    live_settings: Arc<LiveSettings>,
+    lives: Mutex<HashMap<Arc<str>, Arc<Live>>>,
+    inodes: Inodes,
+    handles: Handles,
+    keeper: Arc<Keeper>,
+    /// Whose the directories are that are in no epoch.
+    owner: u32,
+    group: u32,
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+/// What `status` shows of a mount.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    pub machines: Vec<MachineStatus>,
+    pub inodes: u64,
+    pub open_files: u64,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+}
+
+/// A machine whose live is in use.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineStatus {
+    pub machine: String,
+    /// The epoch that live lies on, or 0.
+    pub base: u64,
+    pub term: Option<u64>,
+    /// `clean`, `dirty`, or why it takes no changes: `foreign`, `fenced`, `stale`, `failed`.
+    pub state: String,
+    pub dirty_bytes: u64,
+    pub spool_bytes: u64,
+    pub commits_in_flight: u64,
+    pub files: u64,
+    pub error: Option<String>,
+}
+
+/// This host's id, made the first time it is asked for.
+fn host_id(files: &dyn Files, state: &std::path::Path) -> Result<[u8; 16]> {
+    let path = state.join("host-id");
+    let failed = |error| Error::io(format!("cannot read or make this host's id {}", path.display()), error);
+    let read = || -> std::io::Result<Option<[u8; 16]>> {
+        let mut id = [0; 16];
+        let count = files.open(&path)?.read_at(0, &mut id)?;
+        Ok((count == id.len()).then_some(id))
+    };
+    match read() {
+        Ok(Some(id)) => return Ok(id),
+        // A crash may have left an empty one.
+        Ok(None) => files.remove_file(&path).map_err(failed)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    let id = random::id16();
+    std::fs::create_dir_all(state).map_err(failed)?;
+    let make = || {
+        let file = files.create_new(&path, false)?;
+        file.write_at(0, &id)?;
+        file.sync()?;
+        files.sync_dir(state)
+    };
+    make().map_err(failed)?;
+    Ok(id)
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    name.chars().filter(|letter| !letter.is_control()).take(100).collect()
+}
+
+impl FileSystem {
+    /// Makes the filesystem of a repository, and goes on with what this host kept of machines' lives.
+    pub fn new(store: Arc<EpochStore>, settings: Settings) -> Result<Arc<Self>> {
+        let files: Arc<dyn Files> = Arc::new(RealFiles);
+        let host = Owner { host: host_id(&*files, &settings.state)?, name: host_name(), lease_ms: 0 };
+        let (owner, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let live_settings = LiveSettings {
+            files,
+            directory: settings.state.join("live"),
+            budget: Arc::new(Budget::new(settings.spool_len_max)),
+            host,
+            owner,
+            group,
+            pipeline_max: settings.pipeline_max,
+            compression_level: settings.compression_level,
+            read_only: settings.read_only,
+        };
+        let file_system = Arc::new(Self {
+            store,
+            settings,
+            live_settings: Arc::new(live_settings),
+            lives: Mutex::default(),
+            inodes: Inodes::default(),
+            handles: Handles::default(),
+            keeper: Arc::new(Keeper::default()),
+            owner,
+            group,
+            read_bytes: AtomicU64::new(0),
+            written_bytes: AtomicU64::new(0),
+        });
+        for machine in machines_kept(&*file_system.live_settings.files, &file_system.live_settings.directory)? {
+            // One that cannot be opened must not keep the others away.
+            match file_system.live(&machine) {
+                Ok(live) => tracing::info!(%machine, state = live.status().state, "going on with a kept live"),
+                Err(refusal) => {
+                    tracing::error!(%machine, "a kept live cannot be opened: {}", Error::from(refusal));
+                }
+            }
+        }
+        file_system.keeper.start(&file_system)?;
+        Ok(file_system)
+    }
+
+    fn lives(&self) -> MutexGuard<'_, HashMap<Arc<str>, Arc<Live>>> {
+        self.lives.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all_lives(&self) -> Vec<Arc<Live>> {
+        self.lives().values().cloned().collect()
+    }
+
+    /// A machine's live, opened when it is first asked for.
+    fn live(&self, machine: &Arc<str>) -> Answer<Arc<Live>> {
+        let mut lives = self.lives();
+        if let Some(live) = lives.get(machine) {
+            return Ok(live.clone());
+        }
+        let keeper = self.keeper.clone();
+        let wake = Box::new(move |at_once| keeper.wake(at_once));
+        let live = Live::open(self.store.clone(), machine.clone(), self.live_settings.clone(), wake)?;
+        lives.insert(machine.clone(), live.clone());
+        Ok(live)
+    }
+
+    fn object(&self, inode: u64) -> Answer<Object> {
+        if inode == ROOT_INODE {
+            return Ok(Object::Root);
+        }
+        self.inodes.get(inode).ok_or(Refusal::Stale)
+    }
+
+    /// Commits what the machine's live holds; returns when the epoch is durable.
+    pub fn commit(&self, machine: &str, options: LiveCommit) -> Result<Committed> {
+        let machine: Arc<str> = machine.into();
+        self.store.repository().require(&machine)?;
+        self.live(&machine).map_err(Error::from)?.commit(options)?.wait()
+    }
+
+    pub fn status(&self) -> Status {
+        let mut machines: Vec<MachineStatus> = self
+            .all_lives()
+            .iter()
+            .map(|live| {
+                let status = live.status();
+                MachineStatus {
+                    machine: live.machine().to_string(),
+                    base: status.base,
+                    term: status.term,
+                    state: status.state.to_owned(),
+                    dirty_bytes: status.dirty_pages * epochfs_format::PAGE_SIZE as u64,
+                    spool_bytes: status.spool_bytes,
+                    commits_in_flight: status.commits_in_flight,
+                    files: status.files,
+                    error: status.error,
+                }
+            })
+            .collect();
+        machines.sort_by(|a, b| a.machine.cmp(&b.machine));
+        Status {
+            machines,
+            inodes: self.inodes.count(),
+            open_files: self.handles.count(),
+            read_bytes: self.read_bytes.load(Ordering::Relaxed),
+            written_bytes: self.written_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// After the unmount: finishes commits, syncs what no epoch holds, and gives up machines without such changes.
+    pub fn close(&self) -> Result<()> {
+        self.keeper.stop();
+        let mut result = Ok(());
+        for live in self.all_lives() {
+            if let Err(error) = live.close() {
+                tracing::error!(machine = %live.machine(), "closing live failed: {error}");
+                result = Err(error);
+            }
+        }
+        result
+    }
+}

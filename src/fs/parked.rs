@@ -1,0 +1,96 @@
+//! Written-back pages that found no room: they wait for it, since nobody would be told of their loss.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::FileSystem;
+use crate::epoch::live::{Answer, Refusal};
+use crate::error::{Error, Result};
+
+/// How long to wait before trying again.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// A write that waits. The kernel bounds how many there are.
+pub struct Parked {
+    pub handle: u64,
+    pub offset: u64,
+    pub data: Vec<u8>,
+    /// Tells the kernel what became of it.
+    pub answer: Box<dyn FnOnce(Answer<()>) + Send>,
+}
+
+#[derive(Default)]
+struct Shared {
+    waiting: Mutex<Vec<Parked>>,
+    arrived: Condvar,
+    closed: AtomicBool,
+}
+
+pub struct ParkingLot {
+    shared: Arc<Shared>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Vec<Parked>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, file_system: &FileSystem) {
+        loop {
+            let mut waiting = self.lock();
+            while waiting.is_empty() && !self.closed.load(Ordering::Acquire) {
+                waiting = self.arrived.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            }
+            let tried = std::mem::take(&mut *waiting);
+            drop(waiting);
+            let closed = self.closed.load(Ordering::Acquire);
+            if closed && tried.is_empty() {
+                return;
+            }
+            let mut full = false;
+            for parked in tried {
+                match file_system.write(parked.handle, parked.offset, &parked.data, false) {
+                    Err(Refusal::NoSpace) if !closed => {
+                        self.lock().push(parked);
+                        full = true;
+                    }
+                    answer => (parked.answer)(answer),
+                }
+            }
+            if full {
+                std::thread::sleep(PAUSE);
+            }
+        }
+    }
+}
+
+impl ParkingLot {
+    pub fn start(file_system: Arc<FileSystem>) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let lot = shared.clone();
+        std::thread::Builder::new()
+            .name("parked writes".into())
+            .spawn(move || lot.run(&file_system))
+            .map_err(|error| Error::io("cannot start a thread", error))?;
+        Ok(Self { shared })
+    }
+
+    pub fn park(&self, parked: Parked) {
+        tracing::warn!(offset = parked.offset, "written-back pages wait for room in the spool");
+        self.shared.lock().push(parked);
+        self.shared.arrived.notify_all();
+    }
+
+    /// Nothing waits any longer.
+    pub fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.arrived.notify_all();
+    }
+}
+
+impl Drop for ParkingLot {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,71 @@
+//! A client of the daemon.
+
+use std::io::{BufReader, ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+
+use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, Introduction, Request, Unmounted};
+use super::protocol::{decode_answer, read_line};
+use super::with_address;
+use crate::error::{Error, Kind, Result};
+
+/// A connection to a daemon.
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Client {
+    /// Connects to the daemon behind a socket; `None` when none runs.
+    pub fn connect(socket: &Path) -> Result<Option<Self>> {
+        match with_address(socket, |path| UnixStream::connect(path)) {
+            Ok(stream) => Ok(Some(Self { stream: BufReader::new(stream) })),
+            // A socket file without a listener is a dead daemon's.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => Ok(None),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                Err(Error::io(format!("cannot connect to the daemon behind {}", socket.display()), error)
+                    .hint("run this as the user who mounted the repository, or as root"))
+            }
+            Err(error) => Err(Error::io(format!("cannot connect to the daemon behind {}", socket.display()), error)),
+        }
+    }
+
+    pub fn ping(&mut self) -> Result<Introduction> {
+        self.call(&Request::Ping)
+    }
+
+    pub fn status(&mut self) -> Result<DaemonStatus> {
+        self.call(&Request::Status)
+    }
+
+    /// Commits a machine's live, and returns when the epoch is durable.
+    pub fn commit(&mut self, request: CommitRequest) -> Result<CommitSummary> {
+        let machine = request.machine.clone();
+        self.call(&Request::Commit(request)).map_err(|error| match error.next_step() {
+            None if error.kind() == Kind::Io => {
+                error.hint(format!("`epochfs log {machine}` tells whether the epoch is there"))
+            }
+            _ => error,
+        })
+    }
+
+    pub fn umount(&mut self, lazy: bool) -> Result<Unmounted> {
+        self.call(&Request::Umount { lazy })
+    }
+
+    /// Asks and waits for the answer, however long it takes.
+    fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
+        let gone = |error| Error::io("the daemon went away", error);
+        let sent = self.stream.get_mut().write_all(&request.encode()?);
+        match sent {
+            // It may have said why before it closed the connection.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+            sent => sent.map_err(gone)?,
+        }
+        match read_line(&mut self.stream)? {
+            Some(line) => decode_answer(&line),
+            None => Err(Error::new(Kind::Io, "the daemon ended before it answered")),
+        }
+    }
+}

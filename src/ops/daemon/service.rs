@@ -1,0 +1,150 @@
+//! What the daemon answers over its control socket.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crossbeam_channel::{Sender, bounded};
+use serde_json::Value;
+
+use super::DaemonOptions;
+use super::watch::Event;
+use crate::epoch::EpochStore;
+use crate::error::{Error, Kind, Result};
+use crate::fs::{FileSystem, LiveCommit};
+use crate::ops::control::{CommitRequest, CommitSummary, DaemonStatus, Introduction, Request, Service, Unmounted};
+use crate::ops::kernel;
+use crate::platform::clock::{self, Stopwatch};
+
+/// What a daemon is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    Mounted,
+    Stopping,
+    Detached,
+}
+
+impl State {
+    const ALL: [(Self, &str); 3] =
+        [(Self::Mounted, "mounted"), (Self::Stopping, "stopping"), (Self::Detached, "detached")];
+}
+
+type Served = (Arc<EpochStore>, Arc<FileSystem>);
+
+pub struct DaemonService {
+    /// None once the daemon is done with it.
+    served: Mutex<Option<Served>>,
+    events: Sender<Event>,
+    state: AtomicU8,
+    device: Option<(u32, u32)>,
+    /// What does not change.
+    fixed: Fixed,
+}
+
+struct Fixed {
+    who: Introduction,
+    options: DaemonOptions,
+    socket: String,
+    started_ns: u64,
+}
+
+impl DaemonService {
+    pub fn new(
+        who: &Introduction,
+        options: &DaemonOptions,
+        socket: &Path,
+        device: Option<(u32, u32)>,
+        served: Served,
+        events: Sender<Event>,
+    ) -> Self {
+        Self {
+            served: Mutex::new(Some(served)),
+            events,
+            state: AtomicU8::new(State::Mounted as u8),
+            device,
+            fixed: Fixed {
+                who: who.clone(),
+                options: options.clone(),
+                socket: socket.display().to_string(),
+                started_ns: clock::now_ns(),
+            },
+        }
+    }
+
+    /// Where events go that the daemon must deal with.
+    pub fn events(&self) -> Sender<Event> {
+        self.events.clone()
+    }
+
+    pub fn set_state(&self, state: State) {
+        self.state.store(state as u8, Ordering::Relaxed);
+    }
+
+    /// Lets go of the filesystem and the store.
+    pub fn release(&self) {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn served(&self) -> Result<Served> {
+        let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        served.clone().ok_or_else(|| {
+            Error::conflict(format!("the daemon at {} has just ended", self.fixed.who.mountpoint))
+                .hint("mount the repository again")
+        })
+    }
+
+    fn status(&self) -> Result<DaemonStatus> {
+        let Fixed { who, options, socket, started_ns } = &self.fixed;
+        let state = self.state.load(Ordering::Relaxed);
+        let name = State::ALL.iter().find(|(known, _)| *known as u8 == state).map_or("mounted", |(_, name)| name);
+        Ok(DaemonStatus {
+            who: who.clone(),
+            started_ns: *started_ns,
+            state: name.to_owned(),
+            read_only: options.read_only,
+            allow_other: options.allow_other,
+            threads: options.threads,
+            spool_bytes_max: options.spool_len_max,
+            socket: socket.clone(),
+            log: options.log.as_ref().map(|log| log.display().to_string()),
+            io_flusher: options.io_flusher,
+            kernel: self.device.map(|device| kernel::inspect(&kernel::directory(device))).unwrap_or_default(),
+            filesystem: self.served()?.1.status(),
+        })
+    }
+
+    fn commit(&self, request: CommitRequest) -> Result<CommitSummary> {
+        let CommitRequest { machine, message, tags, notes } = request;
+        epochfs_format::check_machine(&machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
+        let (store, filesystem) = self.served()?;
+        let index = &store.index(None).0.counters;
+        let counted = || (index.lookups.load(Ordering::Relaxed), index.hits.load(Ordering::Relaxed));
+        let (started, before) = (Stopwatch::start(), counted());
+        let committed = filesystem.commit(&machine, LiveCommit { message, tags, notes })?;
+        let after = counted();
+        // Commits of other machines at the same time count here too: the index does not know who asks.
+        CommitSummary::new(&committed, (after.0 - before.0, after.1 - before.1), started.elapsed())
+    }
+
+    fn umount(&self, lazy: bool) -> Result<Unmounted> {
+        let (sender, answer) = bounded(1);
+        let ended = || Error::new(Kind::Io, "the daemon ended before it answered");
+        self.events.send(Event::Umount { lazy, answer: sender }).map_err(|_| ended())?;
+        answer.recv().map_err(|_| ended())?
+    }
+}
+
+impl Service for DaemonService {
+    fn answer(&self, request: Request) -> Result<Value> {
+        let document = |result: serde_json::Result<Value>| {
+            result.map_err(|error| Error::new(Kind::Io, format!("the answer cannot be written: {error}")))
+        };
+        match request {
+            Request::Ping => document(serde_json::to_value(&self.fixed.who)),
+            Request::Status => document(serde_json::to_value(self.status()?)),
+            Request::Commit(commit) => document(serde_json::to_value(self.commit(commit)?)),
+            Request::Umount { lazy } => document(serde_json::to_value(self.umount(lazy)?)),
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Handing over what a machine's live holds in the kernel only: stores to mapped files reach the daemon by fsync, and a
+//! daemon must never do that on its own mount.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+
+/// Syncs every regular file below a directory, and says how many there were. `progress` is told how many are done.
+pub fn flush_files(directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<u64> {
+    let mut files = 0;
+    let mut directories = vec![directory.to_owned()];
+    while let Some(directory) = directories.pop() {
+        let entries = match std::fs::read_dir(&directory) {
+            // What vanishes meanwhile needs no sync.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && files > 0 => continue,
+            entries => entries.map_err(|error| Error::io(format!("cannot read {}", directory.display()), error))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(|error| Error::io(format!("cannot read {}", directory.display()), error))?;
+            let path = entry.path();
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => directories.push(path),
+                Ok(kind) if kind.is_file() => {
+                    sync(&path)?;
+                    files += 1;
+                    progress(files);
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::io(format!("cannot look at {}", path.display()), error)),
+            }
+        }
+    }
+    Ok(files)
+}
+
+fn sync(path: &PathBuf) -> Result<()> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(file) => file,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(Error::io(format!("cannot open {} to sync it", path.display()), error.into())),
+    };
+    rustix::fs::fsync(&file).map_err(|error| Error::io(format!("cannot sync {}", path.display()), error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_in_directories_are_found_and_links_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        for name in ["one", "a/two", "a/b/three"] {
+            std::fs::write(dir.path().join(name), b"x").unwrap();
+        }
+        std::os::unix::fs::symlink("/nonexistent", dir.path().join("link")).unwrap();
+        std::os::unix::fs::symlink("a", dir.path().join("loop")).unwrap();
+        let mut told = Vec::new();
+        assert_eq!(flush_files(dir.path(), &mut |done| told.push(done)).unwrap(), 3);
+        assert_eq!(told, [1, 2, 3]);
+        let missing = flush_files(&dir.path().join("missing"), &mut |_| {}).unwrap_err();
+        assert_eq!(missing.kind(), crate::error::Kind::NotFound);
+    }
+}
