@@ -66,8 +66,8 @@ impl Daemon {
             compression_level: -1,
             read_only: false,
         };
-        let live = Live::open(store.clone(), MACHINE.into(), Arc::new(settings), Box::new(|_| {}))
-            .saying("open the live")?;
+        let live =
+            Live::open(store.clone(), MACHINE.into(), Arc::new(settings), Box::new(|_| {})).saying("open the live")?;
         Ok(Self { store, live })
     }
 

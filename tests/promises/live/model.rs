@@ -61,7 +61,8 @@ impl World {
         self.done.push(format!("{choice} {} {offset}", name.escape_ascii()));
         match (choice, id) {
             (0..=39, _) => {
-                let len = if dice.chance(500) { (1 + dice.below(4)) as usize * PAGE } else { 1 + dice.below(9000) as usize };
+                let len =
+                    if dice.chance(500) { (1 + dice.below(4)) as usize * PAGE } else { 1 + dice.below(9000) as usize };
                 let bytes: Vec<u8> = if dice.chance(250) {
                     vec![0; len]
                 } else {
@@ -148,7 +149,10 @@ impl World {
             let start = dice.below(LEN_MAX) as usize;
             let mut part = vec![0xdd; 1 + dice.below(10_000) as usize];
             let count = live.read(&file, start as u64, &mut part).saying("read a part")?;
-            must!(part[..count] == bytes[start.min(bytes.len())..(start + part.len()).min(bytes.len())], "a part is wrong");
+            must!(
+                part[..count] == bytes[start.min(bytes.len())..(start + part.len()).min(bytes.len())],
+                "a part is wrong"
+            );
             let mut at = 0;
             while let Some(data) = live.seek(&file, at, true).map_err(refused)? {
                 must!(data >= at && data < bytes.len() as u64, "data at {data} of {}", bytes.len());

@@ -19,7 +19,11 @@ const PAGES: u64 = 12;
 type Versions = BTreeMap<(usize, u64), u64>;
 
 enum What {
-    Write { file: usize, page: u64, version: u64 },
+    Write {
+        file: usize,
+        page: u64,
+        version: u64,
+    },
     /// A sync or a commit returned: these versions are durable.
     Durable(Versions),
     Epoch(u64, Versions),
@@ -116,11 +120,7 @@ fn check(after: &SimFiles, prefix: usize, events: &[Event]) -> Check {
     compare_epoch(&daemon, epoch, &held)
 }
 
-fn check_versions(
-    daemon: &Daemon,
-    least: &Versions,
-    written: &BTreeMap<(usize, u64), Vec<u64>>,
-) -> Check<Versions> {
+fn check_versions(daemon: &Daemon, least: &Versions, written: &BTreeMap<(usize, u64), Vec<u64>>) -> Check<Versions> {
     let mut held = Versions::new();
     for (file, name) in NAMES.iter().enumerate() {
         let bytes = match daemon.live.lookup(ROOT, name) {
@@ -170,7 +170,8 @@ fn prove(seed: u64, lie: Option<Lie>, moments: u64) -> Check {
     for _ in 0..moments {
         let prefix = dice.below(sim.log_len() as u64 + 1) as usize;
         for (loss, after) in sim.crash_states(prefix, seed, 3) {
-            check(&after, prefix, &events).map_err(|wrong| format!("seed {seed}, change {prefix}, {loss:?}: {wrong}"))?;
+            check(&after, prefix, &events)
+                .map_err(|wrong| format!("seed {seed}, change {prefix}, {loss:?}: {wrong}"))?;
         }
     }
     Ok(())
