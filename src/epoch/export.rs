@@ -202,10 +202,10 @@ impl LeafWriter {
     /// Writes one leaf's pages, runs of neighbours in one call; returns how many bytes.
     fn write(&mut self, epoch: &Epoch, image: &Image, leaf: u64, file: &File, target: &Path) -> Result<u64> {
         let first = leaf * LEAF_PAGES;
-        let mut wanted = wanted_pages(epoch.nodes(), image, first..first + LEAF_PAGES)?;
+        let wanted = wanted_pages(epoch.nodes(), image, first..first + LEAF_PAGES)?;
         let filled: Vec<u64> = wanted.iter().map(|wanted| wanted.page).collect();
         self.pages.resize(LEAF_PAGES as usize, [0; PAGE_SIZE]);
-        self.fetcher.fetch(epoch.nodes().objects(), &mut wanted, first, &mut self.pages)?;
+        self.fetcher.fetch(epoch.nodes().objects(), wanted, first, &mut self.pages)?;
         let mut written = 0;
         for run in filled.chunk_by(|a, b| a + 1 == *b) {
             let start = run[0] * PAGE_SIZE as u64;

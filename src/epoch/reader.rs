@@ -196,14 +196,14 @@ pub(super) fn fill_pages(
     first: u64,
     pages: &mut [Page],
 ) -> Result<()> {
-    let mut wanted = wanted_pages(nodes, image, first..first + pages.len() as u64)?;
+    let wanted = wanted_pages(nodes, image, first..first + pages.len() as u64)?;
     let mut next = 0;
     for slot in wanted.iter().map(|wanted| (wanted.page - first) as usize) {
         pages[next..slot].as_flattened_mut().fill(0);
         next = slot + 1;
     }
     pages[next..].as_flattened_mut().fill(0);
-    fetcher.fetch(nodes.objects(), &mut wanted, first, pages)
+    fetcher.fetch(nodes.objects(), wanted, first, pages)
 }
 
 /// The stored pages of this page range, in order.
