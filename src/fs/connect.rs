@@ -19,6 +19,10 @@ use super::fuse::MountOptions;
 
 const SUBTYPE: &str = "epochfs";
 
+/// The kernel reads ahead in requests of at most this length: several are then decoded at a time, and whoever reads goes
+/// on with the first while the others are on their way. Writes come in larger ones.
+const READ_LEN_MAX: u32 = 256 << 10;
+
 /// Mounts at a directory, and returns the descriptor over which the kernel asks.
 pub fn connect(at: &Path, source: &str, options: &MountOptions) -> io::Result<OwnedFd> {
     match directly(at, source, options) {
@@ -31,8 +35,8 @@ pub fn connect(at: &Path, source: &str, options: &MountOptions) -> io::Result<Ow
 fn directly(at: &Path, source: &str, options: &MountOptions) -> io::Result<OwnedFd> {
     let device = File::options().read(true).write(true).open("/dev/fuse")?;
     let (user, group) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
-    let mut data =
-        format!("fd={},rootmode=40000,user_id={user},group_id={group},default_permissions", device.as_raw_fd());
+    let mut data = format!("fd={},rootmode=40000,user_id={user},group_id={group}", device.as_raw_fd());
+    data += &format!(",max_read={READ_LEN_MAX},default_permissions");
     if options.allow_other {
         data += ",allow_other";
     }
@@ -48,7 +52,7 @@ fn by_helper(at: &Path, source: &str, options: &MountOptions) -> io::Result<Owne
     let (ours, theirs) = UnixStream::pair()?;
     // A comma would end the option.
     let mut list = format!("fsname={},subtype={SUBTYPE}", source.replace([',', '\\'], "_"));
-    list += ",default_permissions,nodev,nosuid,noatime";
+    list += &format!(",max_read={READ_LEN_MAX},default_permissions,nodev,nosuid,noatime");
     for (name, is_set) in [(",allow_other", options.allow_other), (",ro", options.read_only)] {
         list += if is_set { name } else { "" };
     }
