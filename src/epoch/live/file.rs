@@ -117,19 +117,18 @@ impl State {
         while index < count {
             let kind = class(self, index);
             let mut end = index + 1;
-            if !matches!(kind, Class::Again(_)) {
-                while end < count && class(self, end) == kind {
-                    end += 1;
-                }
+            while end < count && class(self, end) == kind.after((end - index) as u32) {
+                end += 1;
             }
             let bytes = &data[index as usize * PAGE_SIZE..end as usize * PAGE_SIZE];
             match kind {
                 Class::Zeros => self.clear_pages(io, first + index..first + end),
                 Class::Again(slot) => {
-                    let page = first + index;
                     io.spool().rewrite(slot, bytes)?;
-                    let slot = self.current.pages.get_mut(&page).expect("it was just found");
-                    slot.check = crc32c::crc32c(bytes);
+                    for (page, bytes) in (first + index..).zip(bytes.chunks_exact(PAGE_SIZE)) {
+                        let slot = self.current.pages.get_mut(&page).expect("it was just found");
+                        slot.check = crc32c::crc32c(bytes);
+                    }
                 }
                 Class::New => {
                     let mut page = first + index;
@@ -198,6 +197,16 @@ enum Class {
     /// A page whose slot may be written again.
     Again(u32),
     New,
+}
+
+impl Class {
+    /// What a page must be that comes so many pages behind one of this class, to be written with it.
+    fn after(self, pages: u32) -> Self {
+        match self {
+            Self::Again(slot) => Self::Again(slot + pages),
+            other => other,
+        }
+    }
 }
 
 impl LiveFile {

@@ -14,6 +14,10 @@ use super::layer::Slot;
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::{File, Files};
 
+/// The file is made longer by so much at a time. A write within it needs nothing of the file system's journal, and so does
+/// not wait while that is being synced.
+const GROWTH_SLOTS: u32 = 64 << 10;
+
 /// Runs of free slots shorter than this keep their space: they are used again soon.
 const PUNCHED_SLOTS_MIN: u32 = 16;
 
@@ -64,6 +68,8 @@ struct Slots {
     cursor: u32,
     /// Slots that nobody needs any more, but that the durable journal may name.
     limbo: Vec<u32>,
+    /// How many slots the file is long.
+    file_end: u32,
 }
 
 impl Slots {
@@ -142,6 +148,7 @@ impl Spool {
             }
             slots.mark(*slot..*slot + 1, true);
         }
+        slots.file_end = u32::try_from(len / PAGE_SIZE as u64).unwrap_or(u32::MAX);
         // What is there is there, however much is allowed for more.
         budget.used.fetch_add(u64::from(slots.used_count), Ordering::Relaxed);
         Ok(Self { file, path: path.to_owned(), budget, slots: Mutex::new(slots) })
@@ -171,7 +178,8 @@ impl Spool {
                 return Err(error);
             }
             let (now, later) = pages.split_at(taken as usize * PAGE_SIZE);
-            if let Err(error) = self.file.write_at(offset_of(range.start), now) {
+            let written = self.reach(range.end).and_then(|()| self.file.write_at(offset_of(range.start), now));
+            if let Err(error) = written {
                 self.lock().mark(range, false);
                 self.budget.give_back(taken);
                 return Err(self.failed("write to", error));
@@ -182,9 +190,20 @@ impl Spool {
         Ok(())
     }
 
-    /// Writes a page to a slot that no journal names.
-    pub fn rewrite(&self, slot: u32, page: &[u8]) -> Result<()> {
-        self.file.write_at(offset_of(slot), page).map_err(|error| self.failed("write to", error))
+    /// Makes the file so many slots long, or longer.
+    fn reach(&self, end: u32) -> std::io::Result<()> {
+        let mut held = self.lock();
+        if end > held.file_end {
+            let file_end = end.saturating_add(GROWTH_SLOTS);
+            self.file.set_len(offset_of(file_end))?;
+            held.file_end = file_end;
+        }
+        Ok(())
+    }
+
+    /// Writes pages to slots in a row that no journal names.
+    pub fn rewrite(&self, first: u32, pages: &[u8]) -> Result<()> {
+        self.file.write_at(offset_of(first), pages).map_err(|error| self.failed("write to", error))
     }
 
     /// Reads slots that lie in a row, each proven against its checksum.
