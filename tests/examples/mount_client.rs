@@ -40,11 +40,14 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         threads: usize,
     },
-    /// Reads the file from its start in pieces of 1 MiB, those that hold data in the reference.
+    /// Reads the file from its start in pieces of 1 MiB: those that hold data in the reference.
     Read {
         file: PathBuf,
         #[arg(long)]
         reference: PathBuf,
+        /// Those that hold none, too.
+        #[arg(long)]
+        whole: bool,
     },
     /// Reads every byte of the file through a mapping, in order.
     MmapRead { file: PathBuf },
@@ -84,7 +87,7 @@ fn main() -> io::Result<()> {
         Command::Faults { file, reference, count, threads } => {
             faults(&file, &Reference::load(&reference)?, count, threads)
         }
-        Command::Read { file, reference } => read(&file, &Reference::load(&reference)?),
+        Command::Read { file, reference, whole } => read(&file, &Reference::load(&reference)?, whole),
         Command::MmapRead { file } => mmap_read(&file),
         Command::Write { file, reference, mib } => write(&file, &reference, mib),
         Command::Commit { file, epochs, pages, commits } => commit(&file, &epochs, pages, commits),
@@ -231,10 +234,10 @@ fn faults(path: &Path, reference: &Reference, count: usize, threads: usize) -> i
     Ok(figures)
 }
 
-fn read(path: &Path, reference: &Reference) -> io::Result<Value> {
+fn read(path: &Path, reference: &Reference, whole: bool) -> io::Result<Value> {
     let file = open(path, false)?;
     drop_cache(&file)?;
-    let pieces = reference.data_pieces();
+    let pieces = if whole { (0..reference.words.len() * PAGE / MIB).collect() } else { reference.data_pieces() };
     let mut buffer = vec![1; MIB];
     let mut wrong = 0;
     let start = Instant::now();
@@ -244,9 +247,8 @@ fn read(path: &Path, reference: &Reference) -> io::Result<Value> {
         let before = Instant::now();
         let first = piece * MIB / PAGE;
         for (page, bytes) in buffer.chunks(PAGE).enumerate() {
-            if let Some((at, expected)) = reference.words[first + page] {
-                wrong += usize::from(bytes[at as usize..at as usize + 8] != expected.to_ne_bytes());
-            }
+            let (at, expected) = reference.words[first + page].unwrap_or_default();
+            wrong += usize::from(bytes[at as usize..at as usize + 8] != expected.to_ne_bytes());
         }
         comparing += before.elapsed();
     }
@@ -287,6 +289,7 @@ fn write(path: &Path, reference_path: &Path, mib: usize) -> io::Result<Value> {
     let reference = Reference::load(reference_path)?;
     let source = open(reference_path, false)?;
     let file = open(path, true)?;
+    drop_cache(&file)?;
     let pieces = reference.data_pieces();
     // At most so many different pieces in memory; and pages that were never there before, as a guest's would be.
     let kept: Vec<usize> = pieces.iter().copied().take(64).collect();

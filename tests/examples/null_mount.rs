@@ -44,6 +44,8 @@ struct Arguments {
     one_channel: bool,
     #[arg(long, default_value_t = 1 << 20)]
     max_write: u32,
+    #[arg(long, default_value_t = 1 << 20)]
+    max_read: u32,
     #[arg(long, default_value_t = 64)]
     max_background: u16,
     /// Drop what the kernel holds of the file when it is opened.
@@ -63,7 +65,11 @@ fn main() -> io::Result<()> {
         open_flags: if arguments.no_keep_cache { FopenFlags::empty() } else { FopenFlags::FOPEN_KEEP_CACHE },
     };
     let mut config = Config::default();
-    config.mount_options = vec![MountOption::FSName("null".into()), MountOption::DefaultPermissions];
+    config.mount_options = vec![
+        MountOption::FSName("null".into()),
+        MountOption::DefaultPermissions,
+        MountOption::CUSTOM(format!("max_read={}", arguments.max_read)),
+    ];
     config.n_threads = Some(arguments.threads);
     config.clone_fd = !arguments.one_channel;
     let session = Session::new(null, &arguments.mountpoint, &config)?;
