@@ -29,7 +29,7 @@ pub struct Mount {
     /// Let other users in, as far as the files' modes allow.
     #[arg(long)]
     allow_other: bool,
-    /// Threads that answer the kernel; 0 for one a processor, at least 2 and at most 16.
+    /// Threads that answer the kernel; 0 for two a processor, at least 4 and at most 32.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=128))]
     threads: u16,
     /// How much may be written and not committed, of all machines together. Beyond it, writers get ENOSPC.
@@ -70,7 +70,7 @@ impl Mount {
             allow_other: self.allow_other,
             read_only: self.read_only,
             threads: match self.threads {
-                0 => processors().clamp(2, 16),
+                0 => processors().clamp(2, 16) * 2,
                 threads => usize::from(threads),
             },
             spool_len_max: self.spool_size,

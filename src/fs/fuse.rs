@@ -10,11 +10,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, MountOption, OpenAccMode, OpenFlags,
-    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 
+use super::connect::connect;
 use super::names::Rename;
 use super::parked::{Parked, ParkingLot};
 use super::{Attr, Change, FileSystem, Found, errno};
@@ -66,24 +67,19 @@ pub fn mount(file_system: Arc<FileSystem>, at: &Path, source: &str, options: &Mo
     };
     let at = at.canonicalize().map_err(failed)?;
     let mut config = Config::default();
-    config.mount_options = vec![
-        // A comma would end the option.
-        MountOption::FSName(source.replace([',', '\\'], "_")),
-        MountOption::Subtype("epochfs".into()),
-        MountOption::DefaultPermissions,
-        MountOption::NoDev,
-        MountOption::NoSuid,
-        MountOption::NoAtime,
-    ];
-    if options.read_only {
-        config.mount_options.push(MountOption::RO);
-    }
     config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
     config.n_threads = Some(if options.threads == 0 { default_threads() } else { options.threads });
     config.clone_fd = true;
     let adapter = Adapter { parked: ParkingLot::start(file_system.clone())?, file_system };
-    let session = Session::new(adapter, &at, &config).map_err(failed)?;
-    Ok(Mount { session, at })
+    let device = connect(&at, source, options).map_err(failed)?;
+    match Session::from_fd(adapter, device, config.acl, config) {
+        Ok(session) => Ok(Mount { session, at }),
+        Err(error) => {
+            // What the error says matters more than what becomes of a mount that nobody serves.
+            let _ = Unmounter { at: at.clone() }.unmount(true);
+            Err(failed(error))
+        }
+    }
 }
 
 impl Mount {

@@ -8,6 +8,7 @@
 //! ```
 
 mod attributes;
+mod connect;
 mod data;
 mod error;
 mod extended;

@@ -12,6 +12,7 @@ mod embedding;
 mod flips;
 mod full_disk;
 mod kill;
+mod live;
 mod model;
 mod races;
 mod support;

@@ -56,7 +56,7 @@ impl Layer {
 
     /// Makes a range zeros, and hands over the slots of its pages. `hides` says whether anything below must be hidden.
     pub fn clear(&mut self, range: Range<u64>, hides: bool, slots: &mut Vec<Slot>) {
-        let mut told = hides;
+        let before = slots.len();
         if range.end == u64::MAX {
             let gone = self.pages.split_off(&range.start);
             slots.extend(gone.into_values());
@@ -64,8 +64,8 @@ impl Layer {
             let numbers: Vec<u64> = self.pages.range(range.clone()).map(|(page, _)| *page).collect();
             slots.extend(numbers.iter().filter_map(|page| self.pages.remove(page)));
         }
-        told |= slots.iter().any(|slot| slot.journaled);
-        if told {
+        // The journal may name a page that was set here, even if it does not name the slot of now.
+        if hides || slots.len() > before {
             self.zeros.insert(range.clone());
             self.unjournaled_zeros.push(range);
         }

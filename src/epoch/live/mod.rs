@@ -14,8 +14,6 @@ mod layer;
 mod page_set;
 mod refusal;
 mod spool;
-#[cfg(test)]
-mod tests;
 mod tree;
 
 use std::path::{Path, PathBuf};

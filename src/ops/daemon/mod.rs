@@ -27,8 +27,9 @@ use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
 use crate::fs::fuse::{self, Mount, MountOptions};
 use crate::fs::{FileSystem, Settings};
+use crate::platform::clock::Stopwatch;
 use service::{DaemonService, State};
-use watch::{Event, Watch};
+use watch::{End, Event, Watch};
 
 /// How to mount. Plain data.
 #[derive(Clone, Debug)]
@@ -77,7 +78,8 @@ pub fn make_directory(directory: &Path) -> Result<()> {
 
 /// The right to mount a repository: its lock, and a mountpoint that is fit.
 pub struct Claim {
-    lock: DaemonLock,
+    /// Always there until the daemon ends.
+    lock: Option<DaemonLock>,
     /// The repository's state directory.
     directory: PathBuf,
     who: Introduction,
@@ -101,7 +103,7 @@ impl Claim {
         let holder = Holder { pid: who.pid, repository: who.repository.clone(), mountpoint: who.mountpoint.clone() };
         let lock = DaemonLock::take(&directory, &holder)?;
         mountpoint::prepare(&found, repository, &state_directory)?;
-        Ok(Self { lock, directory, who })
+        Ok(Self { lock: Some(lock), directory, who })
     }
 
     fn mountpoint(&self) -> &Path {
@@ -117,7 +119,12 @@ pub struct Ready<'a> {
 }
 
 /// Mounts, calls `ready`, and returns when the mount has ended and everything is stored.
-pub fn serve(claim: Claim, store: EpochStore, options: &DaemonOptions, ready: &mut dyn FnMut(&Ready)) -> Result<()> {
+pub fn serve(
+    mut claim: Claim,
+    store: EpochStore,
+    options: &DaemonOptions,
+    ready: &mut dyn FnMut(&Ready),
+) -> Result<()> {
     let (sender, events) = unbounded();
     handle_signals(sender.clone())?;
     let socket = socket_path(&claim.directory);
@@ -134,12 +141,18 @@ pub fn serve(claim: Claim, store: EpochStore, options: &DaemonOptions, ready: &m
     let mount_options =
         MountOptions { allow_other: options.allow_other, threads: options.threads, read_only: options.read_only };
     let source = mounts::source_of(&claim.who.repository);
-    let mount = fuse::mount(filesystem.clone(), claim.mountpoint(), &source, &mount_options)?;
+    let mount = match fuse::mount(filesystem.clone(), claim.mountpoint(), &source, &mount_options) {
+        Ok(mount) => mount,
+        Err(error) => {
+            filesystem.close()?;
+            return Err(error);
+        }
+    };
     let unmounter = mount.unmounter();
-    let device = mounts::mount_at(claim.mountpoint())?.map(|mount| mount.device);
+    let device = device_at(claim.mountpoint());
     let mut watch = Watch::new(claim.who.mountpoint.clone(), device, unmounter, events);
-    let service =
-        Arc::new(DaemonService::new(&claim.who, options, &socket, device, (store, filesystem.clone()), sender));
+    let served = (store.clone(), filesystem.clone());
+    let service = Arc::new(DaemonService::new(&claim.who, options, &socket, device, served, sender));
     let begun = wait_elsewhere(mount, service.events()).and_then(|()| listener.serve(service.clone()));
     let mut server = match begun {
         Ok(server) => server,
@@ -151,7 +164,7 @@ pub fn serve(claim: Claim, store: EpochStore, options: &DaemonOptions, ready: &m
     };
     ready(&Ready { who: &claim.who, socket, kernel: &apply_kernel_settings(&claim.who, device) });
     notify::notify("READY=1");
-    let ended = watch.run(&mut |state| service.set_state(state));
+    let end = watch.run(&mut |state| service.set_state(state));
     service.set_state(State::Stopping);
     notify::notify("STOPPING=1");
     tracing::info!("the mount has ended: storing what is left");
@@ -159,13 +172,47 @@ pub fn serve(claim: Claim, store: EpochStore, options: &DaemonOptions, ready: &m
     // From here on another daemon may take over: the index first, then the socket, then the lock.
     drop(filesystem);
     service.release();
+    match &end {
+        End::Gone(_) => release(store),
+        // Who still has files open has the filesystem and the store in use, until this process ends.
+        End::Left => std::mem::forget(claim.lock.take()),
+    }
     server.close();
     drop(claim.lock);
     tracing::info!("the daemon is done");
-    let outcome = ended.and(closed);
+    let outcome = match end {
+        End::Gone(result) => result.and(closed),
+        End::Left => closed,
+    };
     watch.answer_all(&outcome);
     server.wait(Duration::from_secs(5));
     outcome
+}
+
+/// The device of the files that are mounted at a path.
+fn device_at(path: &Path) -> Option<(u32, u32)> {
+    match mounts::mount_at(path) {
+        Ok(mount) => mount.map(|mount| mount.device),
+        Err(error) => {
+            tracing::warn!(%error, "the mount's device is not known");
+            None
+        }
+    }
+}
+
+/// How long threads that are about to end may take to let go of the store.
+const RELEASE_WAIT: Duration = Duration::from_secs(2);
+
+/// Closes the store, with its index, once nobody else has it.
+fn release(store: Arc<EpochStore>) {
+    let since = Stopwatch::start();
+    while Arc::strong_count(&store) > 1 {
+        if since.elapsed() > RELEASE_WAIT {
+            tracing::warn!("the page index is let go only when this process ends");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Waits in a thread until the mount is gone, and with it whatever could still ask for a file.

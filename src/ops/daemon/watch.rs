@@ -39,6 +39,14 @@ pub enum Event {
 
 type Answer = Sender<Result<Unmounted>>;
 
+/// How a mount ended.
+pub enum End {
+    /// Nothing of it is left.
+    Gone(Result<()>),
+    /// Files are still open, and were given up.
+    Left,
+}
+
 /// How far a mount is from its end.
 enum Phase {
     Serving,
@@ -80,19 +88,18 @@ impl Watch {
     }
 
     /// Returns when the mount is gone, or when a stop has waited long enough. `told` hears of each state.
-    pub fn run(&mut self, told: &mut dyn FnMut(State)) -> Result<()> {
+    pub fn run(&mut self, told: &mut dyn FnMut(State)) -> End {
         loop {
             let event = match &self.phase {
                 Phase::Serving | Phase::Detached => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Phase::Detaching(_) | Phase::Stopping(_) => self.events.recv_timeout(RETRY),
             };
             match (event, &self.phase) {
-                (Ok(Event::Gone(result)), _) => return result,
+                (Ok(Event::Gone(result)), _) => return End::Gone(result),
                 (Ok(Event::Umount { lazy, answer }), _) => self.asked(lazy, answer),
                 (Ok(Event::Signal(signal)), Phase::Stopping(_)) => {
                     tracing::warn!("{} again: waiting no longer", signal_name(signal));
-                    self.leave();
-                    return Ok(());
+                    return self.leave();
                 }
                 (Ok(Event::Signal(signal)), _) => {
                     tracing::info!("{}: stopping", signal_name(signal));
@@ -104,8 +111,7 @@ impl Watch {
                 }
                 (Err(RecvTimeoutError::Timeout), Phase::Stopping(since)) => {
                     if since.elapsed() >= GRACE {
-                        self.leave();
-                        return Ok(());
+                        return self.leave();
                     }
                     // In use, as before.
                     let _ = self.unmount(false);
@@ -120,7 +126,7 @@ impl Watch {
                 }
                 (Err(RecvTimeoutError::Timeout), _) => {}
                 // Each signal and the end of the mount keep the channel open.
-                (Err(RecvTimeoutError::Disconnected), _) => return Ok(()),
+                (Err(RecvTimeoutError::Disconnected), _) => return End::Left,
             }
         }
     }
@@ -164,7 +170,7 @@ impl Watch {
     }
 
     /// Stops although files are open: what the kernel still has is handed over, then the mount goes.
-    fn leave(&self) {
+    fn leave(&self) -> End {
         if let Some(device) = self.device {
             flush(PathBuf::from(&self.mountpoint), device);
         }
@@ -174,10 +180,11 @@ impl Watch {
         }
         // Where they went after all, everything is in order.
         while let Ok(event) = self.events.recv_timeout(DETACH_WAIT) {
-            if matches!(event, Event::Gone(_)) {
-                return;
+            if let Event::Gone(result) = event {
+                return End::Gone(result);
             }
         }
+        End::Left
     }
 
     fn holders(&self) -> Vec<String> {

@@ -1,7 +1,7 @@
 //! P1, P2 on a file system that loses power after any change and fails at any call.
 
 mod killed;
-mod lying;
+pub mod lying;
 mod script;
 
 use std::sync::Arc;
