@@ -18,25 +18,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benches import CACHE
 from qmp import Monitor, QmpError
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("EPOCHFS_CACHE") or Path.home() / ".cache/epochfs")
 MIB = 1 << 20
 DISK_MIB = 8  # scripts/guest/workload.rs uses all of it
 
 
 class Failed(Exception):
     """What a script tells its user before it ends with 1."""
-
-
-def find_epochfs():
-    """$EPOCHFS, else the release build, else the one in PATH."""
-    if named := os.environ.get("EPOCHFS"):
-        return named
-    target = Path(os.environ.get("CARGO_TARGET_DIR") or CACHE / "target")
-    built = target / "release/epochfs"
-    return str(built) if built.exists() else shutil.which("epochfs")
 
 
 def check_tools():
