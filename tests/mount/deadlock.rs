@@ -12,7 +12,7 @@ use epochfs::platform::random::Seeded;
 use rustix::process::Signal;
 
 use crate::child;
-use crate::fixture::{Mount, is_mounted};
+use crate::fixture::{Mount, Options, is_mounted};
 use crate::raw::Mapping;
 use crate::support::{PAGE, is_long, noise, open, rename, same, same_file, skip};
 
@@ -115,7 +115,8 @@ fn commits_go_through_while_mapped_pages_are_written_back_all_the_time() {
 /// SIGTERM while a file is mapped, with stores that nobody synced: the daemon says who holds it, and the stores arrive.
 #[test]
 fn a_graceful_stop_with_dirty_maps_ends_and_loses_nothing() {
-    let Some(mut mount) = Mount::new("a_graceful_stop_with_dirty_maps") else { return };
+    let options = Options { expected: vec![" uses ", " is in use"], ..Options::default() };
+    let Some(mut mount) = Mount::with("a_graceful_stop_with_dirty_maps", options) else { return };
     const LEN: usize = 16 << 20;
     let live = mount.make_machine("web1");
     let path = live.join("memory");
@@ -126,6 +127,8 @@ fn a_graceful_stop_with_dirty_maps_ends_and_loses_nothing() {
     map.write(0, &expected).unwrap();
     mount.signal(Signal::TERM);
     std::thread::sleep(Duration::from_millis(500));
+    let said = mount.log();
+    assert!(said.contains("live/memory") && said.contains(&std::process::id().to_string()), "who holds it: {said}");
     // Held as it is, the file goes on being what it was.
     same("the map", &map.bytes(0..LEN).unwrap(), &expected).unwrap();
     map.sync(0..LEN / 2).unwrap();
@@ -235,8 +238,10 @@ impl Group {
         let first = (Path::new("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", false);
         for (root, file, is_second) in [(Path::new("/sys/fs/cgroup"), "memory.max", true), first] {
             let path = root.join(format!("epochfs-test-{}-{name}", std::process::id()));
-            let made = fs::create_dir(&path).and_then(|()| fs::write(path.join(file), limit.to_string()));
-            match made {
+            // A directory is a group if the kernel fills it; its files are there or are not, and never made.
+            let set =
+                || File::options().write(true).open(path.join(file))?.write_all_at(limit.to_string().as_bytes(), 0);
+            match fs::create_dir(&path).and_then(|()| set()) {
                 Ok(()) => return Ok(Self { path, is_second }),
                 Err(error) => refused.push(format!("{}: {error}", path.display())),
             }

@@ -39,7 +39,7 @@ impl Options {
 
     /// What a daemon says that meets a full disk.
     pub fn full(mut self) -> Self {
-        self.expected.extend(["No space left", "no space", "no room", "full"]);
+        self.expected.extend(["No space left", "no space", "no room", "for room", "full"]);
         self
     }
 }

@@ -176,6 +176,7 @@ fn p6_a_full_repository_fails_the_commit_which_loses_nothing() {
         assert_eq!(mount.epochs("web1").len(), 1);
         same_file(&first.join("memory"), &noise(0, 100_000)).unwrap();
         if attempt == 1 {
+            File::open(live.join("memory")).unwrap().sync_all().unwrap();
             mount.kill_and_restart();
             same_file(&live.join("memory"), &expected).unwrap();
         }

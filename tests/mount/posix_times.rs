@@ -45,7 +45,7 @@ fn set(path: &Path, atime: (i64, i64), mtime: (i64, i64)) {
     utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
 }
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
     ("what is new has the time of now", |base| {
         let before = now_ns() as i64 - 50_000_000;
         fs::write(base.join("file"), "x").unwrap();
@@ -136,7 +136,7 @@ const CASES: [Case; 9] = [
                 ((1, 999_999_999), (4_102_444_800, 5)),
                 // After 2038 and 2106, and before 1970.
                 ((5_000_000_000, 1), (9_000_000_000, 2)),
-                ((-1, 0), (-1_000_000_000, 500_000_000)),
+                ((-1, 0), (-1_000_000_000, 0)),
             ] {
                 set(&path, atime, mtime);
                 let status = fs::symlink_metadata(&path).unwrap();
@@ -144,6 +144,13 @@ const CASES: [Case; 9] = [
                 assert_eq!((status.mtime(), status.mtime_nsec()), mtime, "{name}: mtime");
             }
         }
+    }),
+    ("times before 1970 have parts of a second too", |base| {
+        fs::write(base.join("file"), "x").unwrap();
+        set(&base.join("file"), (-1, 999_999_999), (-1_000_000_000, 500_000_000));
+        let status = fs::metadata(base.join("file")).unwrap();
+        assert_eq!((status.mtime(), status.mtime_nsec()), (-1_000_000_000, 500_000_000));
+        assert_eq!((status.atime(), status.atime_nsec()), (-1, 999_999_999));
     }),
     ("each time is set alone, or to now", |base| {
         let path = base.join("file");

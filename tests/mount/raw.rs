@@ -199,10 +199,11 @@ pub fn lock(file: &File, kind: i32, start: i64, len: i64) -> io::Result<()> {
     checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) }).map(drop)
 }
 
-/// An ioctl without a structure behind it.
-pub fn ioctl(file: &File, request: u32, argument: i32) -> io::Result<i32> {
-    // SAFETY: the argument is no pointer; a driver that took it for one would answer EFAULT.
-    checked(unsafe { libc::ioctl(file.as_raw_fd(), libc::c_ulong::from(request) as _, argument) })
+/// An ioctl with room for whatever it may want to read or write.
+pub fn ioctl(file: &File, request: u32) -> io::Result<i32> {
+    let mut room = [0_u64; 2048];
+    // SAFETY: a request encodes at most 16383 bytes of argument, and has room for so many.
+    checked(unsafe { libc::ioctl(file.as_raw_fd(), libc::c_ulong::from(request) as _, room.as_mut_ptr()) })
 }
 
 /// `mkstemp`: a new file with a random end to its name.

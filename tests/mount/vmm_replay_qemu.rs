@@ -91,6 +91,7 @@ fn qemu_in_place_rounds_are_what_the_guest_was_and_the_guest_runs_on() {
     map.write(7 * PAGE + 5, b"a restored guest goes on").unwrap();
     same("restored", &map.bytes(8 * PAGE..MEMORY_LEN).unwrap(), &expected[8 * PAGE..]).unwrap();
     same_file(&epoch.join("memory"), expected).unwrap();
+    drop((map, file, agent));
     place.finish();
 }
 
@@ -275,5 +276,6 @@ fn qemu_disks_are_locked_probed_zeroed_and_discarded() {
         let hole = rustix::fs::seek(&other, rustix::fs::SeekFrom::Hole(discarded as u64 + 2 * PAGE as u64)).unwrap();
         assert_eq!(hole, discarded as u64 + 2 * PAGE as u64);
     }
+    drop((disk, other));
     place.finish();
 }
