@@ -11,30 +11,23 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benches import CACHE
 from qmp import Monitor, QmpError
 
 SCRIPTS = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("EPOCHFS_CACHE") or Path.home() / ".cache/epochfs")
 MIB = 1 << 20
 DISK_MIB = 8  # scripts/guest/workload.rs uses all of it
 
 
 class Failed(Exception):
     """What a script tells its user before it ends with 1."""
-
-
-def find_epochfs():
-    """$EPOCHFS, else the release build, else the one in PATH."""
-    if named := os.environ.get("EPOCHFS"):
-        return named
-    target = Path(os.environ.get("CARGO_TARGET_DIR") or CACHE / "target")
-    built = target / "release/epochfs"
-    return str(built) if built.exists() else shutil.which("epochfs")
 
 
 def check_tools():
@@ -79,12 +72,12 @@ class Guest:
         self.name = f"guest-{Guest.count}"
         self.console_path = Path(directory) / f"{self.name}.console"
         self.log_path = Path(directory) / f"{self.name}.log"
-        socket = Path(directory) / f"{self.name}.qmp"
+        monitor = Path(directory) / f"{self.name}.qmp"
         command = [
             "qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot",
             "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(processors), "-m", str(memory),
             "-machine", "q35,memory-backend=ram", "-object", f"{ram},id=ram,size={memory}M",
-            "-serial", f"file:{self.console_path}", "-qmp", f"unix:{socket},server,nowait",
+            "-serial", f"file:{self.console_path}", "-qmp", f"unix:{monitor},server,nowait",
             "-kernel", str(CACHE / "guest/vmlinuz"), "-initrd", str(initramfs),
             "-append", f"console=ttyS0 quiet panic=-1 {append}",
         ]  # fmt: skip
@@ -96,12 +89,12 @@ class Guest:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 60
-            while not socket.exists():
+            while not monitor.exists():
                 self.check_alive()
                 if time.monotonic() > deadline:
                     raise self.failure("QEMU did not open its monitor")
                 time.sleep(0.005)
-            self.monitor = Monitor(socket)
+            self.monitor = Monitor(monitor)
             ignore_shared = {"capability": "x-ignore-shared", "state": True}
             self.monitor.run("migrate-set-capabilities", capabilities=[ignore_shared])
         except BaseException:
@@ -234,6 +227,28 @@ class Mount:
         else:
             self.run("commit", machine, "--tag", tag)
 
+    @contextlib.contextmanager
+    def commit_frozen(self, machine, tag):
+        """The block runs once what is committed is frozen, and ends when the epoch is durable."""
+        before = self.state_of(machine)["base"]
+        with ThreadPoolExecutor(1) as thread:
+            committing = thread.submit(self.commit, machine, tag, by_mkdir=True)
+            while not committing.done():
+                state = self.state_of(machine)
+                if state["commits_in_flight"] or state["base"] != before:
+                    break
+            yield
+            committing.result()
+
+    def state_of(self, machine):
+        """What the daemon says about a machine."""
+        (path,) = (self.directory / "state").glob("*/daemon.sock")
+        with socket.socket(socket.AF_UNIX) as daemon:
+            daemon.connect(str(path))
+            daemon.sendall(b'{"version":1,"request":"status"}\n')
+            answer = json.loads(daemon.makefile().readline())["answer"]
+        return next(state for state in answer["machines"] if state["machine"] == machine)
+
     def epoch(self, machine, tag):
         return self.mounted / machine / "epochs" / tag
 
@@ -287,6 +302,11 @@ class Control:
         if self.stale and self.last:
             self.copy(self.last / self.stale, epoch / self.stale)
         self.last = epoch
+
+    @contextlib.contextmanager
+    def commit_frozen(self, machine, tag):
+        self.commit(machine, tag, by_mkdir=True)
+        yield
 
     def epoch(self, machine, tag):
         return self.root / machine / "epochs" / tag

@@ -22,12 +22,26 @@ class QmpError(Exception):
 
 class Monitor:
     def __init__(self, path):
-        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket = self.connect(str(path))
         self.socket.settimeout(60)
-        self.socket.connect(str(path))
         self.lines = self.socket.makefile()
         self.lines.readline()  # the greeting
         self.run("qmp_capabilities")
+
+    @staticmethod
+    def connect(path):
+        deadline = time.monotonic() + 10
+        while True:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(path)
+                return connection
+            except ConnectionRefusedError:
+                # The socket is there a moment before QEMU listens on it.
+                connection.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def run(self, name, **arguments):
         request = {"execute": name}

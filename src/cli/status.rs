@@ -27,9 +27,7 @@ impl Status {
         };
         let mut daemons = Vec::new();
         for path in paths {
-            if let Some(mut client) = Client::connect(&path)? {
-                daemons.push(client.status()?);
-            }
+            daemons.extend(Client::ask(&path, Client::status)?);
         }
         let documents: Vec<serde_json::Value> = daemons
             .iter()
@@ -80,7 +78,7 @@ fn render(status: &DaemonStatus) -> String {
     let who = &status.who;
     let mut facts = vec![
         ("repository", who.repository.clone()),
-        ("mountpoint", format!("{} ({})", who.mountpoint, status.state)),
+        ("mountpoint", format!("{} ({})", who.mountpoint, who.state)),
         ("daemon", format!("process {}, epochfs {}, since {} (UTC)", who.pid, who.epochfs, time(status.started_ns))),
         ("socket", status.socket.clone()),
     ];

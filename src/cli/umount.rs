@@ -59,24 +59,23 @@ impl Umount {
     /// Asks the daemon whose mount it is, if it can be found.
     fn ask(&self, context: &Context, path: &Path) -> Result<Option<Outcome>> {
         for socket in sockets(&context.state_directory()) {
-            let client = match Client::connect(&socket) {
-                Ok(client) => client,
+            let who = match Client::ask(&socket, Client::ping) {
+                Ok(Some(who)) if Path::new(&who.mountpoint) == path => who,
+                Ok(_) => continue,
                 Err(error) => {
                     // Another user's, maybe, and no concern of this mount.
                     tracing::debug!(%error, "skipped a daemon");
-                    None
+                    continue;
                 }
             };
-            let Some(mut client) = client else { continue };
-            let who = client.ping()?;
-            if Path::new(&who.mountpoint) == path {
-                let unmounted = client.umount(self.lazy)?;
-                return Ok(Some(Outcome {
-                    repository: who.repository,
-                    ended: Some(unmounted.ended),
-                    holders: unmounted.holders,
-                }));
-            }
+            let unmounted = Client::ask(&socket, |client| client.umount(self.lazy))?;
+            return Ok(Some(match unmounted {
+                Some(unmounted) => {
+                    Outcome { repository: who.repository, ended: Some(unmounted.ended), holders: unmounted.holders }
+                }
+                // Somebody else was quicker.
+                None => Outcome { repository: who.repository, ended: Some(true), holders: Vec::new() },
+            }));
         }
         Ok(None)
     }

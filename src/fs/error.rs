@@ -25,7 +25,7 @@ pub fn errno(refusal: &Refusal) -> Errno {
         Refusal::NotSupported => Errno::OPNOTSUPP,
         Refusal::OtherMachine => Errno::XDEV,
         Refusal::Busy => Errno::BUSY,
-        Refusal::Failed(error) => of_error(error),
+        Refusal::Failed(error) | Refusal::Lost(error) => of_error(error),
     }
 }
 

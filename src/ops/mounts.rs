@@ -98,6 +98,17 @@ pub fn mount_at(path: &Path) -> Result<Option<MountEntry>> {
     Ok(topmost(mounts()?, path))
 }
 
+/// The device of the files that are mounted at just this path; none where that cannot be told.
+pub fn device_at(path: &Path) -> Option<(u32, u32)> {
+    match mount_at(path) {
+        Ok(mount) => mount.map(|mount| mount.device),
+        Err(error) => {
+            tracing::warn!(%error, "what is mounted at {} is not known", path.display());
+            None
+        }
+    }
+}
+
 /// Of several mounts on one point, the one that none of the others is mounted on.
 fn topmost(mounts: Vec<MountEntry>, path: &Path) -> Option<MountEntry> {
     let mut here: Vec<MountEntry> = mounts.into_iter().filter(|mount| mount.at == path).collect();

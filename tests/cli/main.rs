@@ -9,6 +9,7 @@ mod export;
 mod help;
 mod index;
 mod layers;
+mod live;
 mod mount;
 mod names;
 mod races;

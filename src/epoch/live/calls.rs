@@ -205,8 +205,9 @@ impl Live {
         if let Some(length) = set.length {
             let tree = self.shared();
             let file = tree.file(id)?;
-            file.set_len(self.io(), length)?;
+            let cut = file.set_len(self.io(), length);
             self.touch(file, 0);
+            self.heed(cut)?;
         }
         let now = clock::now_ns().cast_signed();
         let mut tree = self.exclusive();
@@ -282,7 +283,7 @@ impl Live {
         // Some of it may have been written even if not all of it was.
         self.touch(file, (data.len() / PAGE_SIZE) as u64 + 1);
         drop(tree);
-        written
+        self.heed(written)
     }
 
     pub fn allocate(&self, file: &Arc<LiveFile>, range: Range<u64>, what: Allocation) -> Answer<()> {
@@ -301,7 +302,16 @@ impl Live {
         };
         self.touch(file, 1);
         drop(tree);
-        done
+        self.heed(done)
+    }
+
+    /// A page that was lost must get neither into the journal nor into an epoch.
+    fn heed(&self, answer: Answer<()>) -> Answer<()> {
+        if let Err(Refusal::Lost(error)) = &answer {
+            tracing::error!(machine = %self.machine(), "live takes no more changes: {error}");
+            self.fail(error);
+        }
+        answer
     }
 
     /// The next data, or the next hole, at or after an offset; the end of the file counts as a hole.

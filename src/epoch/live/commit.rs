@@ -234,6 +234,9 @@ impl Live {
                 builder.add_entry(stored)?;
             }
         }
+        // Whoever recovers the journal above this epoch must find in it what the epoch holds, or something newer: never
+        // an older page that the epoch's would be hidden by.
+        self.sync()?;
         let committed = builder.finish()?;
         self.rebase(job, &committed)?;
         Ok(committed)

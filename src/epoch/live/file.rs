@@ -100,7 +100,7 @@ impl State {
     }
 
     /// Sets whole pages.
-    fn set_pages(&mut self, io: Io<'_>, first: u64, data: &[u8]) -> Result<()> {
+    fn set_pages(&mut self, io: Io<'_>, first: u64, data: &[u8]) -> Answer<()> {
         let count = (data.len() / PAGE_SIZE) as u64;
         let has_own = self.current.next_page(first).is_some_and(|page| page < first + count);
         let class = |state: &Self, index: u64| {
@@ -124,29 +124,41 @@ impl State {
             match kind {
                 Class::Zeros => self.clear_pages(io, first + index..first + end),
                 Class::Again(slot) => {
-                    io.spool().rewrite(slot, bytes)?;
-                    for (page, bytes) in (first + index..).zip(bytes.chunks_exact(PAGE_SIZE)) {
-                        let slot = self.current.pages.get_mut(&page).expect("it was just found");
-                        slot.check = crc32c::crc32c(bytes);
+                    let pages = first + index..first + end;
+                    match io.spool().rewrite(slot, bytes) {
+                        Ok(()) => {
+                            for (page, bytes) in pages.zip(bytes.chunks_exact(PAGE_SIZE)) {
+                                let slot = self.current.pages.get_mut(&page).expect("it was just found");
+                                slot.check = crc32c::crc32c(bytes);
+                            }
+                        }
+                        // Nobody knows what the slots hold now: the pages go to others.
+                        Err(_) => self.set_new(io, pages.start, bytes).map_err(|error| {
+                            let whole = pages.clone().all(|page| self.read_page(io, page).is_ok());
+                            if whole { error.into() } else { Refusal::Lost(error) }
+                        })?,
                     }
                 }
-                Class::New => {
-                    let mut page = first + index;
-                    let mut replaced = Vec::new();
-                    let current = &mut self.current;
-                    let written = io.spool().write_new(bytes, &mut |slots, bytes| {
-                        for (slot, bytes) in slots.zip(bytes.chunks_exact(PAGE_SIZE)) {
-                            replaced.extend(current.set(page, slot, crc32c::crc32c(bytes)));
-                            page += 1;
-                        }
-                    });
-                    io.spool().release(&replaced);
-                    written?;
-                }
+                Class::New => self.set_new(io, first + index, bytes)?,
             }
             index = end;
         }
         Ok(())
+    }
+
+    /// Sets pages in new slots.
+    fn set_new(&mut self, io: Io<'_>, first: u64, bytes: &[u8]) -> Result<()> {
+        let mut page = first;
+        let mut replaced = Vec::new();
+        let current = &mut self.current;
+        let written = io.spool().write_new(bytes, &mut |slots, bytes| {
+            for (slot, bytes) in slots.zip(bytes.chunks_exact(PAGE_SIZE)) {
+                replaced.extend(current.set(page, slot, crc32c::crc32c(bytes)));
+                page += 1;
+            }
+        });
+        io.spool().release(&replaced);
+        written
     }
 
     /// Makes whole pages zeros.
@@ -163,7 +175,7 @@ impl State {
     }
 
     /// Makes any bytes zeros.
-    fn clear_bytes(&mut self, io: Io<'_>, range: Range<u64>) -> Result<()> {
+    fn clear_bytes(&mut self, io: Io<'_>, range: Range<u64>) -> Answer<()> {
         let first_whole = range.start.div_ceil(SIZE);
         let end_whole = range.end / SIZE;
         if first_whole > end_whole {
@@ -180,7 +192,7 @@ impl State {
     }
 
     /// Makes some bytes of one page zeros.
-    fn clear_within(&mut self, io: Io<'_>, page: u64, within: Range<u64>) -> Result<()> {
+    fn clear_within(&mut self, io: Io<'_>, page: u64, within: Range<u64>) -> Answer<()> {
         let mut bytes = self.read_page(io, page)?;
         let part = &mut bytes[within.start as usize..within.end as usize];
         if part.iter().any(|byte| *byte != 0) {

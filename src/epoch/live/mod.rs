@@ -234,6 +234,11 @@ impl Live {
         held.get_or_insert(halt);
     }
 
+    /// Takes no more changes until it is opened again.
+    fn fail(&self, error: &Error) {
+        self.halt_with(Halt::Failed(error.to_string()));
+    }
+
     /// Takes the newest epoch when nobody changed anything here: another host may have committed.
     pub fn refresh(&self) -> Result<()> {
         if self.owned.load(Ordering::Acquire) || self.spool.get().is_some() {
@@ -396,7 +401,7 @@ impl Live {
                 self.journaled.store(u64::MAX, Ordering::Release);
                 if error.kind() != Kind::NoSpace {
                     tracing::error!(machine = %self.machine, "live takes no more changes: {error}");
-                    self.halt_with(Halt::Failed(error.to_string()));
+                    self.fail(&error);
                 }
                 Err(error)
             }

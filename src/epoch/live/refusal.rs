@@ -26,6 +26,8 @@ pub enum Refusal {
     Busy,
     /// The repository or the spool failed.
     Failed(Error),
+    /// The spool failed in such a way that a page which nobody synced is lost.
+    Lost(Error),
 }
 
 pub type Answer<T> = std::result::Result<T, Refusal>;
@@ -42,7 +44,7 @@ impl From<Error> for Refusal {
 impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {
         match refusal {
-            Refusal::Failed(error) => error,
+            Refusal::Failed(error) | Refusal::Lost(error) => error,
             Refusal::NoSpace => Self::new(Kind::NoSpace, "the spool has no room").hint("free some space and repeat"),
             Refusal::ReadOnly => Self::conflict("the machine's live is read-only here"),
             other => Self::usage(format!("{other:?}")),

@@ -31,6 +31,18 @@ impl Client {
         }
     }
 
+    /// Asks the daemon behind a socket; `None` when none runs, or one that ended just now.
+    pub fn ask<T>(socket: &Path, question: impl FnOnce(&mut Self) -> Result<T>) -> Result<Option<T>> {
+        let Some(mut client) = Self::connect(socket)? else { return Ok(None) };
+        match question(&mut client) {
+            Err(error) if error.kind() == Kind::Io && matches!(Self::connect(socket), Ok(None)) => {
+                tracing::debug!(%error, "the daemon ended meanwhile");
+                Ok(None)
+            }
+            answer => answer.map(Some),
+        }
+    }
+
     pub fn ping(&mut self) -> Result<Introduction> {
         self.call(&Request::Ping)
     }

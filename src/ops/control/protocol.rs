@@ -57,6 +57,8 @@ pub struct Introduction {
     pub pid: u32,
     /// The program's version.
     pub epochfs: String,
+    /// `mounted`, `stopping`, or `detached`: not to be reached by a path any more, while files are still open.
+    pub state: String,
 }
 
 /// What a commit made.
@@ -103,8 +105,6 @@ pub struct DaemonStatus {
     #[serde(flatten)]
     pub who: Introduction,
     pub started_ns: u64,
-    /// `mounted`, `stopping`, or `detached` after a lazy unmount while files are still open.
-    pub state: String,
     pub read_only: bool,
     pub allow_other: bool,
     pub threads: usize,

@@ -244,7 +244,7 @@ mod tests {
         fn answer(&self, request: Request) -> Result<Value> {
             match request {
                 Request::Ping => Ok(
-                    json!({"repository": "r", "id": "i", "mountpoint": "/m", "pid": 1, "epochfs": "0", "later": true}),
+                    json!({"repository": "r", "id": "i", "mountpoint": "/m", "pid": 1, "epochfs": "0", "state": "mounted", "later": true}),
                 ),
                 Request::Status => Err(Error::new(Kind::Fenced, "fenced").hint("stop")),
                 Request::Commit(commit) => Err(Error::not_found(commit.machine)),

@@ -99,6 +99,7 @@ impl Claim {
             mountpoint: found.display().to_string(),
             pid: std::process::id(),
             epochfs: env!("CARGO_PKG_VERSION").to_owned(),
+            state: State::Mounted.name().to_owned(),
         };
         let holder = Holder { pid: who.pid, repository: who.repository.clone(), mountpoint: who.mountpoint.clone() };
         let lock = DaemonLock::take(&directory, &holder)?;
@@ -149,7 +150,7 @@ pub fn serve(
         }
     };
     let unmounter = mount.unmounter();
-    let device = device_at(claim.mountpoint());
+    let device = mounts::device_at(claim.mountpoint());
     let mut watch = Watch::new(claim.who.mountpoint.clone(), device, unmounter, events);
     let served = (store.clone(), filesystem.clone());
     let service = Arc::new(DaemonService::new(&claim.who, options, &socket, device, served, sender));
@@ -187,17 +188,6 @@ pub fn serve(
     watch.answer_all(&outcome);
     server.wait(Duration::from_secs(5));
     outcome
-}
-
-/// The device of the files that are mounted at a path.
-fn device_at(path: &Path) -> Option<(u32, u32)> {
-    match mounts::mount_at(path) {
-        Ok(mount) => mount.map(|mount| mount.device),
-        Err(error) => {
-            tracing::warn!(%error, "the mount's device is not known");
-            None
-        }
-    }
 }
 
 /// How long threads that are about to end may take to let go of the store.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Sender, bounded};
 use serde_json::Value;
@@ -12,9 +12,10 @@ use super::watch::Event;
 use crate::epoch::EpochStore;
 use crate::epoch::live::LiveCommit;
 use crate::error::{Error, Kind, Result};
-use crate::fs::FileSystem;
+use crate::fs::{self, FileSystem};
 use crate::ops::control::{CommitRequest, CommitSummary, DaemonStatus, Introduction, Request, Service, Unmounted};
 use crate::ops::kernel;
+use crate::ops::mounts::device_at;
 use crate::platform::clock::{self, Stopwatch};
 
 /// What a daemon is about.
@@ -27,15 +28,26 @@ pub enum State {
 }
 
 impl State {
-    const ALL: [(Self, &str); 3] =
-        [(Self::Mounted, "mounted"), (Self::Stopping, "stopping"), (Self::Detached, "detached")];
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mounted => "mounted",
+            Self::Stopping => "stopping",
+            Self::Detached => "detached",
+        }
+    }
 }
 
+/// A store and the filesystem on it.
 type Served = (Arc<EpochStore>, Arc<FileSystem>);
 
+enum Content {
+    Served(Served),
+    /// The daemon is done, and this is how it left the filesystem.
+    Done(fs::Status),
+}
+
 pub struct DaemonService {
-    /// None once the daemon is done with it.
-    served: Mutex<Option<Served>>,
+    content: Mutex<Content>,
     events: Sender<Event>,
     state: AtomicU8,
     device: Option<(u32, u32)>,
@@ -60,7 +72,7 @@ impl DaemonService {
         events: Sender<Event>,
     ) -> Self {
         Self {
-            served: Mutex::new(Some(served)),
+            content: Mutex::new(Content::Served(served)),
             events,
             state: AtomicU8::new(State::Mounted as u8),
             device,
@@ -84,25 +96,52 @@ impl DaemonService {
 
     /// Lets go of the filesystem and the store.
     pub fn release(&self) {
-        self.served.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let status = self.filesystem_status();
+        *self.content() = Content::Done(status);
+    }
+
+    fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn filesystem_status(&self) -> fs::Status {
+        match &*self.content() {
+            Content::Served((_, filesystem)) => filesystem.status(),
+            Content::Done(status) => status.clone(),
+        }
     }
 
     fn served(&self) -> Result<Served> {
-        let served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
-        served.clone().ok_or_else(|| {
-            Error::conflict(format!("the daemon at {} has just ended", self.fixed.who.mountpoint))
-                .hint("mount the repository again")
-        })
+        match &*self.content() {
+            Content::Served(served) => Ok(served.clone()),
+            Content::Done(_) => {
+                Err(Error::conflict(format!("the daemon at {} has just ended", self.fixed.who.mountpoint))
+                    .hint("mount the repository again"))
+            }
+        }
     }
 
-    fn status(&self) -> Result<DaemonStatus> {
-        let Fixed { who, options, socket, started_ns } = &self.fixed;
-        let state = self.state.load(Ordering::Relaxed);
-        let name = State::ALL.iter().find(|(known, _)| *known as u8 == state).map_or("mounted", |(_, name)| name);
-        Ok(DaemonStatus {
-            who: who.clone(),
+    fn state(&self) -> State {
+        let told = self.state.load(Ordering::Relaxed);
+        let stopping = told == State::Stopping as u8;
+        // Others may unmount lazily too, and say nothing.
+        let is_seen = self.device.is_none() || device_at(Path::new(&self.fixed.who.mountpoint)) == self.device;
+        match (stopping, is_seen && told != State::Detached as u8) {
+            (true, _) => State::Stopping,
+            (false, true) => State::Mounted,
+            (false, false) => State::Detached,
+        }
+    }
+
+    fn introduction(&self) -> Introduction {
+        Introduction { state: self.state().name().to_owned(), ..self.fixed.who.clone() }
+    }
+
+    fn status(&self) -> DaemonStatus {
+        let Fixed { options, socket, started_ns, .. } = &self.fixed;
+        DaemonStatus {
+            who: self.introduction(),
             started_ns: *started_ns,
-            state: name.to_owned(),
             read_only: options.read_only,
             allow_other: options.allow_other,
             threads: options.threads,
@@ -111,8 +150,8 @@ impl DaemonService {
             log: options.log.as_ref().map(|log| log.display().to_string()),
             io_flusher: options.io_flusher,
             kernel: self.device.map(|device| kernel::inspect(&kernel::directory(device))).unwrap_or_default(),
-            filesystem: self.served()?.1.status(),
-        })
+            filesystem: self.filesystem_status(),
+        }
     }
 
     fn commit(&self, request: CommitRequest) -> Result<CommitSummary> {
@@ -142,8 +181,8 @@ impl Service for DaemonService {
             result.map_err(|error| Error::new(Kind::Io, format!("the answer cannot be written: {error}")))
         };
         match request {
-            Request::Ping => document(serde_json::to_value(&self.fixed.who)),
-            Request::Status => document(serde_json::to_value(self.status()?)),
+            Request::Ping => document(serde_json::to_value(self.introduction())),
+            Request::Status => document(serde_json::to_value(self.status())),
             Request::Commit(commit) => document(serde_json::to_value(self.commit(commit)?)),
             Request::Umount { lazy } => document(serde_json::to_value(self.umount(lazy)?)),
         }

@@ -1,6 +1,6 @@
 //! Waiting for the end of a mount, and bringing it about when a signal or a request says so.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -158,8 +158,7 @@ impl Watch {
 
     /// Unmounts, unless that was done already: what is mounted there now may be somebody else's.
     fn unmount(&self, lazily: bool) -> Result<()> {
-        let seen = mounts::mount_at(&PathBuf::from(&self.mountpoint))?;
-        if self.device.is_some() && seen.map(|mount| mount.device) != self.device {
+        if self.device.is_some() && mounts::device_at(Path::new(&self.mountpoint)) != self.device {
             // Still served: open files keep it.
             return match lazily {
                 true => Ok(()),
@@ -255,9 +254,9 @@ fn flush(mountpoint: PathBuf, device: (u32, u32)) {
     }
 }
 
-fn sync(mountpoint: &PathBuf, device: (u32, u32)) -> Result<()> {
+fn sync(mountpoint: &Path, device: (u32, u32)) -> Result<()> {
     use rustix::fs::{Mode, OFlags};
-    if mounts::mount_at(mountpoint)?.map(|mount| mount.device) != Some(device) {
+    if mounts::device_at(mountpoint) != Some(device) {
         return Ok(());
     }
     let failed = |error: rustix::io::Errno| Error::io(format!("cannot sync {}", mountpoint.display()), error.into());

@@ -35,8 +35,7 @@ pub(super) fn skipped(why: &str) -> Vec<Check> {
 
 pub(super) fn check(repository: &Repository, directory: &Path, subject: &Subject) -> Vec<Check> {
     let socket = socket_path(&repository.local_directory(&subject.state_directory));
-    let status = match Client::connect(&socket).and_then(|client| client.map(|mut client| client.status()).transpose())
-    {
+    let status = match Client::ask(&socket, Client::status) {
         Ok(Some(status)) => status,
         Ok(None) => return without_daemon(directory),
         Err(error) => {
@@ -73,7 +72,7 @@ fn without_daemon(directory: &Path) -> Vec<Check> {
 
 fn daemon(status: &DaemonStatus) -> Check {
     let who = &status.who;
-    let found = format!("process {} has it {} at {}", who.pid, status.state, who.mountpoint);
+    let found = format!("process {} has it {} at {}", who.pid, who.state, who.mountpoint);
     let machines = &status.filesystem.machines;
     if let Some(machine) = machines.iter().find(|machine| machine.error.is_some()) {
         let error = machine.error.as_deref().unwrap_or_default();

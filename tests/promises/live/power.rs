@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use epochfs::epoch::live::ROOT;
+use epochfs::platform::files::sim::Failure;
 use epochfs::platform::files::{Files, SimFiles};
 use epochfs::platform::random::Seeded;
+
+use rustix::io::Errno;
 
 use super::{Daemon, PAGE, create_machine, epoch_files, open_store};
 use crate::crash::lying::{Lie, Lying};
@@ -45,10 +48,11 @@ fn version_of(page: &[u8]) -> Check<u64> {
     Ok(version)
 }
 
-/// Some history on a machine, as a log of changes and what was acknowledged when.
-fn history(sim: &SimFiles, files: &Arc<dyn Files>, seed: u64) -> Check<Vec<Event>> {
-    create_machine(files.clone())?;
-    let mut daemon = Daemon::start(open_store(files.clone())?, files.clone(), 1)?;
+/// Some history on a machine, as a log of changes and what was acknowledged when. What fails is not acknowledged; it
+/// ends the history unless `tolerant`.
+fn history(sim: &SimFiles, files: &Arc<dyn Files>, seed: u64, tolerant: bool) -> Check<Vec<Event>> {
+    let start = || Daemon::start(open_store(files.clone())?, files.clone(), 1);
+    let mut daemon = start()?;
     let (mut dice, mut events, mut now, mut version) = (Seeded::new(seed), Vec::new(), Versions::new(), 0);
     for _ in 0..30 {
         let began = sim.log_len();
@@ -57,32 +61,63 @@ fn history(sim: &SimFiles, files: &Arc<dyn Files>, seed: u64) -> Check<Vec<Event
                 let (file, page, count) = (dice.below(2) as usize, dice.below(PAGES), 1 + dice.below(3));
                 for page in page..(page + count).min(PAGES) {
                     version += 1;
-                    daemon
-                        .write(NAMES[file], page * PAGE as u64, &page_of(version))
-                        .map_err(|refusal| format!("write: {refusal:?}"))?;
-                    now.insert((file, page), version);
+                    let written = daemon.write(NAMES[file], page * PAGE as u64, &page_of(version));
                     events.push(Event { began, ended: sim.log_len(), what: What::Write { file, page, version } });
+                    match written {
+                        Ok(()) => drop(now.insert((file, page), version)),
+                        Err(refusal) if !tolerant => return Err(format!("write: {refusal:?}")),
+                        Err(_) => {}
+                    }
                 }
-                continue;
             }
-            6..=7 => {
-                daemon.live.sync().saying("sync")?;
-                events.push(Event { began, ended: sim.log_len(), what: What::Durable(now.clone()) });
-            }
+            6..=7 => match daemon.live.sync() {
+                Ok(()) => events.push(Event { began, ended: sim.log_len(), what: What::Durable(now.clone()) }),
+                Err(error) if !tolerant => return Err(format!("sync: {error}")),
+                // It may take no more changes until it is opened again.
+                Err(_) => {
+                    daemon = start().or_else(|_| start())?;
+                    now = held_now(&daemon).or_else(|_| held_now(&daemon))?;
+                }
+            },
             8 => {
-                let epoch = daemon.commit().saying("commit")?;
+                let epoch = daemon.commit();
                 daemon.live.wait_for_commits();
-                events.push(Event { began, ended: sim.log_len(), what: What::Epoch(epoch, now.clone()) });
+                match epoch {
+                    Ok(epoch) => {
+                        events.push(Event { began, ended: sim.log_len(), what: What::Epoch(epoch, now.clone()) });
+                    }
+                    Err(error) if !tolerant => return Err(format!("commit: {error}")),
+                    Err(_) => {}
+                }
             }
             _ => {
                 // The daemon is killed and another goes on, which loses nothing that was synced.
-                daemon.live.sync().saying("sync")?;
-                daemon = Daemon::start(open_store(files.clone())?, files.clone(), 1)?;
-                events.push(Event { began, ended: sim.log_len(), what: What::Durable(now.clone()) });
+                if daemon.live.sync().is_ok() {
+                    events.push(Event { began, ended: sim.log_len(), what: What::Durable(now.clone()) });
+                }
+                daemon = start().or_else(|error| if tolerant { start() } else { Err(error) })?;
+                // What was not synced may be lost, and is what it was before.
+                now = held_now(&daemon).or_else(|_| held_now(&daemon))?;
             }
         }
     }
     Ok(events)
+}
+
+/// The versions that a live holds.
+fn held_now(daemon: &Daemon) -> Check<Versions> {
+    let mut held = Versions::new();
+    for (file, name) in NAMES.iter().enumerate() {
+        if daemon.live.lookup(ROOT, name).is_ok() {
+            for (page, bytes) in daemon.read(name)?.chunks(PAGE).enumerate() {
+                let version = version_of(bytes)?;
+                if version > 0 {
+                    held.insert((file, page as u64), version);
+                }
+            }
+        }
+    }
+    Ok(held)
 }
 
 /// What a machine may and must hold when the power failed after so many changes.
@@ -121,23 +156,14 @@ fn check(after: &SimFiles, prefix: usize, events: &[Event]) -> Check {
 }
 
 fn check_versions(daemon: &Daemon, least: &Versions, written: &BTreeMap<(usize, u64), Vec<u64>>) -> Check<Versions> {
-    let mut held = Versions::new();
-    for (file, name) in NAMES.iter().enumerate() {
-        let bytes = match daemon.live.lookup(ROOT, name) {
-            Ok(_) => daemon.read(name)?,
-            Err(_) => Vec::new(),
-        };
-        for page in 0..PAGES {
-            let bytes = bytes.chunks(PAGE).nth(page as usize).unwrap_or(&[0; PAGE]);
-            let version = version_of(bytes)?;
-            let least = least.get(&(file, page)).copied().unwrap_or(0);
-            must!(version >= least, "page {page} of {} has version {version}, older than {least}", name.escape_ascii());
-            let known = version == 0 || written.get(&(file, page)).is_some_and(|all| all.contains(&version));
-            must!(known, "page {page} of {} has version {version}, which it never had", name.escape_ascii());
-            if version > 0 {
-                held.insert((file, page), version);
-            }
-        }
+    let held = held_now(daemon)?;
+    for ((file, page), least) in least {
+        let version = held.get(&(*file, *page)).copied().unwrap_or(0);
+        must!(version >= *least, "page {page} of file {file} has version {version}, older than {least}");
+    }
+    for ((file, page), version) in &held {
+        let known = written.get(&(*file, *page)).is_some_and(|all| all.contains(version));
+        must!(known, "page {page} of file {file} has version {version}, which it never had");
     }
     Ok(held)
 }
@@ -165,7 +191,8 @@ fn prove(seed: u64, lie: Option<Lie>, moments: u64) -> Check {
         Some(lie) => Arc::new(Lying::new(sim.clone(), lie)),
         None => Arc::new(sim.clone()),
     };
-    let events = history(&sim, &files, seed)?;
+    create_machine(files.clone())?;
+    let events = history(&sim, &files, seed, false)?;
     let mut dice = Seeded::of(seed, 1);
     for _ in 0..moments {
         let prefix = dice.below(sim.log_len() as u64 + 1) as usize;
@@ -184,6 +211,41 @@ fn p1_p6_a_power_cut_loses_nothing_that_was_synced() {
         Some(seed) => prove(seed, None, moments).unwrap(),
         None => (0..seeds).try_for_each(|seed| prove(seed, None, moments)).unwrap(),
     }
+}
+
+/// Makes one call fail, of all that a history makes, once or from then on.
+fn prove_failures(seed: u64, errno: Errno, lasting: bool, every: u64) -> Check {
+    let calls = {
+        let sim = SimFiles::new(seed);
+        let files: Arc<dyn Files> = Arc::new(sim.clone());
+        create_machine(files.clone())?;
+        history(&sim, &files, seed, false)?;
+        sim.calls()
+    };
+    for call in (0..calls).step_by(every as usize) {
+        let at = |wrong| format!("seed {seed}, {errno} at call {call}, lasting: {lasting}: {wrong}");
+        let sim = SimFiles::new(seed);
+        let files: Arc<dyn Files> = Arc::new(sim.clone());
+        create_machine(files.clone())?;
+        sim.fail_call(sim.calls() + call, Failure { errno, after_effect: call % 2 == 1, lasting });
+        // A daemon that cannot start again ends the history.
+        let events = match history(&sim, &files, seed, true) {
+            Ok(events) => events,
+            Err(wrong) if wrong.starts_with("open the") => continue,
+            Err(wrong) => return Err(at(wrong)),
+        };
+        sim.heal();
+        check(&sim, usize::MAX, &events).map_err(at)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn p6_a_call_that_fails_loses_nothing_that_was_acknowledged() {
+    let every = if is_long() { 1 } else { 7 };
+    prove_failures(1, Errno::IO, false, every).unwrap();
+    prove_failures(2, Errno::NOSPC, false, every).unwrap();
+    prove_failures(3, Errno::NOSPC, true, every).unwrap();
 }
 
 #[test]
