@@ -15,7 +15,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{is_root, skip};
-use crate::watchdog::{Beat, Watchdog, connection};
+use crate::watchdog::{Beat, Watchdog};
 
 /// The program under test.
 pub fn binary() -> PathBuf {
@@ -244,7 +244,7 @@ impl Mount {
         if let Some(failure) = failure {
             panic!("epochfs mount: {failure}: {}", self.log());
         }
-        self.watchdog.add(daemon.id(), connection(&self.at));
+        self.watchdog.add(daemon.id(), Some(&self.at));
         self.daemon = Some(daemon);
         self.beat();
     }
