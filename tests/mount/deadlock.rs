@@ -184,7 +184,7 @@ fn eight_threads_read_write_rename_and_commit_at_once() {
                     (live.join(format!("names/{}", page % 10)), live.join(format!("names/{}", pages + 10)));
                 fs::write(&one, &content).unwrap();
                 rename(&one, &two).unwrap();
-                if page % 3 == 0 {
+                if page.is_multiple_of(3) {
                     fs::remove_file(&two).unwrap();
                 }
             }
