@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use epochfs_format::{check_machine, check_tag};
 
+use super::FileSystem;
 use super::attributes::Attr;
 use super::inodes::{Handle, Line};
 use super::object::{Object, Stored, epoch_number};
-use super::{FileSystem, ROOT_INODE};
 use crate::epoch::live::{self, Answer, Creator, LiveCommit, NodeKind, Refusal};
 use crate::error::{Error, Kind};
 
