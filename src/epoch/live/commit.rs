@@ -256,6 +256,7 @@ impl Live {
         {
             let mut tree = self.exclusive();
             tree.base = committed.epoch;
+            self.rebased.store(true, Ordering::Release);
             for entry in &job.entries {
                 if let FrozenKind::File(FrozenFile { file, layer, .. }) = &entry.kind {
                     let image: Option<Image> = manifest.stream(&entry.path).cloned();
@@ -265,7 +266,7 @@ impl Live {
         }
         self.committed.store(job.changes, Ordering::Release);
         // Should this fail, the old journal still says enough, and the next sync writes it anew.
-        if let Err(error) = self.rewrite_journal() {
+        if let Err(error) = self.sync() {
             tracing::warn!(machine = %self.machine, "the journal was not renewed: {error}");
         }
         Ok(())

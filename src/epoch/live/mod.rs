@@ -99,6 +99,8 @@ pub struct Live {
     committed: AtomicU64,
     /// Where it stood when the journal was told last.
     journaled: AtomicU64,
+    /// The files lie on an epoch that the journal does not know: only a whole new one can take slots away from it.
+    rebased: AtomicBool,
     pipeline: Mutex<Pipeline>,
     pipeline_moved: Condvar,
     wake: Wake,
@@ -153,6 +155,7 @@ impl Live {
                 changes: AtomicU64::new(0),
                 committed: AtomicU64::new(0),
                 journaled: AtomicU64::new(0),
+                rebased: AtomicBool::new(false),
                 pipeline: Mutex::default(),
                 pipeline_moved: Condvar::new(),
                 wake,
@@ -366,8 +369,9 @@ impl Live {
     fn tell_journal(&self, journal: &mut Journal, whole: bool) -> Result<()> {
         let spool = self.spool.get().expect("a journal comes with a spool");
         let term = self.term().unwrap_or(0);
-        let (entries, limbo) = {
+        let (whole, entries, limbo) = {
             let mut tree = self.exclusive();
+            let whole = self.rebased.swap(false, Ordering::AcqRel) || whole;
             self.journaled.store(self.changes.load(Ordering::Acquire), Ordering::Release);
             let touched = std::mem::take(&mut *lock(&self.touched));
             for file in &touched {
@@ -382,7 +386,7 @@ impl Live {
                 next_node: tree.next_id(),
             });
             // Taken with what is told: these slots are free when it is durable.
-            (entries_of(&mut tree, base, touched), spool.take_limbo())
+            (whole, entries_of(&mut tree, base, touched), spool.take_limbo())
         };
         if entries.is_empty() && limbo.is_empty() {
             return Ok(());
