@@ -192,18 +192,25 @@ class Mount:
         }
         self.mounted.mkdir()
         self.run("init")
+        self.start()
+
+    def start(self):
         with open(self.log_path, "wb") as log:
             self.daemon = subprocess.Popen(
                 [self.epochfs, "mount", str(self.mounted)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment,
             )  # fmt: skip
         deadline = time.monotonic() + 60
-        while not os.path.ismount(self.mounted) or b"mounted" not in self.log_path.read_bytes():
+        while b"mounted" not in self.log_path.read_bytes():
             if self.daemon.poll() is not None or time.monotonic() > deadline:
                 reason = self.log_path.read_text(errors="replace")
                 self.close()
                 raise Failed(f"'epochfs mount' did not come up: {reason.strip()}")
             time.sleep(0.01)
+
+    def crash(self):
+        self.daemon.kill()
+        self.daemon.wait()
 
     def __enter__(self):
         return self
@@ -289,6 +296,12 @@ class Control:
         return self
 
     def __exit__(self, *_):
+        pass
+
+    def crash(self):
+        pass
+
+    def start(self):
         pass
 
     def create(self, machine):

@@ -52,7 +52,7 @@ impl FileSystem {
                 let image = SharedImage { nodes: epoch.nodes(), image };
                 image.read_at(offset, buffer).map_err(|error| error.context(epoch.name()))?
             }
-            Handle::Directory(_) => return Err(Refusal::IsDirectory),
+            Handle::Directory { .. } => return Err(Refusal::IsDirectory),
         };
         self.read_bytes.fetch_add(count as u64, Ordering::Relaxed);
         Ok(count)
@@ -96,7 +96,7 @@ impl FileSystem {
                 }
                 Ok(Some(at.min(image.length)))
             }
-            Handle::Directory(_) => Err(Refusal::Invalid),
+            Handle::Directory { .. } => Err(Refusal::Invalid),
         }
     }
 

@@ -142,7 +142,12 @@ fn ns_of(time: TimeOrNow) -> i64 {
         TimeOrNow::Now => clock::now_ns().cast_signed(),
         TimeOrNow::SpecificTime(time) => match time.duration_since(UNIX_EPOCH) {
             Ok(since) => i64::try_from(since.as_nanos()).unwrap_or(i64::MAX),
-            Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |ns| -ns),
+            // The kernel counts nanoseconds up from the second before; fuser takes them off it, like the seconds.
+            Err(before) => {
+                let before = before.duration();
+                let seconds = i64::try_from(before.as_secs()).unwrap_or(i64::MAX);
+                seconds.saturating_mul(-1_000_000_000).saturating_add(i64::from(before.subsec_nanos()))
+            }
         },
     }
 }

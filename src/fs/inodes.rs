@@ -67,7 +67,11 @@ pub struct Line {
 pub enum Handle {
     Live(Arc<Live>, Arc<LiveFile>),
     Stored(Epoch, Image),
-    Directory(Vec<Line>),
+    /// What it holds is looked up when it is read from its beginning.
+    Directory {
+        inode: u64,
+        lines: Mutex<Arc<Vec<Line>>>,
+    },
 }
 
 /// What is open, by number.

@@ -1,14 +1,14 @@
 //! Names: finding, making, removing and listing.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use epochfs_format::{check_machine, check_tag};
 
-use super::attributes::{Attr, FOR_A_SECOND};
+use super::FileSystem;
+use super::attributes::Attr;
 use super::inodes::{Handle, Line};
-use super::object::{Object, Stored};
-use super::{FileSystem, ROOT_INODE};
+use super::object::{Object, Stored, epoch_number};
 use crate::epoch::live::{self, Answer, Creator, LiveCommit, NodeKind, Refusal};
 use crate::error::{Error, Kind};
 
@@ -40,8 +40,8 @@ impl FileSystem {
         let attr = self.attr_of(&object)?;
         let attr_valid = self.valid_for(&object);
         let name_valid = match &object {
-            // Inside an epoch nothing changes; the epoch itself may be dropped elsewhere.
-            Object::Stored(stored) if stored.path.is_empty() => FOR_A_SECOND,
+            // Inside an epoch nothing changes; the epoch itself may be dropped, by any of its names.
+            Object::Stored(stored) if stored.path.is_empty() => Duration::ZERO,
             _ => attr_valid,
         };
         if let Object::Live(live, node) = &object {
@@ -95,6 +95,10 @@ impl FileSystem {
     fn stored(&self, record: epochfs_format::Record, tag: Option<Arc<str>>) -> Answer<Stored> {
         let number = record.seq;
         let machine = record.machine.clone();
+        // One that the kernel knows is open already.
+        if let Some(Object::Stored(known)) = self.inodes.get(epoch_number(&machine, number, tag.as_deref())) {
+            return Ok(known);
+        }
         let epoch = self.store.open(record).map_err(|error| error.context(format!("{machine}@{number}")))?;
         Ok(Stored { epoch, path: [].into(), tag })
     }
@@ -276,8 +280,14 @@ impl FileSystem {
         }
     }
 
-    /// Opens a directory: what it holds now is what reading it will show.
+    /// Opens a directory.
     pub fn open_directory(&self, inode: u64) -> Answer<u64> {
+        self.object(inode)?;
+        Ok(self.handles.insert(Handle::Directory { inode, lines: Mutex::default() }))
+    }
+
+    /// What a directory holds now.
+    fn list(&self, inode: u64) -> Answer<Vec<Line>> {
         let object = self.object(inode)?;
         let line = |object: Object, kind, name: &[u8]| Line { inode: object.number(), kind, name: name.to_vec() };
         let mut lines = vec![line(object.clone(), NodeKind::Directory, b".")];
@@ -322,26 +332,32 @@ impl FileSystem {
             }
             Object::Latest(_) => return Err(Refusal::NotDirectory),
         }
-        Ok(self.handles.insert(Handle::Directory(lines)))
+        Ok(lines)
     }
 
-    /// Numbers and tags. Their inodes are not told, as that would take opening each.
+    /// Numbers and tags.
     fn list_epochs(&self, machine: &Arc<str>, lines: &mut Vec<Line>) -> Answer<()> {
         let head = self.store.repository().require(machine)?;
         let state = self.store.repository().state(&head, &mut |_, _| {})?;
-        let mut line = |name: String| {
-            let inode = ROOT_INODE + 1 + lines.len() as u64;
+        let mut line = |name: String, epoch: u64, tag: Option<&str>| {
+            let inode = epoch_number(machine, epoch, tag);
             lines.push(Line { inode, kind: NodeKind::Directory, name: name.into_bytes() });
         };
-        state.epochs.keys().for_each(|epoch| line(epoch.to_string()));
-        state.tags.keys().for_each(|tag| line(tag.clone()));
+        state.epochs.keys().for_each(|epoch| line(epoch.to_string(), *epoch, None));
+        state.tags.iter().for_each(|(tag, epoch)| line(tag.clone(), *epoch, Some(tag)));
         Ok(())
     }
 
     /// What an open directory holds.
     pub fn read_directory(&self, handle: u64, each: &mut dyn FnMut(usize, &Line) -> bool, from: usize) -> Answer<()> {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
-        let Handle::Directory(lines) = &*handle else { return Err(Refusal::NotDirectory) };
+        let Handle::Directory { inode, lines } = &*handle else { return Err(Refusal::NotDirectory) };
+        let mut held = lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if from == 0 {
+            *held = Arc::new(self.list(*inode)?);
+        }
+        let lines = held.clone();
+        drop(held);
         for (index, line) in lines.iter().enumerate().skip(from) {
             if !each(index + 1, line) {
                 break;

@@ -80,34 +80,41 @@ impl Stored {
     }
 }
 
+/// Numbers by which the kernel knows things: the same each time, for as long as it is the same thing.
+fn number_of(kind: u8, machine: &str, number: u64, rest: &[u8], tag: &str) -> u64 {
+    let mut hasher = blake3::Hasher::new_derive_key("EpochFS inode number");
+    hasher.update(&[kind]);
+    for part in [machine.as_bytes(), rest] {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    hasher.update(&number.to_le_bytes());
+    hasher.update(tag.as_bytes());
+    let bytes = *hasher.finalize().as_bytes();
+    let number = u64::from_le_bytes(bytes[..8].try_into().expect("it is eight bytes long"));
+    // 0 is none and 1 is the topmost directory; programs of old take numbers up to 2^63.
+    (number >> 1).max(super::ROOT_INODE + 1)
+}
+
+/// The number of an epoch's directory, by its number or by a tag.
+pub fn epoch_number(machine: &str, epoch: u64, tag: Option<&str>) -> u64 {
+    number_of(5, machine, epoch, b"", tag.unwrap_or_default())
+}
+
 impl Object {
-    /// The number by which the kernel knows it: the same each time, for as long as it is the same thing.
+    /// The number by which the kernel knows it.
     pub fn number(&self) -> u64 {
-        let mut hasher = blake3::Hasher::new_derive_key("EpochFS inode number");
-        let mut add = |kind: u8, machine: &str, number: u64, rest: &[u8], tag: &[u8]| {
-            hasher.update(&[kind]);
-            hasher.update(&(machine.len() as u64).to_le_bytes());
-            hasher.update(machine.as_bytes());
-            hasher.update(&number.to_le_bytes());
-            hasher.update(&(rest.len() as u64).to_le_bytes());
-            hasher.update(rest);
-            hasher.update(tag);
-        };
         match self {
-            Self::Root => return super::ROOT_INODE,
-            Self::Machine(machine) => add(1, machine, 0, b"", b""),
-            Self::Epochs(machine) => add(2, machine, 0, b"", b""),
-            Self::Latest(machine) => add(3, machine, 0, b"", b""),
-            Self::Live(live, node) => add(4, live.machine(), *node, &live.instance().to_le_bytes(), b""),
+            Self::Root => super::ROOT_INODE,
+            Self::Machine(machine) => number_of(1, machine, 0, b"", ""),
+            Self::Epochs(machine) => number_of(2, machine, 0, b"", ""),
+            Self::Latest(machine) => number_of(3, machine, 0, b"", ""),
+            Self::Live(live, node) => number_of(4, live.machine(), *node, &live.instance().to_le_bytes(), ""),
             Self::Stored(stored) => {
                 let is_directory = stored.kind() == NodeKind::Directory;
                 let tag = stored.tag.as_deref().filter(|_| is_directory).unwrap_or_default();
-                add(5, stored.epoch.machine(), stored.epoch.number(), &stored.path, tag.as_bytes());
+                number_of(5, stored.epoch.machine(), stored.epoch.number(), &stored.path, tag)
             }
         }
-        let bytes = *hasher.finalize().as_bytes();
-        let number = u64::from_le_bytes(bytes[..8].try_into().expect("it is eight bytes long"));
-        // 0 is none and 1 is the topmost directory; programs of old take numbers up to 2^63.
-        (number >> 1).max(super::ROOT_INODE + 1)
     }
 }

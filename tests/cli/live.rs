@@ -93,6 +93,28 @@ fn what_cannot_be_committed_says_why() {
 }
 
 #[test]
+fn machines_that_were_removed_or_taken_over_do_not_disturb_the_end() {
+    if !can_mount_or_skip("machines_that_were_removed_or_taken_over_do_not_disturb_the_end") {
+        return;
+    }
+    let world = World::new();
+    let mountpoint = Mountpoint::new(&world, "mount");
+    mountpoint.mount();
+    for machine in ["web1", "web2"] {
+        std::fs::create_dir(mountpoint.path.join(machine)).unwrap();
+        std::fs::write(mountpoint.path.join(machine).join("live/memory"), b"x").unwrap();
+        world.ok(["commit", machine]);
+    }
+    // The mount owns what was written to.
+    world.run(["rm", "web1", "--yes"]).code(4);
+    world.ok(["rm", "web1", "--yes", "--force"]);
+    let file = world.file("a", b"y").into_os_string().into_string().unwrap();
+    world.ok(["commit", "web2", &format!("memory={file}"), "--take-over"]);
+    assert_eq!(world.json(["umount", mountpoint.text()])["ended"], true);
+    assert_eq!(world.memory("web2"), b"y");
+}
+
+#[test]
 fn a_detached_mount_takes_no_commit() {
     if !can_mount_or_skip("a_detached_mount_takes_no_commit") {
         return;

@@ -72,7 +72,7 @@ fn write_pages(model: &Mutex<Pages>, live: &Path, seeded: &mut Seeded, lie: Lie)
     }
 }
 
-fn write_mapped(model: &Mutex<Mapped>, live: &Path, seeded: &mut Seeded, lie: Lie) -> IoResult {
+fn write_mapped(model: &Mutex<Mapped>, live: &Path, seeded: &mut Seeded, lie: Lie, is_over: &AtomicBool) -> IoResult {
     let (path, pages, id) = {
         let model = model.lock().unwrap();
         (live.join(&model.name), model.pages(), model.id)
@@ -80,6 +80,10 @@ fn write_mapped(model: &Mutex<Mapped>, live: &Path, seeded: &mut Seeded, lie: Li
     let file = open(&path)?;
     let map = Mapping::shared(&file, 0, pages * PAGE)?;
     loop {
+        // Stores into pages that the kernel has go on for ever, whether there is a daemon or not.
+        if is_over.load(Ordering::SeqCst) {
+            return Err(std::io::Error::from_raw_os_error(libc::ENOTCONN));
+        }
         for _ in 0..1 + seeded.below(40) {
             let page = seeded.below(pages as u64) as usize;
             let version = model.lock().unwrap().issue(page);
@@ -210,7 +214,7 @@ impl Writer {
     fn run(&self, live: &Path, seeded: &mut Seeded, lie: Lie, is_over: &AtomicBool) -> Check {
         let ended = match self {
             Self::Pages(model) => write_pages(model, live, seeded, lie),
-            Self::Mapped(model) => write_mapped(model, live, seeded, lie),
+            Self::Mapped(model) => write_mapped(model, live, seeded, lie, is_over),
             Self::Append(model) => append(model, live, seeded),
             Self::Names(model) => change_names(model, live, seeded),
         };

@@ -12,6 +12,7 @@ use crate::watchdog::{Beat, Watchdog};
 
 pub const MACHINE: &str = "web1";
 
+#[allow(clippy::large_enum_variant)] // There is one a test.
 pub enum Place {
     Mounted(Mount),
     Plain(TempDir, Watchdog),

@@ -2,7 +2,7 @@
 //! that every blocked call comes back with an error and the test fails instead of standing still.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -19,8 +19,8 @@ struct Shared {
     fired: AtomicBool,
     /// The processes to look at, and to kill when nothing moves.
     victims: Mutex<Vec<u32>>,
-    /// The minor numbers of the mounts' devices, by which the kernel's connections are aborted.
-    connections: Mutex<Vec<u32>>,
+    /// Where they are mounted.
+    mounts: Mutex<Vec<PathBuf>>,
     ended: Mutex<bool>,
     end: Condvar,
 }
@@ -57,15 +57,14 @@ impl Watchdog {
         Beat(Arc::clone(&self.shared))
     }
 
-    pub fn add(&self, process: u32, connection: Option<u32>) {
+    pub fn add(&self, process: u32, mount: Option<&Path>) {
         self.shared.victims.lock().unwrap().push(process);
-        self.shared.connections.lock().unwrap().extend(connection);
+        self.shared.mounts.lock().unwrap().extend(mount.map(Path::to_owned));
     }
 
     /// Forgets a process, before it is waited for: its number may belong to another one from then on.
     pub fn remove(&self, process: u32) {
         self.shared.victims.lock().unwrap().retain(|victim| *victim != process);
-        self.shared.connections.lock().unwrap().clear();
     }
 
     pub fn fired(&self) -> bool {
@@ -98,21 +97,35 @@ fn watch(shared: &Shared, test: &str, patience: Duration) {
             continue;
         }
         let victims = shared.victims.lock().unwrap();
-        eprintln!("{test}: nothing moved for {patience:?}; who sleeps where:");
+        let mounts = shared.mounts.lock().unwrap();
+        tell(&format!("{test}: nothing moved for {patience:?}; who sleeps where:\n"));
         for process in victims.iter().copied().chain([std::process::id()]) {
-            eprint!("{}", stacks(process));
+            tell(&stacks(process));
         }
-        shared.fired.store(true, Ordering::Relaxed);
+        let is_second = shared.fired.swap(true, Ordering::Relaxed);
         for victim in victims.iter() {
             if let Some(pid) = Pid::from_raw(*victim as i32) {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
-        for minor in shared.connections.lock().unwrap().iter() {
+        for minor in mounts.iter().filter_map(|mount| connection(mount)) {
             // A daemon that waits for its own mount is not ended by a signal, but by this.
             let _ = fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1");
         }
+        if is_second {
+            // Neither does the test itself end: a test that stands still is worse than one that is broken off.
+            mounts.iter().for_each(|mount| crate::fixture::unmount(mount));
+            tell(&format!("{test}: it is broken off\n"));
+            #[allow(clippy::disallowed_methods)] // There is no other way to end threads that do not end.
+            std::process::abort();
+        }
     }
+}
+
+/// On stderr itself: what a test says is only shown when it ends.
+fn tell(text: &str) {
+    use std::io::Write;
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
 /// Where each thread of a process sleeps, as far as we may know.
@@ -132,7 +145,7 @@ pub fn stacks(process: u32) -> String {
 }
 
 /// The minor number of the device that a mount is, which names its connection.
-pub fn connection(mount: &Path) -> Option<u32> {
+fn connection(mount: &Path) -> Option<u32> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
     let mount = mount.to_str()?;
     let line = mounts.lines().find(|line| line.split(' ').nth(4) == Some(mount))?;

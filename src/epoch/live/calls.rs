@@ -7,7 +7,7 @@ use epochfs_format::{IMAGE_LEN_MAX, Image, PAGE_SIZE};
 
 use super::file::LiveFile;
 use super::refusal::{Answer, Refusal};
-use super::tree::{Content, Creator, Node};
+use super::tree::{Content, Creator, Node, ROOT};
 use super::{Live, lock};
 use crate::error::Result;
 use crate::platform::clock;
@@ -61,7 +61,7 @@ pub enum Allocation {
     Zero { grow: bool },
 }
 
-fn attributes_of(node: &Node) -> Attributes {
+fn attributes_of(id: u64, node: &Node) -> Attributes {
     let mut attributes = Attributes {
         kind: NodeKind::Directory,
         length: 0,
@@ -75,7 +75,8 @@ fn attributes_of(node: &Node) -> Attributes {
         links: u32::from(node.parent != 0),
     };
     match &node.content {
-        Content::Directory(_) => attributes.links = 2,
+        // One that was removed is there as long as somebody is in it.
+        Content::Directory(_) => attributes.links = if id == ROOT || node.parent != 0 { 2 } else { 0 },
         Content::Symlink(target) => {
             attributes.kind = NodeKind::Symlink;
             attributes.length = target.len() as u64;
@@ -95,11 +96,11 @@ impl Live {
     pub fn lookup(&self, parent: u64, name: &[u8]) -> Answer<(u64, Attributes)> {
         let tree = self.shared();
         let id = tree.lookup(parent, name)?;
-        Ok((id, attributes_of(tree.get(id)?)))
+        Ok((id, attributes_of(id, tree.get(id)?)))
     }
 
     pub fn attributes(&self, id: u64) -> Answer<Attributes> {
-        Ok(attributes_of(self.shared().get(id)?))
+        Ok(attributes_of(id, self.shared().get(id)?))
     }
 
     /// The directory that a directory is in.
@@ -223,7 +224,7 @@ impl Live {
         if let Content::File(file) = &node.content {
             file.set_times(set.modified_ns, now);
         }
-        let attributes = attributes_of(node);
+        let attributes = attributes_of(id, node);
         drop(tree);
         self.note_change();
         Ok(attributes)

@@ -494,7 +494,14 @@ impl Live {
         self.owned.store(false, Ordering::Release);
         self.term.store(0, Ordering::Release);
         match lock(&self.ownership).take() {
-            Some(ownership) => self.store.release(&ownership),
+            Some(ownership) => match self.store.release(&ownership) {
+                // Removed, or taken over, while nothing was waiting here: nothing is lost, and nothing is left to give up.
+                Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Fenced) => {
+                    tracing::info!(machine = %self.machine, "not this host's any more: {error}");
+                    Ok(())
+                }
+                released => released,
+            },
             None => Ok(()),
         }
     }

@@ -3,6 +3,7 @@
 use std::io::{BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
@@ -10,6 +11,10 @@ use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, Introduction, 
 use super::protocol::{decode_answer, read_line};
 use super::with_address;
 use crate::error::{Error, Kind, Result};
+use crate::platform::clock::Stopwatch;
+
+/// How long a daemon may take to say who and how it is.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// A connection to a daemon.
 pub struct Client {
@@ -44,11 +49,11 @@ impl Client {
     }
 
     pub fn ping(&mut self) -> Result<Introduction> {
-        self.call(&Request::Ping)
+        self.call_briefly(&Request::Ping)
     }
 
     pub fn status(&mut self) -> Result<DaemonStatus> {
-        self.call(&Request::Status)
+        self.call_briefly(&Request::Status)
     }
 
     /// Commits a machine's live, and returns when the epoch is durable.
@@ -66,6 +71,28 @@ impl Client {
         self.call(&Request::Umount { lazy })
     }
 
+    /// Asks what is answered at once, unless the daemon hangs.
+    fn call_briefly<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
+        let failed = |error| Error::io("the control socket", error);
+        self.stream.get_ref().set_read_timeout(Some(ANSWER_WAIT_MAX)).map_err(failed)?;
+        let since = Stopwatch::start();
+        let answer = self.call(request);
+        self.stream.get_ref().set_read_timeout(None).map_err(failed)?;
+        if answer.is_err() && since.elapsed() >= ANSWER_WAIT_MAX {
+            return Err(self.silent());
+        }
+        answer
+    }
+
+    fn silent(&self) -> Error {
+        let process = match rustix::net::sockopt::socket_peercred(self.stream.get_ref()) {
+            Ok(peer) => format!("process {}", peer.pid.as_raw_nonzero()),
+            Err(_) => "its process".to_owned(),
+        };
+        Error::new(Kind::Io, format!("the daemon, {process}, does not answer within {} s", ANSWER_WAIT_MAX.as_secs()))
+            .hint("look into its log; if it hangs, end it with kill -9 and mount again: what was synced is kept")
+    }
+
     /// Asks and waits for the answer, however long it takes.
     fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
         let gone = |error| Error::io("the daemon went away", error);
@@ -79,5 +106,21 @@ impl Client {
             Some(line) => decode_answer(&line),
             None => Err(Error::new(Kind::Io, "the daemon ended before it answered")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_hangs_is_named_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = super::super::socket_path(dir.path());
+        // Takes connections and says nothing.
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let error = Client::ask(&path, Client::status).unwrap_err();
+        assert!(error.to_string().contains(&format!("process {}, does not answer", std::process::id())), "{error}");
+        assert!(error.next_step().unwrap().contains("kill -9"));
     }
 }
