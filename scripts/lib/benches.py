@@ -69,14 +69,12 @@ def warm(path):
                 position += file.readinto(memoryview(buffer)[: min(len(buffer), end - position)])
 
 
-TOUCH = "import mmap; mmap.mmap(-1, 1536 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x8000)  # MAP_POPULATE"
-
-
-def touch():
+def touch(mib=1536):
     # In a virtual machine a page that was never used, or given back to the host,
     # costs a fault there: cp takes 0.3 s or 0.9 s, by chance. A process that takes
     # memory and ends leaves free pages that the host has, for every peer alike.
-    subprocess.run([sys.executable, "-c", TOUCH], check=True)
+    populate = f"import mmap; mmap.mmap(-1, {mib} << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x8000)  # MAP_POPULATE"
+    subprocess.run([sys.executable, "-c", populate], check=True)
 
 
 def median(values):

@@ -44,7 +44,7 @@ struct Arguments {
     one_channel: bool,
     #[arg(long, default_value_t = 1 << 20)]
     max_write: u32,
-    #[arg(long, default_value_t = 1 << 20)]
+    #[arg(long, default_value_t = 256 << 10)]
     max_read: u32,
     #[arg(long, default_value_t = 64)]
     max_background: u16,
