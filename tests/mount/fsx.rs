@@ -6,11 +6,15 @@
 //!
 //! Two things are the kernel's and not the mount's, and respected here: SEEK_DATA goes to a FUSE daemon without stores that
 //! are still in mappings, and `mkdir` knows nothing of them either. So a file with such stores is synced first.
+//!
+//! Some commits are waited for by another thread, while operations go on: their epoch must be what the file was after one
+//! operation or another that fell into that time.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::thread::JoinHandle;
 
 use epochfs::platform::random::Seeded;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
@@ -86,6 +90,7 @@ enum Op {
     Commit {
         by_command: bool,
     },
+    CommitBehind,
     DropEpoch,
     CheckEpoch {
         by_map: bool,
@@ -105,6 +110,19 @@ enum Sabotage {
     LostAtRestart,
 }
 
+/// A commit that another thread waits for.
+struct Pending {
+    number: u64,
+    path: PathBuf,
+    thread: JoinHandle<std::io::Result<()>>,
+    /// Hashes of what the file was since it began.
+    moments: Vec<blake3::Hash>,
+}
+
+/// After so many operations a commit is waited for.
+const MOMENTS_MAX: usize = 60;
+const PENDING_MAX: usize = 3;
+
 struct Handles {
     file: File,
     direct: File,
@@ -121,6 +139,7 @@ struct Fsx {
     /// Stores in mappings may not have reached the daemon.
     unsynced: bool,
     epochs: BTreeMap<u64, (PathBuf, Vec<u8>)>,
+    pending: VecDeque<Pending>,
     committed: u64,
     last: VecDeque<(u64, Op)>,
     sabotage: Option<Sabotage>,
@@ -145,6 +164,7 @@ impl Fsx {
             name: "memory",
             unsynced: false,
             epochs: BTreeMap::new(),
+            pending: VecDeque::new(),
             committed: 0,
             last: VecDeque::new(),
             sabotage: None,
@@ -228,7 +248,8 @@ impl Fsx {
             945..950 => Op::CheckAll,
             950..965 => Op::Reopen,
             965..975 => Op::Rename,
-            975..984 => Op::Commit { by_command: self.seeded.chance(250) },
+            975..979 => Op::Commit { by_command: self.seeded.chance(250) },
+            979..984 => Op::CommitBehind,
             984..987 => Op::DropEpoch,
             987..996 => Op::CheckEpoch { by_map: chance(&mut self.seeded) },
             996..999 => Op::CheckAll,
@@ -354,6 +375,7 @@ impl Fsx {
             }
             Op::CheckAll => same("the file", &fs::read(self.path()).saying("read")?, &self.model)?,
             Op::Commit { by_command } => self.commit(file, by_command)?,
+            Op::CommitBehind => self.commit_behind(file)?,
             Op::DropEpoch => {
                 if self.epochs.len() > 2 {
                     self.drop_oldest()?;
@@ -416,6 +438,65 @@ impl Fsx {
         if self.epochs.len() > EPOCHS_MAX { self.drop_oldest() } else { Ok(()) }
     }
 
+    /// Begins a commit, and goes on with the next operation while it is made.
+    fn commit_behind(&mut self, file: &File) -> Check {
+        if !self.place.is_mount() {
+            return self.commit(file, false);
+        }
+        self.settle(PENDING_MAX - 1)?;
+        self.sync(file)?;
+        self.committed += 1;
+        let epoch = self.place.epoch(&format!("t{}", self.committed));
+        let path = epoch.join(self.name);
+        let thread = std::thread::spawn(move || fs::create_dir(epoch));
+        self.pending.push_back(Pending { number: self.committed, path, thread, moments: Vec::new() });
+        Ok(())
+    }
+
+    /// Looks at commits that are done, and waits until at most so many are on their way.
+    fn settle(&mut self, left: usize) -> Check {
+        while let Some(pending) = self.pending.front() {
+            let is_done = pending.thread.is_finished() || pending.moments.len() >= MOMENTS_MAX;
+            if !is_done && self.pending.len() <= left {
+                return Ok(());
+            }
+            let pending = self.pending.pop_front().expect("it was just looked at");
+            pending.thread.join().map_err(|_| "mkdir panicked")?.saying(format!("mkdir epochs/t{}", pending.number))?;
+            let found = fs::read(&pending.path).saying(pending.path.display())?;
+            must!(
+                pending.moments.contains(&blake3::hash(&found)),
+                "{} is what the file was at no moment of {} while it was made",
+                pending.path.display(),
+                pending.moments.len()
+            );
+            self.epochs.insert(pending.number, (pending.path, found));
+            if self.epochs.len() > EPOCHS_MAX {
+                self.drop_oldest()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What may be done while commits are on their way: whatever reaches the daemon by one request, or is about nothing else
+    /// than this file's content.
+    fn during_commits(&mut self, op: Op) -> Check<Op> {
+        if self.pending.is_empty() {
+            return Ok(op);
+        }
+        let short = |len: usize| len.min(16 * PAGE);
+        Ok(match op {
+            Op::MapWrite { at, len, content, .. } => Op::Write { at, len: short(len), content },
+            Op::Copy { to, len, .. } => Op::Write { at: to, len: short(len), content: 3 },
+            Op::Write { at, len, content } => Op::Write { at, len: short(len), content },
+            Op::DirectWrite { at, len, content } => Op::DirectWrite { at, len: short(len), content },
+            Op::Rename | Op::Restart | Op::Commit { .. } => {
+                self.settle(0)?;
+                op
+            }
+            op => op,
+        })
+    }
+
     fn drop_oldest(&mut self) -> Check {
         let Some((number, (path, expected))) = self.epochs.pop_first() else { return Ok(()) };
         check_epoch(&path, &expected, false)?;
@@ -453,13 +534,20 @@ impl Fsx {
         self.open()?;
         for number in 0..operations {
             let op = self.next_op();
+            let op = self.during_commits(op)?;
             self.last.push_back((number, op.clone()));
             if self.last.len() > 40 {
                 self.last.pop_front();
             }
             self.step(&op).saying(format!("operation {number}, {op:?}"))?;
+            if !self.pending.is_empty() {
+                let now = blake3::hash(&self.model);
+                self.pending.iter_mut().for_each(|pending| pending.moments.push(now));
+                self.settle(PENDING_MAX).saying(format!("operation {number}"))?;
+            }
             self.place.beats().beat();
         }
+        self.settle(0).saying("at the end")?;
         self.step(&Op::Restart).saying("at the end")?;
         for (path, expected) in self.epochs.values() {
             check_epoch(path, expected, true).saying("at the end")?;

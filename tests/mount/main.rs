@@ -17,6 +17,7 @@ mod fio;
 mod fixture;
 mod fsx;
 mod full;
+mod owners;
 mod place;
 mod posix;
 mod posix_rights;
