@@ -340,13 +340,16 @@ impl Differential {
         (0..depth).map(|_| self.name()).collect()
     }
 
+    /// Whoever is not root must be able to look at what is there.
     fn mode(&mut self) -> u32 {
-        match self.seeded.below(4) {
-            0 => 0o644,
-            1 => 0o755,
-            2 => self.seeded.below(0o1000) as u32,
-            _ => self.seeded.below(0o10000) as u32,
-        }
+        let least = if is_root() { 0 } else { 0o700 };
+        least
+            | match self.seeded.below(4) {
+                0 => 0o644,
+                1 => 0o755,
+                2 => self.seeded.below(0o1000) as u32,
+                _ => self.seeded.below(0o10000) as u32,
+            }
     }
 
     fn time(&mut self) -> (i64, i64) {

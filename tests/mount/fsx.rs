@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use epochfs::platform::random::Seeded;
@@ -23,7 +24,7 @@ use rustix::io::Errno;
 use crate::must;
 use crate::place::Place;
 use crate::raw::Mapping;
-use crate::support::{Aligned, Check, PAGE, Saying, is_long, noise, open, open_direct, rename, same, seed};
+use crate::support::{Aligned, Check, PAGE, Saying, difference, is_long, noise, open, open_direct, rename, same, seed};
 
 /// The file crosses the 2 MiB that a leaf of the tree covers.
 const LEN_MAX: usize = 3 << 20;
@@ -115,12 +116,12 @@ struct Pending {
     number: u64,
     path: PathBuf,
     thread: JoinHandle<std::io::Result<()>>,
-    /// Hashes of what the file was since it began.
-    moments: Vec<blake3::Hash>,
+    /// What the file was since it began, after which operation.
+    moments: Vec<(u64, Arc<Vec<u8>>)>,
 }
 
 /// After so many operations a commit is waited for.
-const MOMENTS_MAX: usize = 60;
+const MOMENTS_MAX: usize = 40;
 const PENDING_MAX: usize = 3;
 
 struct Handles {
@@ -463,12 +464,17 @@ impl Fsx {
             let pending = self.pending.pop_front().expect("it was just looked at");
             pending.thread.join().map_err(|_| "mkdir panicked")?.saying(format!("mkdir epochs/t{}", pending.number))?;
             let found = fs::read(&pending.path).saying(pending.path.display())?;
-            must!(
-                pending.moments.contains(&blake3::hash(&found)),
-                "{} is what the file was at no moment of {} while it was made",
-                pending.path.display(),
-                pending.moments.len()
-            );
+            if !pending.moments.iter().any(|(_, moment)| **moment == found) {
+                let differences: Vec<String> = pending
+                    .moments
+                    .iter()
+                    .map(|(number, moment)| {
+                        format!("after {number}: {}", difference(&found, moment).unwrap_or_default())
+                    })
+                    .collect();
+                let path = pending.path.display();
+                return Err(format!("{path} is what the file was at no moment:\n{}", differences.join("\n")));
+            }
             self.epochs.insert(pending.number, (pending.path, found));
             if self.epochs.len() > EPOCHS_MAX {
                 self.drop_oldest()?;
@@ -477,17 +483,17 @@ impl Fsx {
         Ok(())
     }
 
-    /// What may be done while commits are on their way: whatever reaches the daemon by one request, or is about nothing else
-    /// than this file's content.
+    /// What may be done while commits are on their way: whatever reaches the daemon by one request. The kernel cuts a write
+    /// behind a page that it has not and that is not written whole, so that writes begin with a page here.
     fn during_commits(&mut self, op: Op) -> Check<Op> {
         if self.pending.is_empty() {
             return Ok(op);
         }
         let short = |len: usize| len.min(16 * PAGE);
+        let write = |at: usize, len: usize, content: u64| Op::Write { at: at / PAGE * PAGE, len: short(len), content };
         Ok(match op {
-            Op::MapWrite { at, len, content, .. } => Op::Write { at, len: short(len), content },
-            Op::Copy { to, len, .. } => Op::Write { at: to, len: short(len), content: 3 },
-            Op::Write { at, len, content } => Op::Write { at, len: short(len), content },
+            Op::MapWrite { at, len, content, .. } | Op::Write { at, len, content } => write(at, len, content),
+            Op::Copy { to, len, .. } => write(to, len, 3),
             Op::DirectWrite { at, len, content } => Op::DirectWrite { at, len: short(len), content },
             Op::Rename | Op::Restart | Op::Commit { .. } => {
                 self.settle(0)?;
@@ -541,8 +547,8 @@ impl Fsx {
             }
             self.step(&op).saying(format!("operation {number}, {op:?}"))?;
             if !self.pending.is_empty() {
-                let now = blake3::hash(&self.model);
-                self.pending.iter_mut().for_each(|pending| pending.moments.push(now));
+                let now = Arc::new(self.model.clone());
+                self.pending.iter_mut().for_each(|pending| pending.moments.push((number, now.clone())));
                 self.settle(PENDING_MAX).saying(format!("operation {number}"))?;
             }
             self.place.beats().beat();

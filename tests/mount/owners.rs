@@ -2,14 +2,17 @@
 //! owner can neither write nor commit any more.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use epochfs::{EpochStore, Owner};
+use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use crate::fixture::{Mount, Options};
-use crate::support::{PAGE, fails, noise, open, same_file};
+use crate::support::{PAGE, fails, noise, open, rename, same_file};
 
 const OF_OWNERS: [&str; 6] = ["own", "taken over", "fenced", "read-only", "stale", "conflict"];
 
@@ -48,44 +51,99 @@ fn p3_another_hosts_machine_is_read_only_until_it_is_given_up() {
     other.finish();
 }
 
-/// Live is the newest epoch until it is written. What the kernel, or a reader, knows of it from before may be of an older
-/// epoch: a write by that is refused, or it is in the next commit; it is never taken and lost.
+/// A first change to live: what it is called, what it does, and whether it can be seen.
+type Change = (&'static str, fn(&Path) -> std::io::Result<()>, fn(&Path) -> bool);
+
+const CHANGES: [Change; 10] = [
+    (
+        "write",
+        |live| File::options().write(true).open(live.join("sub/memory"))?.write_all_at(b"written", 100),
+        |found| fs::read(found.join("sub/memory")).unwrap()[100..107] == *b"written",
+    ),
+    (
+        "append",
+        |live| File::options().append(true).open(live.join("sub/memory")).and_then(|mut file| file.write_all(b"end")),
+        |found| fs::read(found.join("sub/memory")).unwrap().ends_with(b"end"),
+    ),
+    (
+        "truncate",
+        |live| File::options().write(true).open(live.join("sub/memory"))?.set_len(123),
+        |found| fs::metadata(found.join("sub/memory")).unwrap().len() == 123,
+    ),
+    (
+        "replace",
+        |live| fs::write(live.join("sub/memory"), "replaced"),
+        |found| fs::read(found.join("sub/memory")).unwrap() == b"replaced",
+    ),
+    (
+        "chmod",
+        |live| fs::set_permissions(live.join("sub/memory"), fs::Permissions::from_mode(0o500)),
+        |found| fs::metadata(found.join("sub/memory")).unwrap().mode() & 0o777 == 0o500,
+    ),
+    (
+        "create",
+        |live| fs::write(live.join("sub/new"), "new"),
+        |found| fs::read(found.join("sub/new")).is_ok_and(|bytes| bytes == b"new"),
+    ),
+    ("mkdir", |live| fs::create_dir(live.join("sub/new")), |found| found.join("sub/new").is_dir()),
+    ("unlink", |live| fs::remove_file(live.join("sub/memory")), |found| !found.join("sub/memory").exists()),
+    (
+        "rename",
+        |live| rename(&live.join("sub/memory"), &live.join("sub/other")),
+        |found| !found.join("sub/memory").exists() && found.join("sub/other").exists(),
+    ),
+    (
+        "setxattr",
+        |live| Ok(rustix::fs::setxattr(live.join("sub/memory"), "user.name", b"value", XattrFlags::empty())?),
+        |found| rustix::fs::getxattr(found.join("sub/memory"), "user.name", &mut [0_u8; 16][..]) == Ok(5),
+    ),
+];
+
+/// Live is the newest epoch until it is changed. What the kernel, or a reader, knows of it from before may be of an older
+/// epoch: a change by that is refused, or it is in the next commit; it is never taken and lost.
 #[test]
-fn p6_a_write_to_a_file_known_from_before_others_committed_is_refused_or_committed() {
-    let Some(mount) = Mount::new("p6_a_write_to_a_file_known_from_before") else { return };
+fn p6_a_change_to_a_file_known_from_before_others_committed_is_refused_or_committed() {
+    let Some(mount) = Mount::new("p6_a_change_to_a_file_known_from_before") else { return };
     let image = mount.beside("image");
-    for round in 0..4_u64 {
-        let machine = format!("web{round}");
-        let commit = |seed: u64| {
-            fs::write(&image, noise(seed, 50_000)).unwrap();
-            mount.ok(["commit", &machine, &format!("memory={}", image.display())]);
-        };
-        commit(1);
-        let path = mount.live(&machine).join("memory");
-        same_file(&path, &noise(1, 50_000)).unwrap();
-        let reader = (round % 2 == 0).then(|| File::open(&path).unwrap());
-        commit(2);
-        let mut expected = noise(2, 50_000);
-        let file = open(&path).and_then(|file| file.write_all_at(b"written", 100).map(|()| file));
-        match file {
-            Ok(file) => {
-                expected[100..107].copy_from_slice(b"written");
-                let mut found = [0; 7];
-                file.read_exact_at(&mut found, 100).unwrap();
-                assert_eq!(&found, b"written");
-                file.sync_all().unwrap();
+    let mut wrong = Vec::new();
+    for (name, change, is_seen) in CHANGES {
+        for has_reader in [false, true] {
+            let machine = format!("{name}-{has_reader}");
+            let commit = |seed: u64| {
+                fs::write(&image, noise(seed, 50_000)).unwrap();
+                mount.ok(["commit", &machine, &format!("sub/memory={}", image.display())]);
+            };
+            commit(1);
+            let live = mount.live(&machine);
+            let path = live.join("sub/memory");
+            same_file(&path, &noise(1, 50_000)).unwrap();
+            let reader = has_reader.then(|| File::open(&path).unwrap());
+            commit(2);
+            let done = change(&live);
+            let is_live = is_seen(&live);
+            let sync = File::open(live.join("sub")).and_then(|directory| directory.sync_all());
+            let epoch = mount.commit(&machine, "mine").unwrap();
+            let is_committed = is_seen(&epoch);
+            if let Err(error) = &done {
+                fails(
+                    name,
+                    Err::<(), _>(std::io::Error::from_raw_os_error(error.raw_os_error().unwrap())),
+                    &[Errno::STALE],
+                );
             }
-            Err(error) => fails("write", Err::<(), _>(error), &[Errno::STALE]),
+            if (is_live, is_committed) != (done.is_ok(), done.is_ok()) || sync.is_err() {
+                wrong.push(format!("{machine}: {done:?}, in live: {is_live}, in the epoch: {is_committed}, {sync:?}"));
+            }
+            // Whatever became of it, the rest of the file is the newest epoch's.
+            let bytes = fs::read(epoch.join("sub/memory")).unwrap_or_default();
+            let expected = noise(2, 50_000);
+            if bytes.len() >= expected.len() && bytes[200..50_000] != expected[200..] {
+                wrong.push(format!("{machine}: the epoch holds what an older one held"));
+            }
+            drop(reader);
         }
-        drop(reader);
-        if round < 2 {
-            let file = open(&path).unwrap();
-            file.write_all_at(b"afterwards", 200).unwrap();
-            expected[200..210].copy_from_slice(b"afterwards");
-        }
-        same_file(&mount.commit(&machine, "mine").unwrap().join("memory"), &expected).unwrap();
-        same_file(&path, &expected).unwrap();
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     mount.finish();
 }
 

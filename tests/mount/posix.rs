@@ -26,7 +26,7 @@ use rustix::io::Errno;
 
 use crate::fixture::{Mount, Options};
 use crate::place::Place;
-use crate::support::{fails, rename};
+use crate::support::{fails, is_root, rename};
 
 /// A case: its name, and what it does in an empty directory.
 pub type Case = (&'static str, fn(&Path));
@@ -56,7 +56,9 @@ pub fn run_on_ext4(cases: &[Case]) {
 }
 
 pub fn run_on_a_mount(test: &str, cases: &[Case]) {
-    let Some(mount) = Mount::with(test, Options::arguments(&["--allow-other"])) else { return };
+    // Only root can become others, and lets them in without being allowed to by /etc/fuse.conf.
+    let options = if is_root() { Options::arguments(&["--allow-other"]) } else { Options::default() };
+    let Some(mount) = Mount::with(test, options) else { return };
     let live = mount.make_machine("posix");
     run_cases(&live, cases, &|| mount.beat());
     // What all the cases left is committed, and what is committed is whole.
