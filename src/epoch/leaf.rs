@@ -99,57 +99,48 @@ impl SpareBuffers {
 
 /// A thread's buffers, kept from leaf to leaf.
 pub struct Worker {
-    buffer: Vec<u8>,
+    pages: Vec<Page>,
     encoder: PageEncoder,
     hashes: Vec<Hash>,
 }
 
 impl Worker {
     pub fn new(level: i32) -> Self {
-        Self { buffer: Vec::new(), encoder: PageEncoder::new(level), hashes: Vec::new() }
+        Self { pages: Vec::new(), encoder: PageEncoder::new(level), hashes: Vec::new() }
     }
 
     pub fn run(&mut self, job: &LeafJob, source: &dyn Source, shared: &Shared<'_>) -> Result<LeafWork> {
         let parent = job.parent.as_ref().map(|root| shared.nodes.load(root, 0)).transpose()?;
-        let mut work = LeafWork { index: job.index, parent, changes: Vec::new(), blocks: shared.spare.take(), read: 0 };
-        let mut next_slot = 0;
+        let before = |slot: usize| parent.as_ref().and_then(|leaf| leaf.node.hash(slot));
+        let (mut zeros, mut filled) = (Vec::new(), Vec::new());
+        let (mut next_slot, mut in_buffer, mut read) = (0, 0, 0);
+        // All runs are read before anything is hashed or looked up: many pages at a time cost less each.
         for run in &job.runs {
             let first = ((run.start - job.index * LEAF_LEN) / PAGE_SIZE as u64) as usize;
             if job.rest_is_zero {
-                clear_slots(&mut work, next_slot..first);
+                zeros.extend(full_slots(parent.as_deref(), next_slot..first));
             }
             let len = (run.end - run.start) as usize;
             let pages = len.div_ceil(PAGE_SIZE);
-            if self.buffer.len() < pages * PAGE_SIZE {
-                self.buffer.resize(pages * PAGE_SIZE, 0);
+            self.pages.resize((in_buffer + pages).max(self.pages.len()), [0; PAGE_SIZE]);
+            let bytes = self.pages[in_buffer..in_buffer + pages].as_flattened_mut();
+            source.read_at(run.start, &mut bytes[..len])?;
+            bytes[len..].fill(0);
+            read += len as u64;
+            for (slot, at) in (first..).zip(in_buffer..in_buffer + pages) {
+                if !is_zero(&self.pages[at]) {
+                    filled.push((slot, at));
+                } else if before(slot).is_some() {
+                    zeros.push(slot);
+                }
             }
-            source.read_at(run.start, &mut self.buffer[..len])?;
-            self.buffer[len..pages * PAGE_SIZE].fill(0);
-            work.read += len as u64;
-            self.compare(first, pages, shared, &mut work);
             next_slot = first + pages;
+            in_buffer += pages;
         }
         if job.rest_is_zero {
-            clear_slots(&mut work, next_slot..LEAF_PAGES as usize);
+            zeros.extend(full_slots(parent.as_deref(), next_slot..LEAF_PAGES as usize));
         }
-        Ok(work)
-    }
-
-    /// Finds what changed among the pages in the buffer, the first of which belongs in slot `first`.
-    fn compare(&mut self, first: usize, pages: usize, shared: &Shared<'_>, work: &mut LeafWork) {
-        let (all, _) = self.buffer[..pages * PAGE_SIZE].as_chunks::<PAGE_SIZE>();
-        let parent = work.parent.clone();
-        let before = |slot: usize| parent.as_ref().and_then(|leaf| leaf.node.hash(slot));
-        let mut filled: Vec<(usize, &Page)> = Vec::with_capacity(pages);
-        let mut zeros = Vec::new();
-        for (number, page) in all.iter().enumerate() {
-            let slot = first + number;
-            if !is_zero(page) {
-                filled.push((slot, page));
-            } else if before(slot).is_some() {
-                zeros.push(slot);
-            }
-        }
+        let filled: Vec<(usize, &Page)> = filled.into_iter().map(|(slot, at)| (slot, &self.pages[at])).collect();
         let borrowed: Vec<&Page> = filled.iter().map(|(_, page)| *page).collect();
         hash_pages(&borrowed, &mut self.hashes);
         let changed: Vec<(usize, &Page, Hash)> = filled
@@ -159,32 +150,30 @@ impl Worker {
             .map(|((slot, page), hash)| (*slot, *page, *hash))
             .collect();
         let known = find_known(&changed, shared);
+        let (mut changes, mut blocks) = (Vec::with_capacity(changed.len() + zeros.len()), shared.spare.take());
         let mut zeros = zeros.into_iter().peekable();
         for ((slot, page, hash), known) in changed.iter().zip(known) {
             while let Some(zero) = zeros.next_if(|zero| zero < slot) {
-                work.changes.push((zero as u16, PageChange::Zero));
+                changes.push((zero as u16, PageChange::Zero));
             }
             let change = match known {
                 Some(place) => PageChange::Known { hash: *hash, place },
                 None => {
-                    let start = work.blocks.len();
-                    self.encoder.put(page, &mut work.blocks);
-                    PageChange::New { hash: *hash, block: start..work.blocks.len() }
+                    let start = blocks.len();
+                    self.encoder.put(page, &mut blocks);
+                    PageChange::New { hash: *hash, block: start..blocks.len() }
                 }
             };
-            work.changes.push((*slot as u16, change));
+            changes.push((*slot as u16, change));
         }
-        work.changes.extend(zeros.map(|zero| (zero as u16, PageChange::Zero)));
+        changes.extend(zeros.map(|zero| (zero as u16, PageChange::Zero)));
+        Ok(LeafWork { index: job.index, parent, changes, blocks, read })
     }
 }
 
-fn clear_slots(work: &mut LeafWork, slots: Range<usize>) {
-    let Some(parent) = work.parent.clone() else { return };
-    let mut from = slots.start;
-    while let Some(slot) = parent.node.next_slot(from).filter(|slot| *slot < slots.end) {
-        work.changes.push((slot as u16, PageChange::Zero));
-        from = slot + 1;
-    }
+/// The slots of a range that hold something.
+fn full_slots(leaf: Option<&LoadedNode>, slots: Range<usize>) -> impl Iterator<Item = usize> {
+    leaf.into_iter().flat_map(move |leaf| leaf.node.iter_range(slots.clone()).map(|slot| slot.slot))
 }
 
 /// Where the changed pages are stored already: in this commit, or by the index.
