@@ -189,8 +189,13 @@ impl Live {
                     self.take_back(&job.entries, pipeline.waiting.front_mut());
                 }
             }
+            let is_committed = result.is_ok();
             // Whoever waited may be gone.
             let _ = job.done.send(result);
+            // Should this fail, the old journal still says enough, and the next sync writes it anew.
+            if is_committed && let Err(error) = self.sync() {
+                tracing::warn!(machine = %self.machine, "the journal was not renewed: {error}");
+            }
             self.pipeline_moved.notify_all();
         }
     }
@@ -265,10 +270,6 @@ impl Live {
             }
         }
         self.committed.store(job.changes, Ordering::Release);
-        // Should this fail, the old journal still says enough, and the next sync writes it anew.
-        if let Err(error) = self.sync() {
-            tracing::warn!(machine = %self.machine, "the journal was not renewed: {error}");
-        }
         Ok(())
     }
 
