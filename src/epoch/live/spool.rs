@@ -18,8 +18,13 @@ use crate::platform::files::{File, Files};
 /// not wait while that is being synced.
 const GROWTH_SLOTS: u32 = 64 << 10;
 
-/// Runs of free slots shorter than this keep their space: they are used again soon.
-const PUNCHED_SLOTS_MIN: u32 = 16;
+/// So many free slots keep their space: they are used again soon. To give space back takes long, and whoever writes to the
+/// spool meanwhile waits.
+const SPARE_SLOTS: u32 = 16 << 10;
+
+/// Runs of free slots shorter than this keep their space too, and longer ones give it back in pieces of this length, so
+/// that nobody waits long.
+const PUNCHED_SLOTS: u32 = 256;
 
 /// How many slots all machines may use together.
 #[derive(Debug)]
@@ -254,20 +259,30 @@ impl Spool {
     /// Frees slots that nothing names.
     pub fn free(&self, mut slots: Vec<u32>) {
         slots.sort_unstable();
+        let spare = |held: &Slots| held.end - held.used_count <= SPARE_SLOTS;
         for run in slots.chunk_by(|a, b| a + 1 == *b) {
             let range = run[0]..run[0] + run.len() as u32;
-            if range.len() as u32 >= PUNCHED_SLOTS_MIN {
-                // While nobody can be given them. Space that cannot be given back is used again.
-                if let Err(error) = self.file.punch(offset_of(range.start), (range.len() * PAGE_SIZE) as u64) {
-                    tracing::debug!(%error, spool = %self.path.display(), "free space is kept");
-                }
+            if range.len() >= PUNCHED_SLOTS as usize && !spare(&self.lock()) {
+                // While nobody can be given them.
+                self.punch(range.clone());
             }
             self.lock().mark(range, false);
         }
         self.budget.give_back(slots.len() as u64);
         let mut held = self.lock();
-        if held.used_count == 0 && held.end > 0 && self.file.set_len(0).is_ok() {
+        if held.used_count == 0 && !spare(&held) && self.file.set_len(0).is_ok() {
             *held = Slots::default();
+        }
+    }
+
+    fn punch(&self, slots: Range<u32>) {
+        for start in slots.clone().step_by(PUNCHED_SLOTS as usize) {
+            let len = PUNCHED_SLOTS.min(slots.end - start) as usize * PAGE_SIZE;
+            // Space that cannot be given back is used again.
+            if let Err(error) = self.file.punch(offset_of(start), len as u64) {
+                tracing::debug!(%error, spool = %self.path.display(), "free space is kept");
+                return;
+            }
         }
     }
 
