@@ -325,7 +325,8 @@ fn commit(path: &Path, epochs: &Path, pages: usize, commits: usize) -> io::Resul
     let map = Map::new(&file, MapFlags::SHARED)?;
     map.advise(Advice::Random)?;
     let all = map.len / PAGE;
-    let mut random = Random(11);
+    // Not what an earlier run wrote: that would be found in the repository.
+    let mut random = Random(u64::from(std::process::id()) << 20 | 11);
     let (mut took, mut flushes, mut longest, mut writes) = (Vec::new(), Vec::new(), Vec::new(), 0);
     for number in 0..commits {
         let mut word = random.next();
