@@ -10,6 +10,7 @@ use epochfs_format::{Attributes, EntryKind, Image, ManifestEntry, check_tag};
 
 use super::file::{FrozenLayer, LiveFile};
 use super::frozen::FrozenSource;
+use super::refusal::Refusal;
 use super::tree::{Content, ROOT, Tree};
 use super::{Halt, Live, lock};
 use crate::epoch::commit::{CommitOptions, Committed};
@@ -129,7 +130,9 @@ impl Live {
         for tag in &options.tags {
             check_tag(tag).map_err(|error| Error::usage(format!("{tag:?}: {error}")))?;
         }
-        self.begin_change().map_err(|refusal| if self.halt().is_some() { self.halted() } else { refusal.into() })?;
+        self.begin_change().map_err(|refusal| {
+            if self.halt().is_some() || matches!(refusal, Refusal::Stale) { self.halted() } else { refusal.into() }
+        })?;
         let mut pipeline = lock(&self.pipeline);
         while pipeline.len() >= self.settings.pipeline_max.max(1) as u64 {
             pipeline = self.pipeline_moved.wait(pipeline).unwrap_or_else(PoisonError::into_inner);
@@ -139,6 +142,9 @@ impl Live {
         {
             // While this is held nothing changes: memory, device state and disks are of one moment.
             let tree = self.exclusive();
+            if self.check_open().is_err() {
+                return Err(self.halted());
+            }
             let changes = self.changes.load(Ordering::Acquire);
             pipeline.waiting.push_back(Job { entries: freeze(&tree), options, changes, done });
         }
@@ -216,7 +222,7 @@ impl Live {
                     if layer.is_some() || *length != base.length {
                         let name = format!("{}:{}", self.machine, entry.path.escape_ascii());
                         let dirty = match layer {
-                            Some(layer) => layer.read().ranges((*length).max(base.length)),
+                            Some(layer) => layer.read().ranges((*length).max(base.length), base.length),
                             None => Ranges::default(),
                         };
                         let nodes = &**self.store.nodes();
