@@ -1,6 +1,7 @@
 //! Committing a live: freeze at once, make the epoch in the background, several on their way at a time.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, PoisonError};
@@ -183,12 +184,15 @@ impl Live {
                 };
                 job
             };
-            let result = self.make_epoch(&job);
+            // Whoever waits must hear of it, and the pages must go back, whatever goes wrong.
+            let result = catch_unwind(AssertUnwindSafe(|| self.make_epoch(&job)))
+                .unwrap_or_else(|_| Err(Error::new(Kind::Io, "making the epoch failed badly")));
             match &result {
                 Ok(committed) => tracing::info!(machine = %self.machine, epoch = committed.epoch, "committed"),
                 Err(error) => {
                     tracing::error!(machine = %self.machine, "commit failed: {error}");
-                    if matches!(error.kind(), Kind::Fenced | Kind::Conflict) {
+                    // Under its own term it can only lose to a record of its own that was late: nothing is lost by that.
+                    if error.kind() == Kind::Fenced {
                         self.halt_with(Halt::Fenced);
                     }
                     let mut pipeline = lock(&self.pipeline);

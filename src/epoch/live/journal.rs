@@ -104,7 +104,7 @@ impl Journal {
     pub fn append(&mut self, entries: &[JournalEntry]) -> Result<()> {
         let mut open = self.open.take().expect("changes follow a whole journal");
         let mut bytes = Vec::new();
-        put_group(&mut open.writer, entries, &mut bytes);
+        put_group(&mut open.writer, entries, &mut bytes)?;
         let failed = |error| Self::failed(&self.directory, "append to", error);
         open.file.write_at(open.len, &bytes).map_err(failed)?;
         open.file.sync().map_err(failed)?;
@@ -118,7 +118,7 @@ impl Journal {
         self.open = None;
         let mut bytes = Vec::new();
         let mut writer = JournalWriter::begin(random::id16(), &mut bytes);
-        put_group(&mut writer, entries, &mut bytes);
+        put_group(&mut writer, entries, &mut bytes)?;
         self.generation += 1;
         let path = self.path(self.generation);
         let failed = |error| Self::failed(&self.directory, "write", error);
@@ -163,11 +163,11 @@ impl Journal {
     }
 }
 
-fn put_group(writer: &mut JournalWriter, entries: &[JournalEntry], bytes: &mut Vec<u8>) {
+fn put_group(writer: &mut JournalWriter, entries: &[JournalEntry], bytes: &mut Vec<u8>) -> Result<()> {
     for entry in entries {
-        writer.put(entry, bytes);
+        writer.put(entry, bytes)?;
     }
-    writer.put(&JournalEntry::End, bytes);
+    Ok(writer.put(&JournalEntry::End, bytes)?)
 }
 
 /// The numbers of the journals in a directory, in order.
