@@ -16,11 +16,12 @@ impl FileSystem {
     pub fn open(&self, inode: u64, write: bool) -> Answer<u64> {
         match self.object(inode)? {
             Object::Live(live, node) => {
-                let file = live.file(node)?;
                 if write {
-                    // Here, and not when mapped pages are written back, whose writer could not be told any more.
+                    // Here, and not when mapped pages are written back, whose writer could not be told any more. Before
+                    // the file is looked up: the first change may put a newer epoch in the place of what was there.
                     live.begin_change()?;
                 }
+                let file = live.file(node)?;
                 Ok(self.handles.insert(Handle::Live(live, file)))
             }
             Object::Stored(stored) if stored.kind() == NodeKind::File => {

@@ -64,6 +64,8 @@ pub struct FileSystem {
     settings: Settings,
     live_settings: Arc<LiveSettings>,
     lives: Mutex<HashMap<Arc<str>, Arc<Live>>>,
+    /// Held while a machine's live is being opened.
+    opening: Mutex<HashMap<Arc<str>, Arc<Mutex<()>>>>,
     inodes: Inodes,
     handles: Handles,
     keeper: Arc<Keeper>,
@@ -155,6 +157,7 @@ impl FileSystem {
             settings,
             live_settings: Arc::new(live_settings),
             lives: Mutex::default(),
+            opening: Mutex::default(),
             inodes: Inodes::default(),
             handles: Handles::default(),
             keeper: Arc::new(Keeper::default()),
@@ -186,14 +189,20 @@ impl FileSystem {
 
     /// A machine's live, opened when it is first asked for.
     fn live(&self, machine: &Arc<str>) -> Answer<Arc<Live>> {
-        let mut lives = self.lives();
-        if let Some(live) = lives.get(machine) {
+        if let Some(live) = self.lives().get(machine) {
+            return Ok(live.clone());
+        }
+        // One that is slow to open holds up nobody but those who want it.
+        let gate =
+            self.opening.lock().unwrap_or_else(PoisonError::into_inner).entry(machine.clone()).or_default().clone();
+        let _opening = gate.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(live) = self.lives().get(machine) {
             return Ok(live.clone());
         }
         let keeper = self.keeper.clone();
         let wake = Box::new(move |at_once| keeper.wake(at_once));
         let live = Live::open(self.store.clone(), machine.clone(), self.live_settings.clone(), wake)?;
-        lives.insert(machine.clone(), live.clone());
+        self.lives().insert(machine.clone(), live.clone());
         Ok(live)
     }
 

@@ -44,10 +44,19 @@ impl FileSystem {
             Object::Stored(stored) if stored.path.is_empty() => Duration::ZERO,
             _ => attr_valid,
         };
-        if let Object::Live(live, node) = &object {
+        // Held before it is known, once for as long as it is known: whoever forgets it at the same time takes back one
+        // hold, and not the other.
+        let held = match &object {
+            Object::Live(live, node) => Some((live.clone(), *node)),
+            _ => None,
+        };
+        if let Some((live, node)) = &held {
             live.hold(*node, true);
         }
-        self.inodes.remember(attr.inode, object);
+        let is_new = self.inodes.remember(attr.inode, object);
+        if let Some((live, node)) = held.filter(|_| !is_new) {
+            live.hold(node, false);
+        }
         Ok(Found { attr, attr_valid, name_valid })
     }
 
@@ -257,8 +266,15 @@ impl FileSystem {
             return Err(Refusal::NotEmpty);
         }
         // Nothing is left that its live could lose.
-        live.discard()?;
-        self.lives().remove(&machine);
+        let discarded = live.discard();
+        if !matches!(discarded, Err(Refusal::NotEmpty)) {
+            // It takes nothing any more, whatever becomes of the machine.
+            let mut lives = self.lives();
+            if lives.get(&machine).is_some_and(|held| Arc::ptr_eq(held, &live)) {
+                lives.remove(&machine);
+            }
+        }
+        discarded?;
         match self.store.remove_machine(&machine, false) {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == Kind::Conflict => Err(Refusal::ReadOnly),

@@ -124,13 +124,14 @@ impl JournalWriter {
         Self { id, number: 0, group: 0 }
     }
 
-    /// Appends the next frame.
-    pub fn put(&mut self, entry: &JournalEntry, out: &mut Vec<u8>) {
-        entry.put_frame(&self.id, self.number, self.group, out);
+    /// Appends the next frame. One that would be too long is refused.
+    pub fn put(&mut self, entry: &JournalEntry, out: &mut Vec<u8>) -> Result<()> {
+        entry.put_frame(&self.id, self.number, self.group, out)?;
         self.number += 1;
         if *entry == JournalEntry::End {
             self.group += 1;
         }
+        Ok(())
     }
 }
 
@@ -152,7 +153,7 @@ impl JournalEntry {
         }
     }
 
-    fn put_frame(&self, id: &[u8; 16], number: u64, group: u64, out: &mut Vec<u8>) {
+    fn put_frame(&self, id: &[u8; 16], number: u64, group: u64, out: &mut Vec<u8>) -> Result<()> {
         let start = out.len();
         out.put_u32(FRAME_MAGIC);
         out.put_u64(number);
@@ -162,10 +163,14 @@ impl JournalEntry {
         let body = out.len();
         self.put_body(out);
         let len = out.len() - body;
-        assert!(len <= JOURNAL_BODY_LEN_MAX, "a journal frame holds {len} bytes");
+        if len > JOURNAL_BODY_LEN_MAX {
+            out.truncate(start);
+            return invalid(WHAT, "a file's attributes are more than a frame holds");
+        }
         out[body - 4..body].copy_from_slice(&(len as u32).to_le_bytes());
         let check = check_of(id, &out[start..]);
         out.put_u32(check);
+        Ok(())
     }
 
     fn put_body(&self, out: &mut Vec<u8>) {
@@ -434,11 +439,11 @@ mod tests {
         let mut bytes = Vec::new();
         let mut writer = JournalWriter::begin(ID, &mut bytes);
         for entry in entries() {
-            writer.put(&entry, &mut bytes);
+            writer.put(&entry, &mut bytes).unwrap();
         }
         let second = bytes.len();
         for entry in entries() {
-            writer.put(&entry, &mut bytes);
+            writer.put(&entry, &mut bytes).unwrap();
         }
         (bytes, second)
     }
@@ -488,7 +493,7 @@ mod tests {
     fn a_frame_of_another_journal_is_none() {
         let mut bytes = Vec::new();
         JournalWriter::begin(ID, &mut bytes);
-        JournalEntry::End.put_frame(&[8; 16], 0, 0, &mut bytes);
+        JournalEntry::End.put_frame(&[8; 16], 0, 0, &mut bytes).unwrap();
         assert_eq!(read(&bytes).unwrap(), []);
     }
 }

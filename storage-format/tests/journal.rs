@@ -54,7 +54,7 @@ fn entries() -> Vec<JournalEntry> {
 fn encode(entries: &[JournalEntry]) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut writer = JournalWriter::begin(ID, &mut bytes);
-    entries.iter().for_each(|entry| writer.put(entry, &mut bytes));
+    entries.iter().for_each(|entry| writer.put(entry, &mut bytes).unwrap());
     bytes
 }
 
@@ -101,6 +101,19 @@ fn the_bytes_are_those_of_version_1() {
     assert!(matches!(decode(&sealed(9, &[])), Err(FormatError::Invalid { .. })));
     assert!(matches!(decode(&sealed(3, &[0; 9])), Err(FormatError::Invalid { .. })));
     assert!(matches!(decode(&sealed(4, &[[0; 8].as_slice(), &[255; 4]].concat())), Err(FormatError::Truncated { .. })));
+}
+
+#[test]
+fn a_node_that_no_frame_holds_is_refused() {
+    let extended = (0..70_u8).map(|name| (vec![b'a', name + 1], vec![0; 64 << 10])).collect();
+    let attributes = Attributes { extended, ..Attributes::default() };
+    let kind = JournalKind::Directory;
+    let node = JournalNode { id: 2, parent: 1, name: b"x".to_vec(), attributes, accessed_ns: 0, changed_ns: 0, kind };
+    let mut bytes = Vec::new();
+    let mut writer = JournalWriter::begin(ID, &mut bytes);
+    assert!(writer.put(&JournalEntry::Node(node), &mut bytes).is_err());
+    writer.put(&JournalEntry::End, &mut bytes).unwrap();
+    assert_eq!(decode(&bytes).unwrap(), [JournalEntry::End]);
 }
 
 proptest! {

@@ -125,9 +125,11 @@ fn a_graceful_stop_with_dirty_maps_ends_and_loses_nothing() {
     let expected = noise(1, LEN);
     map.write(0, &expected).unwrap();
     mount.signal(Signal::TERM);
-    std::thread::sleep(Duration::from_millis(500));
-    let said = mount.log();
-    assert!(said.contains("live/memory") && said.contains(&std::process::id().to_string()), "who holds it: {said}");
+    let (held, started) = (format!("(process {}) uses {}", std::process::id(), path.display()), Stopwatch::start());
+    while !mount.log().contains(&held) {
+        assert!(started.elapsed() < Duration::from_secs(8), "who holds it: {}", mount.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
     // Held as it is, the file goes on being what it was.
     same("the map", &map.bytes(0..LEN).unwrap(), &expected).unwrap();
     map.sync(0..LEN / 2).unwrap();

@@ -177,7 +177,7 @@ impl Mount {
     }
 
     pub fn run<I: IntoIterator<Item: AsRef<OsStr>>>(&self, arguments: I) -> Output {
-        let output = self.command(arguments).output().unwrap();
+        let output = spawn(&mut self.command(arguments)).wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(!text.contains("panicked") && !text.contains("RUST_BACKTRACE"), "{text}");
         assert!(output.status.code().is_some(), "{}: {text}", output.status);
@@ -225,7 +225,7 @@ impl Mount {
         self.log_start = log.metadata().unwrap().len();
         let mut command = self.command(["mount".as_ref(), self.at.as_os_str()]);
         command.args(&self.options.arguments).stdout(Stdio::null()).stderr(log);
-        let mut daemon = command.spawn().unwrap();
+        let mut daemon = spawn(&mut command);
         let started = Stopwatch::start();
         let failure = loop {
             if self.log().contains("mounted ") {
@@ -361,6 +361,19 @@ impl Drop for Mount {
             // Nothing below a mount may be removed with the directory.
             let directory = self.directory.take().map(TempDir::keep);
             eprintln!("{}: it cannot be unmounted, so that it stays: {directory:?}", self.test);
+        }
+    }
+}
+
+/// Starts a program. A child that another thread forked a moment ago may hold a fresh copy open for writing until it
+/// executes its own program.
+fn spawn(command: &mut Command) -> Child {
+    loop {
+        match command.spawn() {
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            started => return started.unwrap(),
         }
     }
 }

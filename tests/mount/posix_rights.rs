@@ -180,6 +180,13 @@ const CASES: [Case; 14] = [
         chmod(&path, 0o6777);
         as_user(OTHER, OTHER, &[], || File::options().write(true).open(&path).unwrap().set_len(1).unwrap());
         assert_eq!(mode(&path), 0o777);
+        chmod(&path, 0o6777);
+        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        as_user(OTHER, OTHER, &[], || {
+            let file = File::options().write(true).open(&path).unwrap();
+            rustix::fs::fallocate(&file, punch, 0, 1).unwrap();
+        });
+        assert_eq!(mode(&path), 0o777);
         // Who is not in the file's group cannot give it that group's rights.
         file(&path, 0o644, NOBODY, GROUP);
         as_nobody(|| chmod(&path, 0o2755));

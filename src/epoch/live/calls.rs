@@ -7,7 +7,7 @@ use epochfs_format::{IMAGE_LEN_MAX, Image, PAGE_SIZE};
 
 use super::file::LiveFile;
 use super::refusal::{Answer, Refusal};
-use super::tree::{Content, Creator, Node, ROOT};
+use super::tree::{Content, Creator, Node, ROOT, Tree};
 use super::{Live, lock};
 use crate::error::Result;
 use crate::platform::clock;
@@ -15,6 +15,8 @@ use crate::platform::clock;
 const EXTENDED_NAME_LEN_MAX: usize = 255;
 const EXTENDED_VALUE_LEN_MAX: usize = 64 << 10;
 const EXTENDED_COUNT_MAX: usize = 1000;
+/// Names and values together: with all else that is known of a file they go into one frame of the journal.
+const EXTENDED_LEN_MAX: usize = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeKind {
@@ -92,6 +94,15 @@ fn attributes_of(id: u64, node: &Node) -> Attributes {
     attributes
 }
 
+/// A file that is not in the tree is of an epoch that another one replaced before the first change, or was given up:
+/// neither the journal nor a commit would hold what is written to it.
+fn check_reachable(tree: &Tree, file: &Arc<LiveFile>) -> Answer<()> {
+    match tree.file(file.id) {
+        Ok(held) if Arc::ptr_eq(held, file) => Ok(()),
+        _ => Err(Refusal::Stale),
+    }
+}
+
 impl Live {
     pub fn lookup(&self, parent: u64, name: &[u8]) -> Answer<(u64, Attributes)> {
         let tree = self.shared();
@@ -137,8 +148,8 @@ impl Live {
     }
 
     pub fn create_file(&self, parent: u64, name: &[u8], creator: Creator) -> Answer<u64> {
-        self.begin_change()?;
-        let id = self.exclusive().create(parent, name, creator, |id| {
+        let mut tree = self.changing()?;
+        let id = tree.create(parent, name, creator, |id| {
             let now = clock::now_ns().cast_signed();
             Content::File(Arc::new(LiveFile::new(id, 0, Image::default(), now, now)))
         })?;
@@ -147,8 +158,8 @@ impl Live {
     }
 
     pub fn create_directory(&self, parent: u64, name: &[u8], creator: Creator) -> Answer<u64> {
-        self.begin_change()?;
-        let id = self.exclusive().create(parent, name, creator, |_| Content::Directory(Default::default()))?;
+        let mut tree = self.changing()?;
+        let id = tree.create(parent, name, creator, |_| Content::Directory(Default::default()))?;
         self.note_change();
         Ok(id)
     }
@@ -160,36 +171,39 @@ impl Live {
         if target.len() > epochfs_format::STREAM_PATH_LEN_MAX {
             return Err(Refusal::NameTooLong);
         }
-        self.begin_change()?;
-        let id = self.exclusive().create(parent, name, creator, |_| Content::Symlink(target.to_vec()))?;
+        let mut tree = self.changing()?;
+        let id = tree.create(parent, name, creator, |_| Content::Symlink(target.to_vec()))?;
         self.note_change();
         Ok(id)
     }
 
     pub fn remove(&self, parent: u64, name: &[u8], directory: bool) -> Answer<()> {
-        self.begin_change()?;
-        let file = self.exclusive().remove(parent, name, directory)?;
-        self.abandon(file);
+        let mut tree = self.changing()?;
+        let file = tree.remove(parent, name, directory)?;
         self.note_change();
+        drop(tree);
+        self.abandon(file);
         Ok(())
     }
 
     pub fn rename(&self, from: (u64, &[u8]), to: (u64, &[u8]), replace: bool) -> Answer<()> {
-        self.begin_change()?;
-        let file = self.exclusive().rename(from, to, replace)?;
-        self.abandon(file);
+        let mut tree = self.changing()?;
+        let file = tree.rename(from, to, replace)?;
         self.note_change();
+        drop(tree);
+        self.abandon(file);
         Ok(())
     }
 
     pub fn exchange(&self, a: (u64, &[u8]), b: (u64, &[u8])) -> Answer<()> {
-        self.begin_change()?;
-        self.exclusive().exchange(a, b)?;
+        let mut tree = self.changing()?;
+        tree.exchange(a, b)?;
         self.note_change();
         Ok(())
     }
 
-    /// Somebody knows the file by its number, or no longer does: a file without a name lives as long.
+    /// Somebody knows the file by its number, or no longer does, once for each time it is said: a file without a name
+    /// lives as long.
     pub fn hold(&self, id: u64, held: bool) {
         let file = self.exclusive().hold(id, held);
         self.abandon(file);
@@ -204,14 +218,15 @@ impl Live {
     pub fn set_attributes(&self, id: u64, set: &SetAttributes) -> Answer<Attributes> {
         self.begin_change()?;
         if let Some(length) = set.length {
-            let tree = self.shared();
+            let tree = self.changing_bytes()?;
             let file = tree.file(id)?;
             let cut = file.set_len(self.io(), length);
             self.touch(file, 0);
             self.heed(cut)?;
         }
         let now = clock::now_ns().cast_signed();
-        let mut tree = self.exclusive();
+        let mut tree = self.changing()?;
+        tree.get(id)?;
         let node = tree.change(id)?;
         if let Some(mode) = set.mode {
             node.attributes.mode = mode & 0o7777;
@@ -225,7 +240,6 @@ impl Live {
             file.set_times(set.modified_ns, now);
         }
         let attributes = attributes_of(id, node);
-        drop(tree);
         self.note_change();
         Ok(attributes)
     }
@@ -242,8 +256,7 @@ impl Live {
         if value.is_some_and(|value| value.len() > EXTENDED_VALUE_LEN_MAX) {
             return Err(Refusal::TooBig);
         }
-        self.begin_change()?;
-        let mut tree = self.exclusive();
+        let mut tree = self.changing()?;
         let count = tree.get(id)?.attributes.extended.len();
         let found = tree.get(id)?.attributes.extended.iter().position(|(other, _)| other == name);
         match (found, exists, value) {
@@ -251,6 +264,11 @@ impl Live {
             (None, Some(true), _) | (None, _, None) => return Err(Refusal::NoAttribute),
             (None, _, Some(_)) if count >= EXTENDED_COUNT_MAX => return Err(Refusal::NoSpace),
             _ => {}
+        }
+        let others = tree.get(id)?.attributes.extended.iter().filter(|(other, _)| other != name);
+        let others_len: usize = others.map(|(name, value)| name.len() + value.len()).sum();
+        if value.is_some_and(|value| others_len + name.len() + value.len() > EXTENDED_LEN_MAX) {
+            return Err(Refusal::NoSpace);
         }
         let node = tree.change(id)?;
         let extended = &mut node.attributes.extended;
@@ -267,7 +285,6 @@ impl Live {
         if let Content::File(file) = &node.content {
             file.set_times(None, node.changed_ns);
         }
-        drop(tree);
         self.note_change();
         Ok(())
     }
@@ -277,14 +294,16 @@ impl Live {
     }
 
     pub fn write(&self, file: &Arc<LiveFile>, offset: u64, data: &[u8]) -> Answer<()> {
-        self.begin_change()?;
         // A commit takes all of a write or nothing.
-        let tree = self.shared();
+        let tree = self.changing_bytes()?;
+        check_reachable(&tree, file)?;
         let written = file.write(self.io(), offset, data);
         // Some of it may have been written even if not all of it was.
         self.touch(file, (data.len() / PAGE_SIZE) as u64 + 1);
+        // Before the journal can be told of it.
+        let heeded = self.heed(written);
         drop(tree);
-        self.heed(written)
+        heeded
     }
 
     pub fn allocate(&self, file: &Arc<LiveFile>, range: Range<u64>, what: Allocation) -> Answer<()> {
@@ -294,16 +313,17 @@ impl Live {
         if range.end > IMAGE_LEN_MAX {
             return Err(Refusal::TooLarge);
         }
-        self.begin_change()?;
-        let tree = self.shared();
+        let tree = self.changing_bytes()?;
+        check_reachable(&tree, file)?;
         let done = match what {
             Allocation::Grow => file.grow(range.end),
             Allocation::Keep => Ok(()),
             Allocation::Zero { grow } => file.zero(self.io(), range, grow),
         };
         self.touch(file, 1);
+        let heeded = self.heed(done);
         drop(tree);
-        self.heed(done)
+        heeded
     }
 
     /// A page that was lost must get neither into the journal nor into an epoch.

@@ -1,6 +1,7 @@
 //! Committing a live: freeze at once, make the epoch in the background, several on their way at a time.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, PoisonError};
@@ -10,6 +11,7 @@ use epochfs_format::{Attributes, EntryKind, Image, ManifestEntry, check_tag};
 
 use super::file::{FrozenLayer, LiveFile};
 use super::frozen::FrozenSource;
+use super::refusal::Refusal;
 use super::tree::{Content, ROOT, Tree};
 use super::{Halt, Live, lock};
 use crate::epoch::commit::{CommitOptions, Committed};
@@ -129,7 +131,9 @@ impl Live {
         for tag in &options.tags {
             check_tag(tag).map_err(|error| Error::usage(format!("{tag:?}: {error}")))?;
         }
-        self.begin_change().map_err(|refusal| if self.halt().is_some() { self.halted() } else { refusal.into() })?;
+        self.begin_change().map_err(|refusal| {
+            if self.halt().is_some() || matches!(refusal, Refusal::Stale) { self.halted() } else { refusal.into() }
+        })?;
         let mut pipeline = lock(&self.pipeline);
         while pipeline.len() >= self.settings.pipeline_max.max(1) as u64 {
             pipeline = self.pipeline_moved.wait(pipeline).unwrap_or_else(PoisonError::into_inner);
@@ -139,6 +143,9 @@ impl Live {
         {
             // While this is held nothing changes: memory, device state and disks are of one moment.
             let tree = self.exclusive();
+            if self.check_open().is_err() {
+                return Err(self.halted());
+            }
             let changes = self.changes.load(Ordering::Acquire);
             pipeline.waiting.push_back(Job { entries: freeze(&tree), options, changes, done });
         }
@@ -177,12 +184,15 @@ impl Live {
                 };
                 job
             };
-            let result = self.make_epoch(&job);
+            // Whoever waits must hear of it, and the pages must go back, whatever goes wrong.
+            let result = catch_unwind(AssertUnwindSafe(|| self.make_epoch(&job)))
+                .unwrap_or_else(|_| Err(Error::new(Kind::Io, "making the epoch failed badly")));
             match &result {
                 Ok(committed) => tracing::info!(machine = %self.machine, epoch = committed.epoch, "committed"),
                 Err(error) => {
                     tracing::error!(machine = %self.machine, "commit failed: {error}");
-                    if matches!(error.kind(), Kind::Fenced | Kind::Conflict) {
+                    // Under its own term it can only lose to a record of its own that was late: nothing is lost by that.
+                    if error.kind() == Kind::Fenced {
                         self.halt_with(Halt::Fenced);
                     }
                     let mut pipeline = lock(&self.pipeline);
@@ -221,7 +231,7 @@ impl Live {
                     if layer.is_some() || *length != base.length {
                         let name = format!("{}:{}", self.machine, entry.path.escape_ascii());
                         let dirty = match layer {
-                            Some(layer) => layer.read().ranges((*length).max(base.length)),
+                            Some(layer) => layer.read().ranges((*length).max(base.length), base.length),
                             None => Ranges::default(),
                         };
                         let nodes = &**self.store.nodes();

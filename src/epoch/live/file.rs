@@ -191,6 +191,28 @@ impl State {
         Ok(())
     }
 
+    fn write(&mut self, io: Io<'_>, offset: u64, data: &[u8]) -> Answer<()> {
+        let (mut at, mut rest) = (offset, data);
+        while !rest.is_empty() {
+            let within = (at % SIZE) as usize;
+            let count = if within > 0 || rest.len() < PAGE_SIZE {
+                let count = rest.len().min(PAGE_SIZE - within);
+                let mut page = self.read_page(io, at / SIZE)?;
+                page[within..within + count].copy_from_slice(&rest[..count]);
+                self.set_pages(io, at / SIZE, &page)?;
+                count
+            } else {
+                let count = rest.len() / PAGE_SIZE * PAGE_SIZE;
+                self.set_pages(io, at / SIZE, &rest[..count])?;
+                count
+            };
+            at += count as u64;
+            rest = &rest[count..];
+            self.length = self.length.max(at);
+        }
+        Ok(())
+    }
+
     /// Makes some bytes of one page zeros.
     fn clear_within(&mut self, io: Io<'_>, page: u64, within: Range<u64>) -> Answer<()> {
         let mut bytes = self.read_page(io, page)?;
@@ -318,27 +340,17 @@ impl LiveFile {
 
     pub fn write(&self, io: Io<'_>, offset: u64, data: &[u8]) -> Answer<()> {
         let mut state = self.exclusive();
-        let end = offset.checked_add(data.len() as u64).filter(|end| *end <= IMAGE_LEN_MAX).ok_or(Refusal::TooLarge)?;
-        let (mut at, mut rest) = (offset, data);
-        while !rest.is_empty() {
-            let within = (at % SIZE) as usize;
-            let count = if within > 0 || rest.len() < PAGE_SIZE {
-                let count = rest.len().min(PAGE_SIZE - within);
-                let mut page = state.read_page(io, at / SIZE)?;
-                page[within..within + count].copy_from_slice(&rest[..count]);
-                state.set_pages(io, at / SIZE, &page)?;
-                count
-            } else {
-                let count = rest.len() / PAGE_SIZE * PAGE_SIZE;
-                state.set_pages(io, at / SIZE, &rest[..count])?;
-                count
-            };
-            at += count as u64;
-            rest = &rest[count..];
-            state.length = state.length.max(at);
+        offset.checked_add(data.len() as u64).filter(|end| *end <= IMAGE_LEN_MAX).ok_or(Refusal::TooLarge)?;
+        let written = state.write(io, offset, data);
+        if written.is_err() {
+            // Some pages may lie behind the end: they are not to be seen when the file grows.
+            let end = state.length.div_ceil(SIZE);
+            if state.current.pages.range(end..).next().is_some() {
+                state.clear_pages(io, end..u64::MAX);
+            }
         }
-        debug_assert!(data.is_empty() || state.length >= end);
         drop(state);
+        written?;
         self.touch();
         Ok(())
     }
@@ -492,6 +504,15 @@ impl LiveFile {
             tell(&mut frozen.write(), entries);
         }
         tell(&mut state.current, entries);
+    }
+
+    /// Does not keep what the journal would be told.
+    pub fn tell_nothing(&self) {
+        let mut state = self.exclusive();
+        for frozen in &state.frozen {
+            frozen.write().tell_nothing();
+        }
+        state.current.tell_nothing();
     }
 
     /// Changes the only layer of a file that is being recovered.

@@ -13,6 +13,9 @@ use crate::error::{Error, Kind, Result};
 use crate::platform::files::{File, Files};
 use crate::platform::random;
 
+/// A journal longer than this and than twice what it said when it was whole is written anew.
+const LEN_MAX: u64 = 64 << 20;
+
 const NAME: &str = "journal.";
 const SPOOL: &str = "pages";
 
@@ -27,6 +30,8 @@ pub struct Journal {
 struct Open {
     file: Arc<dyn File>,
     len: u64,
+    /// How long it was when it was written anew.
+    whole_len: u64,
     writer: JournalWriter,
 }
 
@@ -42,7 +47,8 @@ pub struct Recovered {
 fn make_directory(files: &dyn Files, path: &Path) -> std::io::Result<()> {
     match files.create_dir(path) {
         Ok(()) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+        // Whoever made it may have ended before it was durable.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let above = path.parent().ok_or(error)?;
             make_directory(files, above)?;
@@ -66,6 +72,9 @@ impl Journal {
 
     /// Begins with an empty spool and no journal yet: the first thing to do is to write a whole one.
     pub fn create(files: Arc<dyn Files>, directory: &Path, budget: Arc<Budget>) -> Result<(Self, Spool)> {
+        if let Some(above) = directory.parent() {
+            make_directory(&*files, above).map_err(|error| Self::failed(above, "make a directory for", error))?;
+        }
         make_directory(&*files, directory).map_err(|error| Self::failed(directory, "make a directory for", error))?;
         let path = directory.join(SPOOL);
         // Without a journal that names its slots a spool means nothing.
@@ -86,15 +95,16 @@ impl Journal {
         self.open.is_none()
     }
 
-    pub fn len(&self) -> u64 {
-        self.open.as_ref().map_or(0, |open| open.len)
+    /// Whether it says so much again and again that it is better written anew.
+    pub fn is_long(&self) -> bool {
+        self.open.as_ref().is_some_and(|open| open.len > LEN_MAX.max(open.whole_len.saturating_mul(2)))
     }
 
     /// Appends a group of changes, durably. After a failure only a whole new journal can go on.
     pub fn append(&mut self, entries: &[JournalEntry]) -> Result<()> {
         let mut open = self.open.take().expect("changes follow a whole journal");
         let mut bytes = Vec::new();
-        put_group(&mut open.writer, entries, &mut bytes);
+        put_group(&mut open.writer, entries, &mut bytes)?;
         let failed = |error| Self::failed(&self.directory, "append to", error);
         open.file.write_at(open.len, &bytes).map_err(failed)?;
         open.file.sync().map_err(failed)?;
@@ -108,7 +118,7 @@ impl Journal {
         self.open = None;
         let mut bytes = Vec::new();
         let mut writer = JournalWriter::begin(random::id16(), &mut bytes);
-        put_group(&mut writer, entries, &mut bytes);
+        put_group(&mut writer, entries, &mut bytes)?;
         self.generation += 1;
         let path = self.path(self.generation);
         let failed = |error| Self::failed(&self.directory, "write", error);
@@ -129,7 +139,8 @@ impl Journal {
                 self.files.remove_file(&self.path(older)).map_err(failed)?;
             }
         }
-        self.open = Some(Open { file, len: bytes.len() as u64, writer });
+        let len = bytes.len() as u64;
+        self.open = Some(Open { file, len, whole_len: len, writer });
         Ok(())
     }
 
@@ -152,11 +163,11 @@ impl Journal {
     }
 }
 
-fn put_group(writer: &mut JournalWriter, entries: &[JournalEntry], bytes: &mut Vec<u8>) {
+fn put_group(writer: &mut JournalWriter, entries: &[JournalEntry], bytes: &mut Vec<u8>) -> Result<()> {
     for entry in entries {
-        writer.put(entry, bytes);
+        writer.put(entry, bytes)?;
     }
-    writer.put(&JournalEntry::End, bytes);
+    Ok(writer.put(&JournalEntry::End, bytes)?)
 }
 
 /// The numbers of the journals in a directory, in order.
@@ -271,6 +282,13 @@ pub fn recover(
         let journal = Journal { files: files.clone(), directory: directory.to_owned(), generation, open: None };
         return Ok(Some(Recovered { base, tree, spool, journal }));
     }
+    // A crash cuts off the first journal of all only while the spool is still empty, and any other one beside its
+    // predecessor: pages without a journal that is whole were lost by damage, and must not be taken for none.
+    let spool = directory.join(SPOOL);
+    if newest.is_some() && files.len(&spool).is_ok_and(|len| len.is_some_and(|len| len > 0)) {
+        return Err(Error::damaged(format!("no journal in {} is whole", directory.display()))
+            .hint("this host's copy of changes that no epoch holds is damaged"));
+    }
     Ok(None)
 }
 
@@ -301,6 +319,8 @@ pub fn entries_of(
         changed.sort_unstable();
         changed.dedup();
     }
+    // What has no name is not told, and never gets a name again.
+    touched.iter().filter(|file| !tree.is_named(file.id)).for_each(|file| file.tell_nothing());
     entries.extend(changed.iter().filter_map(|id| Some(JournalEntry::Node(tree.get(*id).ok()?.to_journal(*id)))));
     if whole {
         for id in &changed {

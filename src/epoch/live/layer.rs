@@ -89,18 +89,25 @@ impl Layer {
         self.unjournaled_pages.extend(older.unjournaled_pages);
     }
 
-    /// Everything that may differ from what lies below, within so many bytes.
-    pub fn ranges(&self, end: u64) -> Ranges {
+    /// Everything that may differ from what lies below, within so many bytes. Below are zeros behind `base_end`.
+    pub fn ranges(&self, end: u64, base_end: u64) -> Ranges {
         let size = PAGE_SIZE as u64;
-        let bytes = |pages: Range<u64>| pages.start.saturating_mul(size)..pages.end.saturating_mul(size).min(end);
-        let mut all: Vec<Range<u64>> = self.zeros.iter().map(bytes).collect();
-        all.extend(self.pages.keys().map(|page| bytes(*page..page.saturating_add(1))));
+        let bytes =
+            |pages: Range<u64>, end: u64| pages.start.saturating_mul(size)..pages.end.saturating_mul(size).min(end);
+        let mut all: Vec<Range<u64>> = self.zeros.iter().map(|pages| bytes(pages, end.min(base_end))).collect();
+        all.extend(self.pages.keys().map(|page| bytes(*page..page.saturating_add(1), end)));
         Ranges::new(all)
     }
 
     /// The first page at or after this one that lies in the spool.
     pub fn next_page(&self, page: u64) -> Option<u64> {
         self.pages.range(page..).next().map(|(page, _)| *page)
+    }
+
+    /// Nobody tells the journal of this any more.
+    pub fn tell_nothing(&mut self) {
+        self.unjournaled_pages = Vec::new();
+        self.unjournaled_zeros = Vec::new();
     }
 
     /// Tells the journal what it does not know yet.

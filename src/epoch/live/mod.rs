@@ -16,6 +16,7 @@ mod refusal;
 mod spool;
 mod tree;
 
+use std::cmp::Ordering as Order;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -41,9 +42,6 @@ use tree::Tree;
 
 /// So many changed pages wait for the journal at most: then it is told without being asked.
 const UNJOURNALED_PAGES_MAX: u64 = 32 << 10;
-
-/// A journal longer than this and than what it says is written anew.
-const JOURNAL_LEN_MAX: u64 = 64 << 20;
 
 static INSTANCES: AtomicU64 = AtomicU64::new(0);
 
@@ -91,6 +89,8 @@ pub struct Live {
     term: AtomicU64,
     owned: AtomicBool,
     halt: RwLock<Option<Halt>>,
+    /// It was given up, and takes nothing any more. Set while the tree is held, so that no change is on its way.
+    closed: AtomicBool,
     /// Files that the journal has to be told about.
     touched: Mutex<Vec<Arc<LiveFile>>>,
     unjournaled_pages: AtomicU64,
@@ -150,6 +150,7 @@ impl Live {
                 term: AtomicU64::new(0),
                 owned: AtomicBool::new(false),
                 halt: RwLock::new(None),
+                closed: AtomicBool::new(false),
                 touched: Mutex::new(Vec::new()),
                 unjournaled_pages: AtomicU64::new(0),
                 changes: AtomicU64::new(0),
@@ -175,15 +176,27 @@ impl Live {
     fn resume(self: &Arc<Self>, kept: &JournalBase) -> Result<()> {
         let head = self.store.repository().require(&self.machine)?;
         let newest = head.record.latest_epoch;
-        let is_ours = head.record.owner.as_ref().is_some_and(|owner| owner.host == self.settings.host.host)
+        let owned_by_us = head.record.owner.as_ref().is_some_and(|owner| owner.host == self.settings.host.host)
             && head.record.term >= kept.term;
-        if newest != kept.epoch && !is_ours {
+        // One that was committed since was so by this host only if in the term of which the journal is.
+        let is_ours = match newest.cmp(&kept.epoch) {
+            Order::Greater => self.store.repository().latest_of(&head)?.is_some_and(|record| record.term == kept.term),
+            // The epoch of which the journal is was dropped.
+            Order::Less => owned_by_us,
+            // Without an epoch the machine may be another of the same name: a removal raises the term.
+            Order::Equal => newest > 0 || head.record.term == kept.term || owned_by_us,
+        };
+        let outdated = |newest| {
             let halt = Halt::Outdated(format!(
-                "its changes are of epoch {}, and somebody else committed epoch {newest} since",
-                kept.epoch
+                "its changes are of epoch {} in term {}, and somebody else changed the machine since: its newest epoch \
+                 is {newest}",
+                kept.epoch, kept.term
             ));
             tracing::error!(machine = %self.machine, "live is read-only: {halt:?}");
             self.halt_with(halt);
+        };
+        if !is_ours {
+            outdated(newest);
             return Ok(());
         }
         // An epoch that this host committed without having noted it has the same bytes as what is kept above its parent.
@@ -202,6 +215,12 @@ impl Live {
                 return Ok(());
             }
             Err(error) => return Err(error),
+        }
+        // Nobody else commits from here on; somebody may have until now.
+        let newest_now = self.store.repository().require(&self.machine)?.record.latest_epoch;
+        if newest_now > newest {
+            outdated(newest_now);
+            return Ok(());
         }
         self.rewrite_journal()?;
         self.owned.store(true, Ordering::Release);
@@ -256,15 +275,32 @@ impl Live {
             return Ok(());
         }
         let tree = newest_tree(&self.store, &self.machine, &self.settings, next)?;
+        // Whoever becomes the owner meanwhile takes the newest epoch itself; this one may be older.
+        let ownership = lock(&self.ownership);
         let mut held = self.exclusive();
-        if !self.owned.load(Ordering::Acquire) {
+        if ownership.is_none() && held.base == base && held.next_id() == next {
             *held = tree;
+        }
+        Ok(())
+    }
+
+    /// Takes the newest epoch, after which no other comes: the caller has just become the owner.
+    fn take_newest(&self) -> Result<()> {
+        let head = self.store.repository().require(&self.machine)?;
+        let (base, next) = {
+            let tree = self.shared();
+            (tree.base, tree.next_id())
+        };
+        if head.record.latest_epoch != base {
+            let tree = newest_tree(&self.store, &self.machine, &self.settings, next)?;
+            *self.exclusive() = tree;
         }
         Ok(())
     }
 
     /// Makes sure that this host may change the machine. Comes before every change.
     pub fn begin_change(&self) -> Answer<()> {
+        self.check_open()?;
         if self.owned.load(Ordering::Acquire) {
             return match self.halt() {
                 None => Ok(()),
@@ -276,6 +312,26 @@ impl Live {
             return Err(Refusal::ReadOnly);
         }
         self.become_owner()
+    }
+
+    fn check_open(&self) -> Answer<()> {
+        if self.closed.load(Ordering::Acquire) { Err(Refusal::Stale) } else { Ok(()) }
+    }
+
+    /// The tree, to change names and attributes.
+    fn changing(&self) -> Answer<RwLockWriteGuard<'_, Tree>> {
+        self.begin_change()?;
+        let tree = self.exclusive();
+        self.check_open()?;
+        Ok(tree)
+    }
+
+    /// The tree, to change bytes of its files.
+    fn changing_bytes(&self) -> Answer<RwLockReadGuard<'_, Tree>> {
+        self.begin_change()?;
+        let tree = self.shared();
+        self.check_open()?;
+        Ok(tree)
     }
 
     fn become_owner(&self) -> Answer<()> {
@@ -299,8 +355,8 @@ impl Live {
             *self.halt.write().unwrap_or_else(PoisonError::into_inner) = None;
         }
         // Nobody else commits from here on; somebody may have until now.
-        self.refresh()?;
         if self.spool.get().is_none() {
+            self.take_newest()?;
             let directory = directory_of(&self.settings, &self.machine);
             let (journal, spool) =
                 Journal::create(self.settings.files.clone(), &directory, self.settings.budget.clone())?;
@@ -351,7 +407,7 @@ impl Live {
         match held.as_mut() {
             None => Ok(()),
             Some(journal) => {
-                let whole = journal.needs_whole() || journal.len() > JOURNAL_LEN_MAX;
+                let whole = journal.needs_whole() || journal.is_long();
                 self.tell_journal(journal, whole)
             }
         }
@@ -371,6 +427,10 @@ impl Live {
         let term = self.term().unwrap_or(0);
         let (whole, entries, limbo) = {
             let mut tree = self.exclusive();
+            // What was lost since the caller looked must not be told.
+            if matches!(self.halt(), Some(Halt::Failed(_))) {
+                return Err(self.halted());
+            }
             let whole = self.rebased.swap(false, Ordering::AcqRel) || whole;
             self.journaled.store(self.changes.load(Ordering::Acquire), Ordering::Release);
             let touched = std::mem::take(&mut *lock(&self.touched));
@@ -403,7 +463,10 @@ impl Live {
                 // What was told is only in memory now: the next journal must say everything.
                 journal.forget();
                 self.journaled.store(u64::MAX, Ordering::Release);
-                if error.kind() != Kind::NoSpace {
+                if error.kind() == Kind::NoSpace {
+                    // Perhaps there is room again by then.
+                    (self.wake)(false);
+                } else {
                     tracing::error!(machine = %self.machine, "live takes no more changes: {error}");
                     self.fail(&error);
                 }
@@ -425,6 +488,9 @@ impl Live {
                 Error::new(Kind::Io, format!("live of {} takes no more changes: {why}", self.machine))
                     .hint("what was synced is safe; mount again to go on with it")
             }
+            None if self.closed.load(Ordering::Acquire) => {
+                Error::conflict(format!("live of {} was given up", self.machine)).hint("look it up again")
+            }
             None => Error::new(Kind::Io, format!("live of {} is in order", self.machine)),
         }
     }
@@ -438,11 +504,20 @@ impl Live {
         self.owned.load(Ordering::Acquire)
     }
 
-    /// Gives up everything that no epoch holds, and the machine.
-    pub fn discard(&self) -> Result<()> {
+    /// Gives up the machine, which must be without files. Whatever else becomes of it, the live takes nothing any more.
+    pub fn discard(&self) -> Answer<()> {
+        {
+            let tree = self.exclusive();
+            if !tree.entries(ROOT)?.is_empty() {
+                return Err(Refusal::NotEmpty);
+            }
+            self.closed.store(true, Ordering::Release);
+        }
         self.wait_for_commits();
-        self.committed.store(self.changes.load(Ordering::Acquire), Ordering::Release);
-        self.close()
+        if !self.owned.load(Ordering::Acquire) || self.halt().is_some() {
+            return Ok(());
+        }
+        Ok(self.give_up()?)
     }
 
     pub fn base(&self) -> u64 {
@@ -489,9 +564,19 @@ impl Live {
     pub fn close(&self) -> Result<()> {
         self.wait_for_commits();
         self.sync()?;
-        if !self.owned.load(Ordering::Acquire) || !self.is_clean() || self.halt().is_some() {
-            return Ok(());
+        {
+            let _tree = self.exclusive();
+            if !self.owned.load(Ordering::Acquire) || !self.is_clean() || self.halt().is_some() {
+                return Ok(());
+            }
+            self.closed.store(true, Ordering::Release);
         }
+        // One may have begun since; it has nothing new to commit.
+        self.wait_for_commits();
+        self.give_up()
+    }
+
+    fn give_up(&self) -> Result<()> {
         if let Some(journal) = lock(&self.journal).take() {
             journal.remove()?;
         }

@@ -30,8 +30,8 @@ pub struct Node {
     pub accessed_ns: i64,
     pub changed_ns: i64,
     pub content: Content,
-    /// Whether somebody may still use it after its last name is gone.
-    pub held: bool,
+    /// How many may still use it after its last name is gone.
+    pub held: u64,
 }
 
 /// Who makes a file, and with which permissions.
@@ -91,7 +91,7 @@ impl Node {
                 Content::File(Arc::new(file))
             }
         };
-        Self { parent, name, attributes, accessed_ns, changed_ns, content, held: false }
+        Self { parent, name, attributes, accessed_ns, changed_ns, content, held: 0 }
     }
 }
 
@@ -117,7 +117,7 @@ impl Tree {
             accessed_ns: now,
             changed_ns: now,
             content: Content::Directory(BTreeMap::new()),
-            held: false,
+            held: 0,
         };
         let nodes = HashMap::from([(ROOT, root)]);
         Self { nodes, next: first.max(ROOT + 1), base: 0, changed: BTreeSet::new(), gone: BTreeSet::new() }
@@ -283,7 +283,7 @@ impl Tree {
                 attributes.mode |= SET_GROUP;
             }
         }
-        Node { parent, name: name.to_vec(), attributes, accessed_ns: now, changed_ns: now, content, held: false }
+        Node { parent, name: name.to_vec(), attributes, accessed_ns: now, changed_ns: now, content, held: 0 }
     }
 
     fn attach(&mut self, id: u64, node: Node) {
@@ -371,7 +371,7 @@ impl Tree {
     /// Forgets a node without a name that nobody holds.
     fn drop_unused(&mut self, id: u64) -> Option<Arc<LiveFile>> {
         let node = self.nodes.get(&id)?;
-        if node.parent != 0 || node.held || id == ROOT {
+        if node.parent != 0 || node.held > 0 || id == ROOT {
             return None;
         }
         match self.nodes.remove(&id)?.content {
@@ -380,9 +380,10 @@ impl Tree {
         }
     }
 
-    /// Somebody uses the node, by its number alone, or no longer does.
+    /// Somebody uses the node, by its number alone, or no longer does: once for each time it was said.
     pub fn hold(&mut self, id: u64, held: bool) -> Option<Arc<LiveFile>> {
-        self.nodes.get_mut(&id)?.held = held;
+        let count = &mut self.nodes.get_mut(&id)?.held;
+        *count = if held { *count + 1 } else { count.saturating_sub(1) };
         if held { None } else { self.drop_unused(id) }
     }
 

@@ -2,6 +2,7 @@
 //! and the loss of ownership.
 
 mod failures;
+mod gone;
 mod model;
 mod power;
 

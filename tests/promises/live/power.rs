@@ -248,6 +248,29 @@ fn p6_a_call_that_fails_loses_nothing_that_was_acknowledged() {
     prove_failures(3, Errno::NOSPC, true, every).unwrap();
 }
 
+/// A call of the first change fails, the change is repeated and synced, and then the power fails.
+#[test]
+fn p1_what_is_synced_after_a_failed_first_change_is_durable() {
+    for (call, after_effect) in (0..24).map(|call| (call, call % 2 == 1)) {
+        let sim = SimFiles::new(call);
+        let files: Arc<dyn Files> = Arc::new(sim.clone());
+        create_machine(files.clone()).unwrap();
+        let daemon = Daemon::start(open_store(files.clone()).unwrap(), files.clone(), 1).unwrap();
+        sim.fail_call(sim.calls() + call, Failure { errno: Errno::NOSPC, after_effect, lasting: false });
+        let failed = daemon.write(NAMES[0], 0, &page_of(1)).is_err();
+        let again = daemon.write(NAMES[0], 0, &page_of(2));
+        sim.heal();
+        if again.is_err() || daemon.live.sync().is_err() {
+            continue;
+        }
+        for (loss, after) in sim.crash_states(sim.log_len(), call, 2) {
+            let files: Arc<dyn Files> = Arc::new(after);
+            let daemon = Daemon::start(open_store(files.clone()).unwrap(), files, 1).unwrap();
+            assert_eq!(daemon.read(NAMES[0]), Ok(page_of(2)), "call {call}, {after_effect}, {failed}, {loss:?}");
+        }
+    }
+}
+
 #[test]
 fn canary_a_sync_that_does_nothing_is_noticed() {
     assert!((0..10).any(|seed| prove(seed, Some(Lie::FileSync), 20).is_err()));
