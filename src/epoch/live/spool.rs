@@ -14,9 +14,9 @@ use super::layer::Slot;
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::{File, Files};
 
-/// The file is made longer by so much at a time. A write within it needs nothing of the file system's journal, and so does
-/// not wait while that is being synced.
-const GROWTH_SLOTS: u32 = 64 << 10;
+/// The file is made longer by as much as it is long, within these bounds. A write within it needs nothing of the file
+/// system's journal, and so does not wait while that is being synced.
+const GROWTH_SLOTS: std::ops::RangeInclusive<u32> = 64..=64 << 10;
 
 /// So many free slots keep their space: they are used again soon. To give space back takes long, and whoever writes to the
 /// spool meanwhile waits.
@@ -199,7 +199,7 @@ impl Spool {
     fn reach(&self, end: u32) -> std::io::Result<()> {
         let mut held = self.lock();
         if end > held.file_end {
-            let file_end = end.saturating_add(GROWTH_SLOTS);
+            let file_end = end.saturating_add(end.clamp(*GROWTH_SLOTS.start(), *GROWTH_SLOTS.end()));
             self.file.set_len(offset_of(file_end))?;
             held.file_end = file_end;
         }
