@@ -71,10 +71,12 @@ impl FileSystem {
         Ok(())
     }
 
-    pub fn allocate(&self, handle: u64, range: Range<u64>, what: Allocation) -> Answer<()> {
+    /// Reserves or clears a range. `drops_privileges` as in [`Self::write`].
+    pub fn allocate(&self, handle: u64, range: Range<u64>, what: Allocation, drops_privileges: bool) -> Answer<()> {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
         let Handle::Live(live, file) = &*handle else { return Err(Refusal::ReadOnly) };
-        live.allocate(file, range, what)
+        live.allocate(file, range, what)?;
+        if drops_privileges { self.drop_privileges(live, file.id) } else { Ok(()) }
     }
 
     /// The next data or hole at or after an offset; `None` when there is none.

@@ -558,7 +558,7 @@ impl Filesystem for Adapter {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -578,7 +578,9 @@ impl Filesystem for Adapter {
             _ => return reply.error(Errno::EOPNOTSUPP),
         };
         let Some(end) = offset.checked_add(length) else { return reply.error(Errno::EFBIG) };
-        reply_empty(self.file_system.allocate(fh.0, offset..end, what), reply);
+        // The kernel leaves this to us, and does not say who may keep them.
+        let drops_privileges = request.uid() != 0;
+        reply_empty(self.file_system.allocate(fh.0, offset..end, what, drops_privileges), reply);
     }
 
     fn lseek(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
