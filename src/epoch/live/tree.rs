@@ -193,7 +193,8 @@ impl Tree {
         for part in path.split(|byte| *byte == b'/').filter(|part| !part.is_empty()) {
             let found = self.nodes[&at].directory().ok().and_then(|entries| entries.get(part).copied());
             at = found.unwrap_or_else(|| {
-                let creator = Creator { mode: 0o755, owner: 0, group: 0 };
+                let Attributes { owner, group, .. } = self.nodes[&ROOT].attributes;
+                let creator = Creator { mode: 0o755, owner, group };
                 let id = self.take_id();
                 let node = self.made_by(creator, at, part, Content::Directory(BTreeMap::new()));
                 self.attach(id, node);
