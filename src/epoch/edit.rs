@@ -24,12 +24,10 @@ pub struct NewNode {
 }
 
 impl NewNode {
-    fn new(node: Node, digest: Hash, parent: Option<&LoadedNode>) -> Self {
+    /// `changed` are the slots that differ from the parent's.
+    fn new(node: Node, digest: Hash, parent: Option<&LoadedNode>, changed: impl Iterator<Item = u16>) -> Self {
         let patch = parent.and_then(|parent| {
-            let mut slots: Vec<u16> = (0..FANOUT)
-                .filter(|slot| node.hash(*slot) != parent.node.hash(*slot))
-                .map(|slot| slot as u16)
-                .collect();
+            let mut slots: Vec<u16> = changed.collect();
             let base = match &parent.stored {
                 Stored::Pending => return None,
                 Stored::Whole => parent.root.place.clone(),
@@ -200,7 +198,7 @@ impl<'a> TreeEditor<'a> {
                     }
                 }
             }
-            self.close_editor(0, work.index, editor, work.parent.as_deref(), &[])?
+            self.close_leaf(work, editor)
         };
         if self.levels == 1 {
             self.root = stored;
@@ -253,8 +251,8 @@ impl<'a> TreeEditor<'a> {
 
     fn close_last(&mut self, packs: &mut PackWriter<'_>) -> Result<()> {
         let open = self.open.pop().expect("a node is open");
-        let closed = self.close_editor(open.level, open.index, open.editor, open.parent.as_deref(), &open.set)?;
         let slot = (open.index % FANOUT as u64) as usize;
+        let closed = self.close_inner(open)?;
         match self.open.last_mut() {
             None => self.root = closed,
             Some(above) => {
@@ -265,46 +263,66 @@ impl<'a> TreeEditor<'a> {
         Ok(())
     }
 
-    /// Finishes a node, of which these slots were set, and counts what the parent's had and it has not.
-    fn close_editor(
-        &mut self,
-        level: u8,
-        index: u64,
-        mut editor: NodeEditor,
-        parent: Option<&LoadedNode>,
-        set: &[usize],
-    ) -> Result<NewRoot> {
-        let mut end = FANOUT;
+    /// The first slot of a node that lies past the end of the image. The parent may have been longer.
+    fn end_of(&self, level: u8, index: u64) -> usize {
+        let first = index * FANOUT as u64;
         if self.keeps {
-            // The parent may have been longer: what lies past the end goes.
-            let span = level_span(level);
-            let first = index * FANOUT as u64;
-            end = self.pages.div_ceil(span).saturating_sub(first).min(FANOUT as u64) as usize;
-            for slot in end..FANOUT {
-                editor.clear(slot);
-            }
+            self.pages.div_ceil(level_span(level)).saturating_sub(first).min(FANOUT as u64) as usize
+        } else {
+            FANOUT
+        }
+    }
+
+    /// Finishes a leaf that was changed, and counts what the parent's had past the end.
+    fn close_leaf(&mut self, work: &LeafWork, mut editor: NodeEditor) -> NewRoot {
+        let parent = work.parent.as_deref();
+        let end = self.end_of(0, work.index);
+        let past_end = (end..FANOUT).filter(|slot| parent.is_some_and(|parent| parent.node.hash(*slot).is_some()));
+        let cut: Vec<u16> = past_end.map(|slot| slot as u16).collect();
+        for slot in end..FANOUT {
+            editor.clear(slot);
+        }
+        self.removed += cut.len() as u64;
+        // The slots within the image were compared one by one.
+        let changed = work.changes.iter().map(|(slot, _)| *slot).filter(|slot| usize::from(*slot) < end);
+        close(editor.finish(), parent, changed.chain(cut))
+    }
+
+    /// Finishes an inner node, of which these slots were set, and counts what the parent's had and it has not.
+    fn close_inner(&mut self, open: Open) -> Result<NewRoot> {
+        let Open { level, index, mut editor, parent, set } = open;
+        for slot in self.end_of(level, index)..FANOUT {
+            editor.clear(slot);
         }
         let node = editor.finish();
-        if let Some(parent) = parent {
-            if level == 0 {
-                // The slots within the image were compared one by one.
-                self.removed += (end..FANOUT).filter(|slot| parent.node.hash(*slot).is_some()).count() as u64;
-            } else {
-                for slot in (0..FANOUT).filter(|slot| node.hash(*slot).is_none() && !set.contains(slot)) {
-                    if let Some(gone) = child(parent, slot) {
-                        self.removed += self.count_parent_pages(&gone, level - 1)?;
-                    }
+        let mut changed = Vec::new();
+        if let Some(parent) = &parent {
+            for slot in 0..FANOUT {
+                let (before, after) = (parent.node.hash(slot), node.hash(slot));
+                if before != after {
+                    changed.push(slot as u16);
+                }
+                if after.is_none()
+                    && !set.contains(&slot)
+                    && let Some(gone) = child(parent, slot)
+                {
+                    self.removed += self.count_parent_pages(&gone, level - 1)?;
                 }
             }
         }
-        if node.is_empty() {
-            return Ok(NewRoot::Empty);
-        }
-        let digest = node.digest();
-        Ok(match parent {
-            Some(parent) if parent.root.digest == digest => NewRoot::Stored(parent.root.clone()),
-            _ => NewRoot::New(Box::new(NewNode::new(node, digest, parent))),
-        })
+        Ok(close(node, parent.as_deref(), changed.into_iter()))
+    }
+}
+
+/// A finished node: shared with the parent if it came out as it was. `changed` are the slots that differ.
+fn close(node: Node, parent: Option<&LoadedNode>, changed: impl Iterator<Item = u16>) -> NewRoot {
+    if node.is_empty() {
+        return NewRoot::Empty;
+    }
+    let digest = node.digest();
+    match parent {
+        Some(parent) if parent.root.digest == digest => NewRoot::Stored(parent.root.clone()),
+        _ => NewRoot::New(Box::new(NewNode::new(node, digest, parent, changed))),
     }
 }
 

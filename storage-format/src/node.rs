@@ -225,24 +225,21 @@ impl Slot<'_> {
 #[derive(Default)]
 struct ObjectTable {
     kept: Vec<u32>,
-    numbers: HashMap<u32, u16>,
-    last: Option<(u32, u16)>,
+    /// By object, one more than its number; 0 for none yet.
+    numbers: Vec<u32>,
 }
 
 impl ObjectTable {
     fn number_of(&mut self, object: u32) -> u16 {
-        if let Some((last, number)) = self.last
-            && last == object
-        {
-            return number;
+        let at = object as usize;
+        if self.numbers.len() <= at {
+            self.numbers.resize(at + 1, 0);
         }
-        let next = self.kept.len() as u16;
-        let number = *self.numbers.entry(object).or_insert(next);
-        if number == next {
+        if self.numbers[at] == 0 {
             self.kept.push(object);
+            self.numbers[at] = self.kept.len() as u32;
         }
-        self.last = Some((object, number));
-        number
+        (self.numbers[at] - 1) as u16
     }
 
     fn put(&self, objects: &[ObjectRef], own: Option<&ObjectRef>, out: &mut Vec<u8>) {
@@ -406,9 +403,16 @@ fn check_used(used: usize, objects: &[ObjectRef]) -> Result<()> {
 pub struct NodeEditor {
     level: u8,
     objects: Vec<ObjectRef>,
-    numbers: HashMap<ObjectRef, u32>,
+    /// The number of the object that was set last: most of what is set together lies together.
+    last: Option<u32>,
+    /// Made when many different objects are set.
+    numbers: Option<HashMap<ObjectRef, u32>>,
+    looked: u32,
     slots: Vec<Option<Entry>>,
 }
+
+/// From so many look-ups on, a table of the objects costs less than searching the list.
+const TABLE_FROM_LOOKUPS: u32 = 8;
 
 impl NodeEditor {
     pub fn new(level: u8) -> Self {
@@ -423,8 +427,7 @@ impl NodeEditor {
                 *slot = next.next().copied();
             }
         }
-        let numbers = node.objects.iter().enumerate().map(|(index, object)| (object.clone(), index as u32)).collect();
-        Self { level: node.level, objects: node.objects.clone(), numbers, slots }
+        Self { level: node.level, objects: node.objects.clone(), last: None, numbers: None, looked: 0, slots }
     }
 
     pub fn set(&mut self, slot: usize, hash: Hash, place: &Place) {
@@ -432,16 +435,35 @@ impl NodeEditor {
     }
 
     fn set_parts(&mut self, slot: usize, hash: Hash, object: &ObjectRef, offset: u32, len: u32) {
-        let object = match self.numbers.get(object) {
-            Some(number) => *number,
-            None => {
-                let number = self.objects.len() as u32;
-                self.objects.push(object.clone());
-                self.numbers.insert(object.clone(), number);
-                number
-            }
-        };
+        let object = self.number_of(object);
         self.slots[slot] = Some(Entry { hash, offset, len, object });
+    }
+
+    fn number_of(&mut self, object: &ObjectRef) -> u32 {
+        if let Some(last) = self.last
+            && self.objects[last as usize] == *object
+        {
+            return last;
+        }
+        self.looked += 1;
+        if self.looked == TABLE_FROM_LOOKUPS {
+            let numbered = self.objects.iter().enumerate();
+            self.numbers = Some(numbered.map(|(index, object)| (object.clone(), index as u32)).collect());
+        }
+        let found = match &self.numbers {
+            Some(numbers) => numbers.get(object).copied(),
+            None => self.objects.iter().position(|other| other == object).map(|index| index as u32),
+        };
+        let number = found.unwrap_or_else(|| {
+            let number = self.objects.len() as u32;
+            self.objects.push(object.clone());
+            if let Some(numbers) = &mut self.numbers {
+                numbers.insert(object.clone(), number);
+            }
+            number
+        });
+        self.last = Some(number);
+        number
     }
 
     pub fn clear(&mut self, slot: usize) {

@@ -12,9 +12,10 @@ use epochfs_format::{Attributes, EntryKind, Image, ManifestEntry, check_tag};
 use super::file::{FrozenLayer, LiveFile};
 use super::frozen::FrozenSource;
 use super::refusal::Refusal;
+use super::spool::Spool;
 use super::tree::{Content, ROOT, Tree};
 use super::{Halt, Live, lock};
-use crate::epoch::commit::{CommitOptions, Committed};
+use crate::epoch::commit::{CommitBuilder, CommitOptions, Committed};
 use crate::epoch::ranges::Ranges;
 use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
@@ -220,7 +221,22 @@ impl Live {
             term: self.term(),
             ..CommitOptions::default()
         };
-        let mut builder = self.store.begin_commit(&self.machine, options)?;
+        // Whoever recovers the journal above this epoch must find in it what the epoch holds, or something newer: never
+        // an older page that the epoch's would be hidden by. So it is durable before the record is, and on its way
+        // while the epoch is made.
+        let builder = std::thread::scope(|scope| -> Result<CommitBuilder> {
+            let journal = scope.spawn(|| self.sync());
+            let mut builder = self.store.begin_commit(&self.machine, options)?;
+            self.add_entries(job, spool, &mut builder)?;
+            journal.join().unwrap_or_else(|_| Err(Error::new(Kind::Io, "syncing the journal failed badly")))?;
+            Ok(builder)
+        })?;
+        let committed = builder.finish()?;
+        self.rebase(job, &committed)?;
+        Ok(committed)
+    }
+
+    fn add_entries(&self, job: &Job, spool: &Spool, builder: &mut CommitBuilder) -> Result<()> {
         for entry in &job.entries {
             let whole = |kind| ManifestEntry { path: entry.path.clone(), attributes: entry.attributes.clone(), kind };
             let stored = match &entry.kind {
@@ -249,12 +265,7 @@ impl Live {
                 builder.add_entry(stored)?;
             }
         }
-        // Whoever recovers the journal above this epoch must find in it what the epoch holds, or something newer: never
-        // an older page that the epoch's would be hidden by.
-        self.sync()?;
-        let committed = builder.finish()?;
-        self.rebase(job, &committed)?;
-        Ok(committed)
+        Ok(())
     }
 
     /// The epoch is durable: the files lie on it from now on.

@@ -41,7 +41,7 @@ use spool::Spool;
 use tree::Tree;
 
 /// So many changed pages wait for the journal at most: then it is told without being asked.
-const UNJOURNALED_PAGES_MAX: u64 = 32 << 10;
+const UNJOURNALED_PAGES_MAX: u64 = 256 << 10;
 
 static INSTANCES: AtomicU64 = AtomicU64::new(0);
 
