@@ -125,13 +125,15 @@ fn render(status: &DaemonStatus) -> String {
                 size(machine.dirty_bytes),
                 size(machine.spool_bytes),
                 machine.commits_in_flight.to_string(),
+                format!("{:.1} ms", machine.longest_freeze_ms),
                 machine.files.to_string(),
                 plain(machine.error.as_deref().unwrap_or_default()).replace('\n', " "),
             ]
         })
         .collect();
     if !rows.is_empty() {
-        let headings = ["machine", ">base", "state", ">dirty", ">spooled", ">commits", ">files", "error"];
+        let headings =
+            ["machine", ">base", "state", ">dirty", ">spooled", ">commits", ">longest freeze", ">files", "error"];
         text += &format!("\n{}", table(&headings, &rows));
     }
     text

@@ -98,6 +98,9 @@ pub struct MachineStatus {
     pub dirty_bytes: u64,
     pub spool_bytes: u64,
     pub commits_in_flight: u64,
+    /// The longest that changes had to wait for a commit to take what there was.
+    #[serde(default)]
+    pub longest_freeze_ms: f64,
     pub files: u64,
     pub error: Option<String>,
 }
@@ -234,6 +237,7 @@ impl FileSystem {
                     dirty_bytes: status.dirty_pages * epochfs_format::PAGE_SIZE as u64,
                     spool_bytes: status.spool_bytes,
                     commits_in_flight: status.commits_in_flight,
+                    longest_freeze_ms: status.longest_freeze.as_secs_f64() * 1000.0,
                     files: status.files,
                     error: status.error,
                 }

@@ -153,6 +153,37 @@ fn soon<T>(mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 #[test]
+fn whose_live_is_outlives_the_daemon_and_is_a_clones_too() {
+    let Some(mut mount) = Mount::new("whose_live_is_outlives_the_daemon_and_is_a_clones_too") else { return };
+    let live = mount.make_machine("web1");
+    // As an administrator would for a monitor that runs as a user of its own.
+    fs::set_permissions(&live, fs::Permissions::from_mode(0o2770)).unwrap();
+    if is_root() {
+        std::os::unix::fs::chown(&live, Some(4321), Some(1234)).unwrap();
+    }
+    fs::write(live.join("memory"), noise(1, PAGE)).unwrap();
+    mount.commit("web1", "first").unwrap();
+    let of = |path: &Path| {
+        let metadata = fs::metadata(path).unwrap();
+        (metadata.mode() & 0o7777, metadata.uid(), metadata.gid())
+    };
+    let before = of(&live);
+    assert_eq!(before.0 & 0o770, 0o770, "{before:?}");
+    mount.ok(["clone", "web1", "web2"]);
+    mount.restart();
+    assert_eq!(of(&mount.live("web1")), before, "after a clean end the machine is nobody's, and live an epoch's");
+    assert_eq!(of(&mount.live("web2")), before);
+    // An epoch says it, not the machine: the default comes back with one of before.
+    fs::set_permissions(mount.live("web2"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(mount.live("web2").join("memory"), noise(2, PAGE)).unwrap();
+    mount.commit("web2", "second").unwrap();
+    mount.restart();
+    assert_eq!(of(&mount.live("web2")), (0o755, before.1, before.2));
+    mount.ok(["clone", "web2@1", "web3"]);
+    assert_eq!(of(&mount.live("web3")), before);
+}
+
+#[test]
 fn rmdir_drops_an_epoch_by_its_number_or_its_tag() {
     let Some(mount) = Mount::new("rmdir_drops_an_epoch") else { return };
     let live = mount.make_machine("web1");

@@ -22,7 +22,7 @@ fn fio(directory: &Path, job: &str, arguments: &[&str], more: &[&str]) -> Output
     let size = if is_long() { "--size=512m" } else { "--size=16m" };
     let mut command = Command::new("fio");
     command.arg(format!("--name={job}")).arg(format!("--filename={}", directory.join(job).display()));
-    command.args(["--verify=crc32c", "--verify_fatal=1", "--randseed=7", "--thread", size]);
+    command.args(["--verify=crc32c", "--verify_fatal=1", "--randseed=7", "--verify_state_save=0", "--thread", size]);
     command.args(arguments).args(more).current_dir(std::env::temp_dir()).output().unwrap()
 }
 

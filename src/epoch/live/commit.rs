@@ -14,7 +14,7 @@ use super::frozen::FrozenSource;
 use super::refusal::Refusal;
 use super::spool::Spool;
 use super::tree::{Content, ROOT, Tree};
-use super::{Halt, Live, lock};
+use super::{Halt, Live, ROOT_NOTE, lock};
 use crate::epoch::commit::{CommitBuilder, CommitOptions, Committed};
 use crate::epoch::ranges::Ranges;
 use crate::epoch::view::{commit_of, load_manifest};
@@ -74,6 +74,8 @@ impl FrozenEntry {
 /// One moment on its way to become an epoch.
 struct Job {
     entries: Vec<FrozenEntry>,
+    /// See [`ROOT_NOTE`].
+    root_note: String,
     options: LiveCommit,
     changes: u64,
     done: Sender<Result<Committed>>,
@@ -148,9 +150,12 @@ impl Live {
                 return Err(self.halted());
             }
             let changes = self.changes.load(Ordering::Acquire);
-            pipeline.waiting.push_back(Job { entries: freeze(&tree), options, changes, done });
+            let (entries, root_note) = (freeze(&tree), tree.root_note());
+            pipeline.waiting.push_back(Job { entries, root_note, options, changes, done });
         }
         let frozen_for = started.elapsed();
+        let frozen_ns = u64::try_from(frozen_for.as_nanos()).unwrap_or(u64::MAX);
+        self.longest_freeze_ns.fetch_max(frozen_ns, Ordering::Relaxed);
         if !pipeline.running {
             pipeline.running = true;
             let live = self.clone();
@@ -213,10 +218,15 @@ impl Live {
 
     fn make_epoch(&self, job: &Job) -> Result<Committed> {
         let spool = self.spool.get().expect("a machine that is owned has a spool");
+        let mut notes = job.options.notes.clone();
+        notes.retain(|(name, _)| name != ROOT_NOTE);
+        if job.root_note != Tree::new(self.settings.owner, self.settings.group, 0).root_note() {
+            notes.push((ROOT_NOTE.to_owned(), job.root_note.clone()));
+        }
         let options = CommitOptions {
             message: job.options.message.clone(),
             tags: job.options.tags.clone(),
-            notes: job.options.notes.clone(),
+            notes,
             compression_level: self.settings.compression_level,
             term: self.term(),
             ..CommitOptions::default()

@@ -20,6 +20,7 @@ use std::cmp::Ordering as Order;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 use epochfs_format::{JournalBase, Owner, encode_component};
 
@@ -42,6 +43,9 @@ use tree::Tree;
 
 /// So many changed pages wait for the journal at most: then it is told without being asked.
 const UNJOURNALED_PAGES_MAX: u64 = 256 << 10;
+
+/// The note of an epoch that says whose the topmost directory of live was, and who might enter it.
+const ROOT_NOTE: &str = "epochfs.live";
 
 static INSTANCES: AtomicU64 = AtomicU64::new(0);
 
@@ -103,6 +107,7 @@ pub struct Live {
     rebased: AtomicBool,
     pipeline: Mutex<Pipeline>,
     pipeline_moved: Condvar,
+    longest_freeze_ns: AtomicU64,
     wake: Wake,
 }
 
@@ -118,6 +123,8 @@ pub struct LiveStatus {
     pub dirty_pages: u64,
     pub spool_bytes: u64,
     pub commits_in_flight: u64,
+    /// The longest that changes had to wait for a commit to take what there was.
+    pub longest_freeze: Duration,
     pub files: u64,
     pub error: Option<String>,
 }
@@ -159,6 +166,7 @@ impl Live {
                 rebased: AtomicBool::new(false),
                 pipeline: Mutex::default(),
                 pipeline_moved: Condvar::new(),
+                longest_freeze_ns: AtomicU64::new(0),
                 wake,
             })
         };
@@ -554,6 +562,7 @@ impl Live {
             dirty_pages,
             spool_bytes: self.spool.get().map_or(0, Spool::used_bytes),
             commits_in_flight: lock(&self.pipeline).len(),
+            longest_freeze: Duration::from_nanos(self.longest_freeze_ns.load(Ordering::Relaxed)),
             files,
             error: halt.map(|_| self.halted().to_string()),
         }
@@ -622,7 +631,10 @@ fn newest_tree(store: &EpochStore, machine: &Arc<str>, settings: &LiveSettings, 
     match store.repository().latest_of(&head)? {
         Some(record) => {
             let epoch = store.open(record)?;
-            Ok(Tree::of_manifest(epoch.manifest(), epoch.number(), owner, group, next))
+            let mut tree = Tree::of_manifest(epoch.manifest(), epoch.number(), owner, group, next);
+            let notes = epoch.commit().notes.iter();
+            notes.filter(|(name, _)| name == ROOT_NOTE).for_each(|(_, note)| tree.heed_root_note(note));
+            Ok(tree)
         }
         None => Ok(Tree::new(owner, group, next)),
     }

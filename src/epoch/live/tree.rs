@@ -123,6 +123,24 @@ impl Tree {
         Self { nodes, next: first.max(ROOT + 1), base: 0, changed: BTreeSet::new(), gone: BTreeSet::new() }
     }
 
+    /// Mode, owner and group of the topmost directory, which is in no manifest, as a note of an epoch says them.
+    pub fn root_note(&self) -> String {
+        let Attributes { mode, owner, group, .. } = self.nodes[&ROOT].attributes;
+        format!("{mode:04o} {owner} {group}")
+    }
+
+    /// Takes what [`Self::root_note`] said. Anything else is nobody's loss.
+    pub fn heed_root_note(&mut self, note: &str) {
+        let parsed = || {
+            let mut words = note.split(' ');
+            let mode = u32::from_str_radix(words.next()?, 8).ok()?;
+            Some((mode & 0o7777, words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+        };
+        if let (Some((mode, owner, group)), Some(root)) = (parsed(), self.nodes.get_mut(&ROOT)) {
+            root.attributes = Attributes { mode, owner, group, ..root.attributes.clone() };
+        }
+    }
+
     /// The files of an epoch.
     pub fn of_manifest(manifest: &Manifest, epoch: u64, owner: u32, group: u32, first: u64) -> Self {
         let mut tree = Self::new(owner, group, first);
