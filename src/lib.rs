@@ -51,6 +51,7 @@ pub mod fs;
 pub mod ops;
 pub mod platform;
 pub mod repo;
+pub mod restore;
 
 pub use epoch::{
     BytesSource, Change, CommitBuilder, CommitCounts, CommitOptions, Committed, Epoch, EpochName, EpochStore, FileDiff,

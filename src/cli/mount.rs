@@ -11,6 +11,7 @@ use super::output::{parse_size, print};
 use crate::error::{Error, Kind, Result};
 use crate::ops::daemon::{Claim, DaemonOptions, Ready, background, make_directory, prepare_process, serve};
 use crate::ops::machine::processors;
+use crate::restore::Settings as PrefetchSettings;
 
 /// Mount the repository: every machine's live, to write to, and its epochs, to read.
 ///
@@ -35,6 +36,12 @@ pub struct Mount {
     /// How much may be written and not committed, of all machines together. Beyond it, writers get ENOSPC.
     #[arg(long, value_name = "SIZE", default_value = "64G", value_parser = parse_size)]
     spool_size: u64,
+    /// Do not push pages of epochs to their readers before they ask, and keep no traces of what they asked for.
+    #[arg(long)]
+    no_prefetch: bool,
+    /// How much may be pushed a second, of all epochs together, for example 200M. Unlimited unless given.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    prefetch_rate: Option<u64>,
     /// Change nothing: live is read-only, and nothing can be committed.
     #[arg(long)]
     read_only: bool,
@@ -74,6 +81,11 @@ impl Mount {
                 threads => usize::from(threads),
             },
             spool_len_max: self.spool_size,
+            prefetch: (!self.no_prefetch).then(|| PrefetchSettings {
+                threads: processors().clamp(1, 8),
+                rate: self.prefetch_rate,
+                keeps_traces: !self.read_only,
+            }),
             log: log.clone(),
             io_flusher,
         };
@@ -122,7 +134,11 @@ impl Mount {
         arguments.extend(["mount".into(), "--detached".into()]);
         arguments.extend(["--threads".into(), self.threads.to_string().into()]);
         arguments.extend(["--spool-size".into(), self.spool_size.to_string().into()]);
-        for (flag, is_given) in [("--allow-other", self.allow_other), ("--read-only", self.read_only)] {
+        arguments
+            .extend(self.prefetch_rate.iter().flat_map(|rate| ["--prefetch-rate".into(), rate.to_string().into()]));
+        let flags =
+            [("--allow-other", self.allow_other), ("--read-only", self.read_only), ("--no-prefetch", self.no_prefetch)];
+        for (flag, is_given) in flags {
             arguments.extend(is_given.then(|| flag.into()));
         }
         arguments.extend(["--".into(), at.into()]);

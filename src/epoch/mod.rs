@@ -21,6 +21,7 @@ mod view;
 
 pub use admin::Ownership;
 pub use commit::{CommitBuilder, CommitOptions, Committed};
+pub(crate) use diff::changed_pages_of;
 pub use diff::{Change, FileDiff, diff};
 pub use export::{Exported, export};
 pub use pipeline::CommitCounts;
@@ -29,5 +30,6 @@ pub(crate) use reader::SharedImage;
 pub use reader::{Epoch, StreamReader};
 pub use source::{BytesSource, FileSource, PagesSource, Source};
 pub use stats::Stats;
+pub(crate) use tree::page_count;
 pub use verify::{BrokenEpoch, Problem, Verified};
 pub use view::{EpochName, EpochStore, Which, commit_of, directory_store};

@@ -118,6 +118,27 @@ impl SharedImage<'_> {
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
         next_data(self.nodes, self.image, from)
     }
+
+    /// Reads pages, whose numbers are in order, wherever they are. What is not stored is zeros.
+    pub fn read_pages(&self, numbers: &[u64], pages: &mut [Page]) -> Result<()> {
+        assert_eq!(numbers.len(), pages.len(), "a page for each number");
+        let mut wanted = Vec::with_capacity(numbers.len());
+        let mut at = 0;
+        for group in numbers.chunk_by(|a, b| a / LEAF_PAGES == b / LEAF_PAGES) {
+            let leaf = leaf(self.nodes, self.image, group[0] / LEAF_PAGES)?;
+            for number in group {
+                let slot = (number % LEAF_PAGES) as usize;
+                let stored = leaf.as_ref().and_then(|leaf| Some((leaf.node.hash(slot)?, leaf.node.place(slot)?)));
+                match stored {
+                    // As if they lay side by side.
+                    Some((hash, place)) => wanted.push(Wanted { page: at as u64, hash: *hash, place }),
+                    None => pages[at].fill(0),
+                }
+                at += 1;
+            }
+        }
+        FETCHER.with_borrow_mut(|fetcher| fetcher.fetch(self.nodes.objects(), wanted, 0, pages))
+    }
 }
 
 fn read_image_at(nodes: &Nodes, image: &Image, fetcher: &mut Fetcher, offset: u64, buffer: &mut [u8]) -> Result<usize> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use epochfs_format::EntryKind;
+use epochfs_format::{EntryKind, PAGE_SIZE};
 
 use super::FileSystem;
 use super::inodes::Handle;
@@ -30,7 +30,8 @@ impl FileSystem {
                 }
                 match stored.entry().map(|entry| &entry.kind) {
                     Some(EntryKind::Stream(image)) => {
-                        Ok(self.handles.insert(Handle::Stored(stored.epoch.clone(), image.clone())))
+                        let residency = self.restore(&stored, image);
+                        Ok(self.handles.insert(Handle::Stored(stored.epoch.clone(), image.clone(), residency)))
                     }
                     _ => Err(Refusal::Invalid),
                 }
@@ -49,7 +50,10 @@ impl FileSystem {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
         let count = match &*handle {
             Handle::Live(live, file) => live.read(file, offset, buffer)?,
-            Handle::Stored(epoch, image) => {
+            Handle::Stored(epoch, image, residency) => {
+                let size = PAGE_SIZE as u64;
+                let end = offset.saturating_add(buffer.len() as u64).min(image.length);
+                residency.demand(offset / size..end.div_ceil(size));
                 let image = SharedImage { nodes: epoch.nodes(), image };
                 image.read_at(offset, buffer).map_err(|error| error.context(epoch.name()))?
             }
@@ -84,7 +88,7 @@ impl FileSystem {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
         match &*handle {
             Handle::Live(live, file) => live.seek(file, offset, data),
-            Handle::Stored(epoch, image) => {
+            Handle::Stored(epoch, image, _) => {
                 if offset >= image.length {
                     return Ok(None);
                 }

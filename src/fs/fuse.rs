@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags,
+    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags, RenameFlags,
     ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
@@ -18,7 +18,7 @@ use fuser::{
 use super::connect::connect;
 use super::names::Rename;
 use super::parked::{Parked, ParkingLot};
-use super::{Attr, Change, FileSystem, Found, errno};
+use super::{Attr, Change, FileSystem, Found, PageCache, errno};
 use crate::epoch::live::{Allocation, Answer, Creator, NodeKind, Refusal, SetAttributes};
 use crate::error::{Error, Result};
 use crate::platform::clock;
@@ -70,10 +70,14 @@ pub fn mount(file_system: Arc<FileSystem>, at: &Path, source: &str, options: &Mo
     config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
     config.n_threads = Some(if options.threads == 0 { default_threads() } else { options.threads });
     config.clone_fd = true;
+    let pushing = file_system.clone();
     let adapter = Adapter { parked: ParkingLot::start(file_system.clone())?, file_system };
     let device = connect(&at, source, options).map_err(failed)?;
     match Session::from_fd(adapter, device, config.acl, config) {
-        Ok(session) => Ok(Mount { session, at }),
+        Ok(session) => {
+            pushing.set_page_cache(Arc::new(KernelCache(session.notifier())));
+            Ok(Mount { session, at })
+        }
         Err(error) => {
             // What the error says matters more than what becomes of a mount that nobody serves.
             let _ = Unmounter { at: at.clone() }.unmount(true);
@@ -119,6 +123,22 @@ impl Unmounter {
         let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         let kind = if said.contains("busy") { io::ErrorKind::ResourceBusy } else { io::ErrorKind::Other };
         Err(io::Error::new(kind, said))
+    }
+}
+
+/// Pushes pages into the kernel's cache. A page that is being read is locked until it was answered: so this is for
+/// threads that never answer.
+struct KernelCache(Notifier);
+
+impl PageCache for KernelCache {
+    fn store(&self, inode: u64, offset: u64, bytes: &[u8]) -> bool {
+        match self.0.store(INodeNo(inode), offset, bytes) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::debug!(%error, "the kernel takes no pages any more");
+                false
+            }
+        }
     }
 }
 
@@ -230,6 +250,7 @@ impl Filesystem for Adapter {
     }
 
     fn destroy(&mut self) {
+        self.file_system.end_prefetches();
         self.parked.close();
     }
 

@@ -9,6 +9,7 @@ use epochfs_format::Image;
 use super::object::Object;
 use crate::epoch::Epoch;
 use crate::epoch::live::{Live, LiveFile, NodeKind};
+use crate::restore::Residency;
 
 struct Inode {
     object: Object,
@@ -66,7 +67,7 @@ pub struct Line {
 /// Something that is open.
 pub enum Handle {
     Live(Arc<Live>, Arc<LiveFile>),
-    Stored(Epoch, Image),
+    Stored(Epoch, Image, Arc<Residency>),
     /// What it holds is looked up when it is read from its beginning.
     Directory {
         inode: u64,

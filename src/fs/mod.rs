@@ -18,6 +18,7 @@ mod keeper;
 mod names;
 mod object;
 mod parked;
+mod restores;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -32,6 +33,7 @@ pub use error::errno;
 pub use fuse::{Mount, MountOptions, Unmounter, mount};
 pub use inodes::Line;
 pub use names::Found;
+pub use restores::PageCache;
 
 pub use crate::epoch::live::LiveCommit;
 use crate::epoch::live::{Answer, Budget, Live, LiveSettings, Refusal, machines_kept};
@@ -39,9 +41,11 @@ use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
 use crate::platform::random;
+use crate::restore::{self, PrefetchStatus, Prefetcher};
 use inodes::{Handles, Inodes};
 use keeper::Keeper;
 use object::Object;
+use restores::Restores;
 
 /// The inode of the mount's topmost directory.
 pub const ROOT_INODE: u64 = 1;
@@ -57,6 +61,8 @@ pub struct Settings {
     pub pipeline_max: usize,
     pub read_only: bool,
     pub compression_level: i32,
+    /// How pages are pushed to readers of epochs before they ask; `None`: not at all.
+    pub prefetch: Option<restore::Settings>,
 }
 
 pub struct FileSystem {
@@ -68,6 +74,8 @@ pub struct FileSystem {
     opening: Mutex<HashMap<Arc<str>, Arc<Mutex<()>>>>,
     inodes: Inodes,
     handles: Handles,
+    restores: Restores,
+    prefetcher: Option<Prefetcher>,
     keeper: Arc<Keeper>,
     /// Whose the directories are that are in no epoch.
     owner: u32,
@@ -80,6 +88,9 @@ pub struct FileSystem {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
     pub machines: Vec<MachineStatus>,
+    /// Epochs that are being restored, or were a moment ago.
+    #[serde(default)]
+    pub prefetches: Vec<PrefetchStatus>,
     pub inodes: u64,
     pub open_files: u64,
     pub read_bytes: u64,
@@ -155,8 +166,11 @@ impl FileSystem {
             compression_level: settings.compression_level,
             read_only: settings.read_only,
         };
+        let prefetcher = settings.prefetch.map(|settings| Prefetcher::start(store.clone(), settings)).transpose()?;
         let file_system = Arc::new(Self {
             store,
+            restores: Restores::default(),
+            prefetcher,
             settings,
             live_settings: Arc::new(live_settings),
             lives: Mutex::default(),
@@ -246,6 +260,7 @@ impl FileSystem {
         machines.sort_by(|a, b| a.machine.cmp(&b.machine));
         Status {
             machines,
+            prefetches: self.prefetcher.as_ref().map(Prefetcher::statuses).unwrap_or_default(),
             inodes: self.inodes.count(),
             open_files: self.handles.count(),
             read_bytes: self.read_bytes.load(Ordering::Relaxed),
@@ -256,6 +271,7 @@ impl FileSystem {
     /// After the unmount: finishes commits, syncs what no epoch holds, and gives up machines without such changes.
     pub fn close(&self) -> Result<()> {
         self.keeper.stop();
+        self.end_prefetches();
         let mut result = Ok(());
         for live in self.all_lives() {
             if let Err(error) = live.close() {

@@ -61,8 +61,10 @@ impl FileSystem {
     }
 
     pub fn forget(&self, inode: u64, count: u64) {
-        if let Some(Object::Live(live, node)) = self.inodes.forget(inode, count) {
-            live.hold(node, false);
+        match self.inodes.forget(inode, count) {
+            Some(Object::Live(live, node)) => live.hold(node, false),
+            Some(Object::Stored(_)) => self.restores.forget(inode),
+            _ => {}
         }
     }
 

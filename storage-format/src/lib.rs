@@ -13,6 +13,7 @@ mod object;
 mod page;
 mod record;
 mod reference;
+mod trace;
 mod wire;
 
 pub use block::{BLOCK_HEADER_LEN, BLOCK_PAYLOAD_LEN_MAX, Block, BlockKind, PageDecoder, PageEncoder, put_raw_block};
@@ -25,6 +26,7 @@ pub use manifest::{Attributes, EntryKind, IMAGE_LEN_MAX, Image, Manifest, Manife
 pub use name::{
     DESCRIPTOR_KEY, NAME_LEN_MAX, RECORDS_A_SEGMENT, STREAM_PATH_LEN_MAX, check_machine, check_stream_path, check_tag,
     decode_component, encode_component, hex, log_prefix, pack_key, parse_id, record_key, record_seq, segment_name,
+    trace_prefix, trace_seq,
 };
 pub use node::{
     FANOUT, LEVELS_MAX, Node, NodeEditor, NodePatch, Slot, StoredNode, decode_node, level_span, levels_for,
@@ -36,6 +38,7 @@ pub use object::{
 pub use page::{Hash, PAGE_SIZE, Page, hash_page, hash_pages, is_zero};
 pub use record::{Body, Commit, INLINE_MANIFEST_LEN_MAX, ManifestPlace, Owner, Record};
 pub use reference::{ObjectRef, Place};
+pub use trace::{TRACE_RUNS_MAX, Trace, TraceRun};
 
 /// The version of the format that this crate writes, and the newest it reads.
 pub const FORMAT_VERSION: u16 = 1;

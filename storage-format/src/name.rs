@@ -109,6 +109,20 @@ pub fn record_seq(key: &str) -> Option<u64> {
     if name.len() == 16 && name.bytes().all(|byte| byte.is_ascii_digit()) { name.parse().ok() } else { None }
 }
 
+/// Where the traces of a stream lie, the newest with the highest number: `<prefix><number>`.
+pub fn trace_prefix(machine: &str, stream: &[u8]) -> String {
+    // Paths may be longer than names.
+    let mut hasher = blake3::Hasher::new_derive_key("EpochFS v1 stream of a trace");
+    let stream = hasher.update(stream).finalize();
+    format!("traces/{}/{}/", encode_component(machine), hex(&stream.as_bytes()[..16]))
+}
+
+/// The number of a trace, from its key.
+pub fn trace_seq(key: &str) -> Option<u64> {
+    let name = key.rsplit('/').next()?;
+    if name.len() == 12 && name.bytes().all(|byte| byte.is_ascii_digit()) { name.parse().ok() } else { None }
+}
+
 /// Letters, digits, dots, dashes and underscores as they are, every other byte as %XX: safe on every store.
 pub fn encode_component(name: &str) -> String {
     let mut out = String::with_capacity(name.len());

@@ -15,12 +15,12 @@ const LAYERS: [(&str, u32); 12] = [
     ("epoch", 3),
     ("gc", 4),
     ("restore", 5),
-    ("fs", 5),
-    ("uffd", 5),
-    ("capture", 5),
-    ("vmm", 6),
-    ("ha", 6),
-    ("ops", 7),
+    ("fs", 6),
+    ("uffd", 6),
+    ("capture", 6),
+    ("vmm", 7),
+    ("ha", 7),
+    ("ops", 8),
 ];
 
 /// Above every layer.

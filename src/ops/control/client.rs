@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, Introduction, Request, Unmounted};
+use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, Introduction, PrefetchRequest, Request, Unmounted};
 use super::protocol::{decode_answer, read_line};
 use super::with_address;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::restore::PrefetchStatus;
 
 /// How long a daemon may take to say who and how it is.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
@@ -65,6 +66,11 @@ impl Client {
             }
             _ => error,
         })
+    }
+
+    /// How far the prefetch of a stream that is open is; or has everything of it pushed.
+    pub fn prefetch(&mut self, request: PrefetchRequest) -> Result<PrefetchStatus> {
+        self.call(&Request::Prefetch(request))
     }
 
     pub fn umount(&mut self, lazy: bool) -> Result<Unmounted> {

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 
 pub use client::Client;
 pub use lock::{DaemonLock, Holder};
-pub use protocol::{CommitRequest, CommitSummary, DaemonStatus, Introduction, Request, Unmounted, decode_error};
+pub use protocol::{
+    CommitRequest, CommitSummary, DaemonStatus, Introduction, PrefetchRequest, Request, Unmounted, decode_error,
+};
 pub use server::{Listener, Server, Service};
 
 /// The socket's name in a repository's state directory.

@@ -32,6 +32,9 @@ pub enum Request {
     Status,
     /// Commits a machine's live. Answered with a [`CommitSummary`] when the epoch is durable.
     Commit(CommitRequest),
+    /// How far the prefetch of an epoch's stream is, which must be open; or has everything of it pushed. Answered with a
+    /// [`PrefetchStatus`](crate::restore::PrefetchStatus).
+    Prefetch(PrefetchRequest),
     /// Unmounts. Answered with [`Unmounted`] when the daemon has finished its work; where the unmount is lazy and
     /// files are still open, when no path leads to the mount any more.
     Umount { lazy: bool },
@@ -46,6 +49,15 @@ pub struct CommitRequest {
     pub tags: Vec<String>,
     #[serde(default)]
     pub notes: Vec<(String, String)>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrefetchRequest {
+    pub machine: String,
+    pub epoch: u64,
+    pub stream: String,
+    #[serde(default)]
+    pub everything: bool,
 }
 
 /// Who the daemon is.

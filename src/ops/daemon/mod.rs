@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::fs::fuse::{self, Mount, MountOptions};
 use crate::fs::{FileSystem, Settings};
 use crate::platform::clock::Stopwatch;
+use crate::restore;
 use service::{DaemonService, State};
 use watch::{End, Event, Watch};
 
@@ -39,6 +40,8 @@ pub struct DaemonOptions {
     /// Threads that answer the kernel.
     pub threads: usize,
     pub spool_len_max: u64,
+    /// How pages are pushed to readers of epochs; `None`: not at all.
+    pub prefetch: Option<restore::Settings>,
     /// Where a daemon in the background writes what happens.
     pub log: Option<PathBuf>,
     /// Whether [`prepare_process`] could tell the kernel what this process is.
@@ -137,6 +140,7 @@ pub fn serve(
         pipeline_max: PIPELINE_MAX,
         read_only: options.read_only,
         compression_level: COMPRESSION_LEVEL,
+        prefetch: options.prefetch,
     };
     let filesystem = FileSystem::new(store.clone(), settings)?;
     let mount_options =

@@ -13,7 +13,9 @@ use crate::epoch::EpochStore;
 use crate::epoch::live::LiveCommit;
 use crate::error::{Error, Kind, Result};
 use crate::fs::{self, FileSystem};
-use crate::ops::control::{CommitRequest, CommitSummary, DaemonStatus, Introduction, Request, Service, Unmounted};
+use crate::ops::control::{
+    CommitRequest, CommitSummary, DaemonStatus, Introduction, PrefetchRequest, Request, Service, Unmounted,
+};
 use crate::ops::kernel;
 use crate::ops::mounts::device_at;
 use crate::platform::clock::{self, Stopwatch};
@@ -184,6 +186,10 @@ impl Service for DaemonService {
             Request::Ping => document(serde_json::to_value(self.introduction())),
             Request::Status => document(serde_json::to_value(self.status())),
             Request::Commit(commit) => document(serde_json::to_value(self.commit(commit)?)),
+            Request::Prefetch(PrefetchRequest { machine, epoch, stream, everything }) => {
+                let (_, filesystem) = self.served()?;
+                document(serde_json::to_value(filesystem.hydrate(&machine, epoch, stream.as_bytes(), everything)?))
+            }
             Request::Umount { lazy } => document(serde_json::to_value(self.umount(lazy)?)),
         }
     }

@@ -1,0 +1,129 @@
+//! Epochs that are being read: what their readers have, and what is pushed to them before they ask.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use epochfs_format::{Image, PAGE_SIZE, Page};
+
+use super::FileSystem;
+use super::object::{Object, Stored};
+use crate::error::{Error, Result};
+use crate::restore::{Extent, Prefetch, PrefetchStatus, Residency, Sink, Target};
+
+/// The kernel's cache of files' pages.
+pub trait PageCache: Send + Sync {
+    /// Puts bytes into it. `false`: the mount is gone.
+    fn store(&self, inode: u64, offset: u64, bytes: &[u8]) -> bool;
+}
+
+/// Shorter streams are read in no time, and nobody maps them.
+const PREFETCHED_LEN_MIN: u64 = 4 << 20;
+
+/// What is known of the streams that are open, by inode.
+#[derive(Default)]
+pub struct Restores {
+    open: Mutex<HashMap<u64, (Arc<Residency>, Option<Arc<Prefetch>>)>>,
+    cache: Arc<Cache>,
+}
+
+#[derive(Default)]
+struct Cache(RwLock<Option<Arc<dyn PageCache>>>);
+
+impl Cache {
+    fn get(&self) -> Option<Arc<dyn PageCache>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+struct InodeSink {
+    inode: u64,
+    length: u64,
+    cache: Arc<Cache>,
+}
+
+impl Sink for InodeSink {
+    fn push(&self, first: u64, pages: &[Page]) -> bool {
+        let offset = first * PAGE_SIZE as u64;
+        let bytes = pages.as_flattened();
+        // The kernel would take what lies behind the end for the file's.
+        let len = self.length.saturating_sub(offset).min(bytes.len() as u64) as usize;
+        self.cache.get().is_some_and(|cache| cache.store(self.inode, offset, &bytes[..len]))
+    }
+}
+
+impl Restores {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (Arc<Residency>, Option<Arc<Prefetch>>)>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The kernel's cache, or none any more.
+    pub fn set_cache(&self, cache: Option<Arc<dyn PageCache>>) {
+        *self.cache.0.write().unwrap_or_else(PoisonError::into_inner) = cache;
+    }
+
+    /// The kernel no longer knows an inode: its pages are gone, too.
+    pub fn forget(&self, inode: u64) {
+        if let Some((residency, _)) = self.lock().remove(&inode) {
+            residency.close();
+        }
+    }
+}
+
+impl FileSystem {
+    /// A stream of an epoch was opened: what its readers have, and the beginning of a prefetch if it is the first.
+    pub(super) fn restore(&self, stored: &Stored, image: &Image) -> Arc<Residency> {
+        let inode = Object::Stored(stored.clone()).number();
+        let mut open = self.restores.lock();
+        let (residency, prefetch) = open.entry(inode).or_insert_with(|| (Arc::new(Residency::new(image.length)), None));
+        if prefetch.is_none()
+            && image.length >= PREFETCHED_LEN_MIN
+            && let Some(prefetcher) = &self.prefetcher
+        {
+            let sink = InodeSink { inode, length: image.length, cache: self.restores.cache.clone() };
+            let target = Target {
+                epoch: stored.epoch.clone(),
+                stream: stored.path.clone(),
+                image: image.clone(),
+                residency: residency.clone(),
+                sink: Arc::new(sink),
+            };
+            *prefetch = Some(prefetcher.begin(target, Extent::Forecast));
+        }
+        residency.clone()
+    }
+
+    /// Pushes nothing any more. Whoever answers the kernel must still do so.
+    pub fn end_prefetches(&self) {
+        if let Some(prefetcher) = &self.prefetcher {
+            prefetcher.stop();
+        }
+        self.restores.set_cache(None);
+    }
+
+    /// Where pages are pushed to from now on.
+    pub fn set_page_cache(&self, cache: Arc<dyn PageCache>) {
+        self.restores.set_cache(Some(cache));
+    }
+
+    /// Has everything pushed of a stream that is open, or tells how far it is.
+    pub fn hydrate(&self, machine: &str, epoch: u64, stream: &[u8], everything: bool) -> Result<PrefetchStatus> {
+        let name = || format!("{machine}@{epoch} {}", stream.escape_ascii());
+        let Some(prefetcher) = &self.prefetcher else {
+            return Err(Error::conflict("this mount does not prefetch").hint("mount without --no-prefetch"));
+        };
+        let stored = {
+            let record = self.store.repository().epoch_record(&machine.into(), epoch)?;
+            Stored { epoch: self.store.open(record)?, path: stream.into(), tag: None }
+        };
+        let inode = Object::Stored(stored).number();
+        let prefetch = self.restores.lock().get(&inode).and_then(|(_, prefetch)| prefetch.clone());
+        let Some(prefetch) = prefetch else {
+            return Err(Error::not_found(format!("nobody has {} open on this mount, or it is short", name()))
+                .hint("open it first, and keep it open: pages are pushed to files of 4 MiB and more that are in use"));
+        };
+        if everything {
+            prefetcher.extend(&prefetch);
+        }
+        Ok(prefetch.status())
+    }
+}

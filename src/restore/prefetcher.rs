@@ -1,0 +1,554 @@
+//! Pushes pages to restores before they ask: in the order of a forecast, many at a time, by threads that give way to
+//! whoever answers those who ask.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use epochfs_format::{Image, PAGE_SIZE, Page, TraceRun};
+use serde::{Deserialize, Serialize};
+
+use super::forecast::{Source, forecast};
+use super::residency::Residency;
+use super::traces::Traces;
+use crate::epoch::{Epoch, EpochStore, SharedImage, page_count};
+use crate::error::{Error, Result};
+use crate::platform::clock::Stopwatch;
+
+/// Pages that are read and pushed at a time: few at first, so that the first are there soon.
+const BATCH_PAGES_FIRST: usize = 64;
+const BATCH_PAGES_MAX: usize = 512;
+
+/// The longest piece that is pushed at once.
+const PIECE_PAGES_MAX: usize = 256;
+
+/// How far ahead in address order pages are looked for when all are wanted.
+const HYDRATED_AT_ONCE: u64 = 4096;
+
+/// A forecast is taken for wrong from so many requests on that named none of its pages, where these are so many times
+/// those that did.
+const MISSES_MIN: u64 = 48;
+const MISSES_A_HIT: u64 = 3;
+
+/// Batches in a row that may fail before a prefetch gives up.
+const FAILURES_MAX: u32 = 4;
+
+/// How often it is looked whether a restore is over.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Prefetching threads are this much less important than others.
+const NICENESS: i32 = 5;
+
+/// Where pages go.
+pub trait Sink: Send + Sync {
+    /// Gives pages in a row, the first of which has this number. `false`: nobody takes any more.
+    fn push(&self, first: u64, pages: &[Page]) -> bool;
+}
+
+/// A stream that is being restored.
+#[derive(Clone)]
+pub struct Target {
+    pub epoch: Epoch,
+    pub stream: Arc<[u8]>,
+    pub image: Image,
+    pub residency: Arc<Residency>,
+    pub sink: Arc<dyn Sink>,
+}
+
+/// How much is pushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Extent {
+    /// What the restore is expected to need soon.
+    Forecast,
+    /// Then everything else.
+    Everything,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    pub threads: usize,
+    /// Bytes a second that all prefetches together may push.
+    pub rate: Option<u64>,
+    /// Whether what restores touch is kept in the repository for the next ones.
+    pub keeps_traces: bool,
+}
+
+/// What is shown of a prefetch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrefetchStatus {
+    pub machine: String,
+    pub epoch: u64,
+    pub stream: String,
+    /// `planning`, `running`, `done`, `mistaken` (readers want other pages than was foreseen), `failed`, `cancelled`.
+    pub state: String,
+    /// Where the forecast came from: `trace`, `changes`, `nothing`.
+    pub source: String,
+    pub foreseen_pages: u64,
+    pub pushed_pages: u64,
+    /// Requests of readers, by whether they were foreseen.
+    pub hits: u64,
+    pub misses: u64,
+    /// From the beginning until what was foreseen was there, once it was.
+    pub responsive_ms: Option<f64>,
+    /// The same until everything was, where that was asked for.
+    pub resident_ms: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Planning,
+    Running,
+    Done,
+    Mistaken,
+    Failed,
+    Cancelled,
+}
+
+struct Work {
+    state: State,
+    source: Source,
+    restores: u32,
+    runs: VecDeque<Range<u64>>,
+    /// What the forecast was, for the trace.
+    foreseen: Vec<Range<u64>>,
+    foreseen_pages: u64,
+    /// Up to which page everything is on its way, where everything is wanted.
+    hydrated: u64,
+    extent: Extent,
+    batch_pages: usize,
+    in_flight: usize,
+    failures: u32,
+    responsive: Option<Duration>,
+    resident: Option<Duration>,
+}
+
+/// What a thread does for a prefetch.
+enum Step {
+    Plan,
+    /// Read and push these pages, which are in order.
+    Push(Vec<u64>),
+    /// Nothing, or nothing before others have finished what they are at.
+    Nothing,
+}
+
+/// One stream's prefetch.
+pub struct Prefetch {
+    target: Target,
+    since: Stopwatch,
+    work: Mutex<Work>,
+    pushed: AtomicU64,
+}
+
+struct Queue {
+    waiting: VecDeque<Arc<Prefetch>>,
+    /// All whose trace is not kept yet, those that are waiting included.
+    all: Vec<Arc<Prefetch>>,
+    stopped: bool,
+}
+
+struct Shared {
+    store: Arc<EpochStore>,
+    traces: Traces,
+    rate: Option<u64>,
+    keeps_traces: bool,
+    queue: Mutex<Queue>,
+    called: Condvar,
+    stopped: AtomicBool,
+    /// When so many bytes had been pushed, counted from the start: what the rate allows.
+    paid_until: Mutex<Option<(Stopwatch, u64)>>,
+}
+
+/// Runs prefetches of a process.
+pub struct Prefetcher {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Prefetcher {
+    pub fn start(store: Arc<EpochStore>, settings: Settings) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            traces: Traces::new(&store),
+            store,
+            rate: settings.rate.filter(|rate| *rate > 0),
+            keeps_traces: settings.keeps_traces,
+            queue: Mutex::new(Queue { waiting: VecDeque::new(), all: Vec::new(), stopped: false }),
+            called: Condvar::new(),
+            stopped: AtomicBool::new(false),
+            paid_until: Mutex::default(),
+        });
+        let prefetcher = Self { shared, threads: Mutex::default() };
+        for number in 0..settings.threads.max(1) {
+            let shared = prefetcher.shared.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("prefetch {number}"))
+                .spawn(move || shared.run())
+                .map_err(|error| Error::io("cannot start a thread", error))?;
+            lock(&prefetcher.threads).push(thread);
+        }
+        Ok(prefetcher)
+    }
+
+    /// Begins to push what a stream's readers will need, and to record what they ask for.
+    pub fn begin(&self, target: Target, extent: Extent) -> Arc<Prefetch> {
+        let prefetch = Arc::new(Prefetch {
+            target,
+            since: Stopwatch::start(),
+            work: Mutex::new(Work {
+                state: State::Planning,
+                source: Source::Nothing,
+                restores: 0,
+                runs: VecDeque::new(),
+                foreseen: Vec::new(),
+                foreseen_pages: 0,
+                hydrated: 0,
+                extent,
+                batch_pages: BATCH_PAGES_FIRST,
+                in_flight: 0,
+                failures: 0,
+                responsive: None,
+                resident: None,
+            }),
+            pushed: AtomicU64::new(0),
+        });
+        lock(&self.shared.queue).all.push(prefetch.clone());
+        self.shared.again(&prefetch);
+        prefetch
+    }
+
+    /// Has a prefetch push everything.
+    pub fn extend(&self, prefetch: &Arc<Prefetch>) {
+        let mut work = lock(&prefetch.work);
+        if work.extent == Extent::Everything {
+            return;
+        }
+        work.extent = Extent::Everything;
+        let is_idle = work.state == State::Done || work.state == State::Mistaken;
+        if is_idle {
+            work.state = State::Running;
+        }
+        drop(work);
+        if is_idle {
+            self.shared.again(prefetch);
+        }
+    }
+
+    pub fn statuses(&self) -> Vec<PrefetchStatus> {
+        let all = lock(&self.shared.queue).all.clone();
+        all.iter().map(|prefetch| prefetch.status()).collect()
+    }
+
+    /// Ends all prefetches, and keeps what was recorded. Whoever takes pages must still do so.
+    pub fn stop(&self) {
+        self.shared.stopped.store(true, Ordering::Release);
+        let all = {
+            let mut queue = lock(&self.shared.queue);
+            queue.stopped = true;
+            queue.waiting.clear();
+            std::mem::take(&mut queue.all)
+        };
+        self.shared.called.notify_all();
+        for thread in lock(&self.threads).drain(..) {
+            let _ = thread.join();
+        }
+        for prefetch in all {
+            self.shared.keep_trace(&prefetch, true);
+        }
+    }
+}
+
+impl Drop for Prefetcher {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Prefetch {
+    pub fn status(&self) -> PrefetchStatus {
+        let Target { epoch, stream, residency, .. } = &self.target;
+        let (hits, misses) = residency.score();
+        let work = lock(&self.work);
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        PrefetchStatus {
+            machine: epoch.machine().to_string(),
+            epoch: epoch.number(),
+            stream: stream.escape_ascii().to_string(),
+            state: match work.state {
+                State::Planning => "planning",
+                State::Running => "running",
+                State::Done => "done",
+                State::Mistaken => "mistaken",
+                State::Failed => "failed",
+                State::Cancelled => "cancelled",
+            }
+            .to_owned(),
+            source: work.source.name().to_owned(),
+            foreseen_pages: work.foreseen_pages,
+            pushed_pages: self.pushed.load(Ordering::Relaxed),
+            hits,
+            misses,
+            responsive_ms: work.responsive.map(ms),
+            resident_ms: work.resident.map(ms),
+        }
+    }
+
+    /// Whether readers want something else than was foreseen.
+    fn is_mistaken(&self) -> bool {
+        let (hits, misses) = self.target.residency.score();
+        misses >= MISSES_MIN && misses > hits * MISSES_A_HIT
+    }
+
+    /// What a thread is to do for it next.
+    fn next_step(&self) -> Step {
+        let mut work = lock(&self.work);
+        match work.state {
+            State::Planning => return Step::Plan,
+            State::Running => {}
+            _ => return Step::Nothing,
+        }
+        if self.target.residency.is_gone() {
+            work.state = State::Cancelled;
+            return Step::Nothing;
+        }
+        if !work.runs.is_empty() && work.hydrated == 0 && self.is_mistaken() {
+            work.runs.clear();
+            if work.extent == Extent::Forecast {
+                work.state = State::Mistaken;
+                return Step::Nothing;
+            }
+        }
+        let mut pages = Vec::new();
+        while pages.len() < work.batch_pages {
+            let Some(mut run) = work.runs.pop_front() else {
+                if pages.is_empty() && work.in_flight == 0 && work.responsive.is_none() {
+                    work.responsive = Some(self.since.elapsed());
+                }
+                if work.extent == Extent::Forecast || !self.look_further(&mut work) {
+                    break;
+                }
+                continue;
+            };
+            let room = (work.batch_pages - pages.len()) as u64;
+            if run.end - run.start > room {
+                work.runs.push_front(run.start + room..run.end);
+                run.end = run.start + room;
+            }
+            self.target.residency.claim(run, &mut |run| pages.extend(run));
+        }
+        if pages.is_empty() {
+            if work.in_flight == 0 {
+                work.state = State::Done;
+                let elapsed = self.since.elapsed();
+                work.responsive.get_or_insert(elapsed);
+                if work.extent == Extent::Everything {
+                    work.resident.get_or_insert(elapsed);
+                }
+            }
+            return Step::Nothing;
+        }
+        work.batch_pages = (work.batch_pages * 2).min(BATCH_PAGES_MAX);
+        work.in_flight += 1;
+        drop(work);
+        pages.sort_unstable();
+        Step::Push(pages)
+    }
+
+    /// Adds the next stored pages in address order; `false` when there are no more.
+    fn look_further(&self, work: &mut Work) -> bool {
+        let (image, size) = (&self.target.image, PAGE_SIZE as u64);
+        let shared = SharedImage { nodes: self.target.epoch.nodes(), image };
+        while work.hydrated < page_count(image.length) {
+            match shared.next_data(work.hydrated * size) {
+                Ok(Some(data)) => {
+                    let first = data.start / size;
+                    let end = data.end.div_ceil(size).min(first + HYDRATED_AT_ONCE);
+                    work.hydrated = end;
+                    work.runs.push_back(first..end);
+                    return true;
+                }
+                Ok(None) => work.hydrated = page_count(image.length),
+                Err(error) => {
+                    tracing::warn!(epoch = self.target.epoch.name(), "a prefetch ends: {error}");
+                    work.hydrated = page_count(image.length);
+                }
+            }
+        }
+        false
+    }
+
+    /// Whether this was the last batch that somebody was at.
+    fn finish_batch(&self, result: Result<bool>, count: usize) -> bool {
+        let mut work = lock(&self.work);
+        work.in_flight -= 1;
+        match result {
+            Ok(true) => {
+                work.failures = 0;
+                self.pushed.fetch_add(count as u64, Ordering::Relaxed);
+            }
+            Ok(false) => work.state = State::Cancelled,
+            Err(error) => {
+                work.failures += 1;
+                // Whoever asks for the page is told, and by name.
+                tracing::info!(epoch = self.target.epoch.name(), "pages were not prefetched: {error}");
+                if work.failures >= FAILURES_MAX {
+                    work.state = State::Failed;
+                }
+            }
+        }
+        work.in_flight == 0
+    }
+}
+
+impl Shared {
+    fn run(&self) {
+        // One that may not be made less important is as important as others.
+        let _ = rustix::process::setpriority_process(None, NICENESS);
+        let mut buffer = Vec::new();
+        while let Some(prefetch) = self.next() {
+            match prefetch.next_step() {
+                Step::Plan => {
+                    self.plan(&prefetch);
+                    self.again(&prefetch);
+                }
+                Step::Push(pages) => {
+                    // Another thread takes the next batch meanwhile.
+                    self.again(&prefetch);
+                    let result = self.push(&prefetch.target, &pages, &mut buffer);
+                    if !matches!(result, Ok(true)) {
+                        pages.iter().for_each(|page| prefetch.target.residency.disclaim(*page..*page + 1));
+                    }
+                    if prefetch.finish_batch(result, pages.len()) {
+                        self.again(&prefetch);
+                    }
+                }
+                Step::Nothing => {}
+            }
+        }
+    }
+
+    /// Puts a prefetch into the queue, if it is not there.
+    fn again(&self, prefetch: &Arc<Prefetch>) {
+        let mut queue = lock(&self.queue);
+        if !queue.stopped && !queue.waiting.iter().any(|waiting| Arc::ptr_eq(waiting, prefetch)) {
+            queue.waiting.push_back(prefetch.clone());
+            self.called.notify_one();
+        }
+    }
+
+    /// The next prefetch to work on. Meanwhile traces are kept of restores that are over.
+    fn next(&self) -> Option<Arc<Prefetch>> {
+        let mut queue = lock(&self.queue);
+        loop {
+            if queue.stopped {
+                return None;
+            }
+            if let Some(prefetch) = queue.waiting.pop_front() {
+                return Some(prefetch);
+            }
+            if queue.all.is_empty() {
+                queue = self.called.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            queue = self.called.wait_timeout(queue, LOOK_INTERVAL).unwrap_or_else(PoisonError::into_inner).0;
+            if queue.waiting.is_empty() && !queue.stopped {
+                let all = queue.all.clone();
+                drop(queue);
+                let over: Vec<&Arc<Prefetch>> = all
+                    .iter()
+                    .filter(|prefetch| {
+                        let is_gone = prefetch.target.residency.is_gone();
+                        self.keep_trace(prefetch, is_gone);
+                        is_gone
+                    })
+                    .collect();
+                queue = lock(&self.queue);
+                queue.all.retain(|prefetch| !over.iter().any(|over| Arc::ptr_eq(over, prefetch)));
+            }
+        }
+    }
+
+    fn plan(&self, prefetch: &Prefetch) {
+        let Target { epoch, stream, image, residency, .. } = &prefetch.target;
+        let found = forecast(&self.store, &self.traces, epoch, stream, image);
+        found.runs.iter().for_each(|run| residency.foresee(run.clone()));
+        let mut work = lock(&prefetch.work);
+        work.source = found.source;
+        work.restores = found.restores;
+        work.foreseen_pages = found.runs.iter().map(|run| run.end - run.start).sum();
+        work.runs = found.runs.iter().cloned().collect();
+        work.foreseen = found.runs;
+        work.state = State::Running;
+    }
+
+    fn push(&self, target: &Target, pages: &[u64], buffer: &mut Vec<Page>) -> Result<bool> {
+        if buffer.len() < pages.len() {
+            buffer.resize(pages.len(), [0; PAGE_SIZE]);
+        }
+        let content = &mut buffer[..pages.len()];
+        let shared = SharedImage { nodes: target.epoch.nodes(), image: &target.image };
+        shared.read_pages(pages, content).map_err(|error| error.context(target.epoch.name()))?;
+        let mut at = 0;
+        for run in pages.chunk_by(|a, b| a + 1 == *b) {
+            for piece in run.chunks(PIECE_PAGES_MAX) {
+                if self.stopped.load(Ordering::Acquire) || target.residency.is_gone() {
+                    return Ok(false);
+                }
+                if !target.sink.push(piece[0], &content[at..at + piece.len()]) {
+                    return Ok(false);
+                }
+                at += piece.len();
+                self.pay((piece.len() * PAGE_SIZE) as u64);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Waits until the rate allows more.
+    fn pay(&self, bytes: u64) {
+        let Some(rate) = self.rate else { return };
+        let ahead = {
+            let mut paid = lock(&self.paid_until);
+            let (since, pushed) = paid.get_or_insert_with(|| (Stopwatch::start(), 0));
+            let allowed = (since.elapsed().as_secs_f64() * rate as f64) as u64;
+            // What was not used before does not count for longer than a moment.
+            *pushed = (*pushed).max(allowed.saturating_sub(rate / 10)) + bytes;
+            pushed.saturating_sub(allowed)
+        };
+        let mut left = Duration::from_secs_f64(ahead as f64 / rate as f64);
+        while !left.is_zero() && !self.stopped.load(Ordering::Acquire) {
+            let nap = left.min(Duration::from_millis(100));
+            std::thread::sleep(nap);
+            left -= nap;
+        }
+    }
+
+    /// Keeps what a restore touched when it is over, or `now`.
+    fn keep_trace(&self, prefetch: &Prefetch, now: bool) {
+        let Target { epoch, stream, image, residency, .. } = &prefetch.target;
+        let Some(touched) = residency.take_touched(now) else { return };
+        if !self.keeps_traces || is_scan(&touched, page_count(image.length)) {
+            return;
+        }
+        let (foreseen, restores) = {
+            let work = lock(&prefetch.work);
+            // What was foreseen wrongly is forgotten.
+            if prefetch.is_mistaken() { (Vec::new(), 0) } else { (work.foreseen.clone(), work.restores) }
+        };
+        if let Err(error) = self.traces.keep(epoch, stream, &foreseen, restores, &touched) {
+            tracing::info!(epoch = epoch.name(), "the trace is not kept: {error}");
+        }
+    }
+}
+
+/// Whether somebody read the image from one end to the other: a copy, and no restore.
+fn is_scan(touched: &[TraceRun], pages: u64) -> bool {
+    let count: u64 = touched.iter().map(|run| run.count).sum();
+    count > pages / 4 && count / touched.len().max(1) as u64 >= 1024
+}
