@@ -77,6 +77,56 @@ def touch(mib=1536):
     subprocess.run([sys.executable, "-c", populate], check=True)
 
 
+class Server:
+    """A process that serves a mount, and the mount's end."""
+
+    def __init__(self, command, mountpoint, log, env=None):
+        self.mountpoint, self.log = mountpoint, log
+        mountpoint.mkdir(exist_ok=True)
+        with open(log, "ab") as output:
+            self.process = subprocess.Popen([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env)
+        deadline = time.monotonic() + 120
+        while not (os.path.ismount(mountpoint) and b"mounted" in log.read_bytes()):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                lines = log.read_text(errors="replace").strip().splitlines()[-5:]
+                raise Failed(f"'{' '.join(map(str, command))}' did not mount: {' / '.join(lines)}")
+            time.sleep(0.02)
+
+    def stop(self):
+        if os.path.ismount(self.mountpoint):
+            subprocess.run(["umount", str(self.mountpoint)], capture_output=True)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            subprocess.run(["umount", "-l", str(self.mountpoint)], capture_output=True)
+
+    def memory(self):
+        """Bytes: the most ever resident, what is resident now, and that of it which is no file's."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+        return {"peak": kib["VmHWM"] << 10, "now": kib["VmRSS"] << 10, "anonymous": kib["RssAnon"] << 10}
+
+    def cpu_seconds(self):
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_share(seconds):
+    """How much of all processors is used."""
+
+    def counts():
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    total, idle = counts()
+    time.sleep(seconds)
+    total_then, idle_then = counts()
+    return 1 - (idle_then - idle) / max(1, total_then - total)
+
+
 def median(values):
     return statistics.median(values) if values else None
 

@@ -82,7 +82,7 @@ impl Mount {
             },
             spool_len_max: self.spool_size,
             prefetch: (!self.no_prefetch).then(|| PrefetchSettings {
-                threads: processors().clamp(1, 8),
+                threads: processors().clamp(1, 8) * 2,
                 rate: self.prefetch_rate,
                 keeps_traces: !self.read_only,
             }),

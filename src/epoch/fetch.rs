@@ -59,6 +59,7 @@ impl Fetcher {
 
     /// Fetches pages that are in the order in which they lie.
     fn fetch_each(&mut self, objects: &Objects, wanted: &[Wanted], first: u64, pages: &mut [Page]) -> Result<()> {
+        let mut groups = Vec::new();
         let mut rest = wanted;
         while let Some(next) = rest.first() {
             let start = u64::from(next.place.offset);
@@ -80,9 +81,13 @@ impl Fetcher {
                 .max(1);
             let (group, behind) = rest.split_at(count);
             rest = behind;
-            self.fetch_group(objects, start..end, group, first, pages)?;
+            groups.push((start..end, group));
         }
-        Ok(())
+        if groups.len() > 1 {
+            // All at once, instead of one after the other.
+            groups.iter().for_each(|(range, group)| objects.will_need(&group[0].place.object, range.clone()));
+        }
+        groups.into_iter().try_for_each(|(range, group)| self.fetch_group(objects, range, group, first, pages))
     }
 
     /// Fetches pages whose blocks all lie in this range of one object.

@@ -30,6 +30,6 @@ pub(crate) use reader::SharedImage;
 pub use reader::{Epoch, StreamReader};
 pub use source::{BytesSource, FileSource, PagesSource, Source};
 pub use stats::Stats;
-pub(crate) use tree::page_count;
+pub(crate) use tree::{LEAF_PAGES, page_count};
 pub use verify::{BrokenEpoch, Problem, Verified};
 pub use view::{EpochName, EpochStore, Which, commit_of, directory_store};

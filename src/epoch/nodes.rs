@@ -45,6 +45,15 @@ impl Nodes {
         &self.objects
     }
 
+    /// A node that will be loaded soon.
+    pub fn will_need(&self, root: &Root) {
+        let place = &root.place;
+        if self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(place).is_none() {
+            let start = u64::from(place.offset);
+            self.objects.will_need(&place.object, start..start + u64::from(place.len));
+        }
+    }
+
     /// The node at this place, if it has this digest and level.
     pub fn load(&self, root: &Root, level: u8) -> Result<Arc<LoadedNode>> {
         let cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&root.place);

@@ -9,7 +9,7 @@ use epochfs_format::{EntryKind, Image, Manifest, ManifestEntry, PAGE_SIZE, Page,
 
 use super::fetch::{Fetcher, Wanted};
 use super::nodes::Nodes;
-use super::tree::{LEAF_PAGES, leaf, next_leaf, page_count};
+use super::tree::{LEAF_PAGES, leaf, leaf_root, next_leaf, page_count};
 use super::view::commit_of;
 use crate::error::{Error, Result};
 
@@ -119,10 +119,24 @@ impl SharedImage<'_> {
         next_data(self.nodes, self.image, from)
     }
 
+    /// The tree will be asked for these pages soon. Each leaf is named once, or a few times.
+    pub fn will_need_nodes(&self, pages: impl Iterator<Item = u64>) -> Result<()> {
+        for page in pages {
+            if let Some(root) = leaf_root(self.nodes, self.image, page / LEAF_PAGES)? {
+                self.nodes.will_need(&root);
+            }
+        }
+        Ok(())
+    }
+
     /// Reads pages, whose numbers are in order, wherever they are. What is not stored is zeros.
     pub fn read_pages(&self, numbers: &[u64], pages: &mut [Page]) -> Result<()> {
         assert_eq!(numbers.len(), pages.len(), "a page for each number");
         let mut wanted = Vec::with_capacity(numbers.len());
+        let leaves = || numbers.chunk_by(|a, b| a / LEAF_PAGES == b / LEAF_PAGES).map(|group| group[0]);
+        if leaves().nth(1).is_some() {
+            self.will_need_nodes(leaves())?;
+        }
         let mut at = 0;
         for group in numbers.chunk_by(|a, b| a / LEAF_PAGES == b / LEAF_PAGES) {
             let leaf = leaf(self.nodes, self.image, group[0] / LEAF_PAGES)?;

@@ -15,6 +15,7 @@ mod extended;
 pub mod fuse;
 mod inodes;
 mod keeper;
+mod mapped;
 mod names;
 mod object;
 mod parked;

@@ -1,11 +1,13 @@
 //! Epochs that are being read: what their readers have, and what is pushed to them before they ask.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use epochfs_format::{Image, PAGE_SIZE, Page};
 
 use super::FileSystem;
+use super::mapped::used_pages;
 use super::object::{Object, Stored};
 use crate::error::{Error, Result};
 use crate::restore::{Extent, Prefetch, PrefetchStatus, Residency, Sink, Target};
@@ -48,6 +50,10 @@ impl Sink for InodeSink {
         // The kernel would take what lies behind the end for the file's.
         let len = self.length.saturating_sub(offset).min(bytes.len() as u64) as usize;
         self.cache.get().is_some_and(|cache| cache.store(self.inode, offset, &bytes[..len]))
+    }
+
+    fn used(&self, each: &mut dyn FnMut(Range<u64>)) -> bool {
+        used_pages(self.inode, each)
     }
 }
 

@@ -1,5 +1,5 @@
 //! Settings of the kernel that decide how quick a mount is. The kernel throttles who writes to a mapped file of a FUSE
-//! mount, and reads ahead little, unless told otherwise; it takes root to tell it.
+//! mount unless told otherwise; it takes root to tell it.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,11 @@ use serde::{Deserialize, Serialize};
 
 /// What is wanted of each mount, by the name under the mount's directory in /sys/class/bdi, and what it is good for.
 const WANTED: [(&str, u64, &str); 3] = [
-    ("read_ahead_kb", 1024, "a file that is read in order is read in large pieces"),
+    (
+        "read_ahead_kb",
+        128,
+        "a file that is read in order is read in pieces, and a restored guest does not wait for much more than it touches",
+    ),
     ("strict_limit", 0, "a guest that writes to its memory on the mount is not slowed down"),
     ("max_ratio", 100, "a guest that writes to its memory on the mount is not slowed down"),
 ];
@@ -99,15 +103,15 @@ mod tests {
     #[test]
     fn what_can_be_set_is_and_what_cannot_is_told() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("read_ahead_kb"), "128\n").unwrap();
+        std::fs::write(dir.path().join("read_ahead_kb"), "32\n").unwrap();
         std::fs::write(dir.path().join("strict_limit"), "1\n").unwrap();
         std::fs::create_dir(dir.path().join("max_ratio")).unwrap();
         let before = inspect(dir.path());
         assert!(before.iter().all(|setting| !setting.is_fit() && !setting.benefit().is_empty()));
-        assert_eq!((before[0].found, before[2].found), (Some(128), None));
+        assert_eq!((before[0].found, before[2].found), (Some(32), None));
         let after = apply(dir.path());
         assert!(after[0].is_fit() && after[1].is_fit() && !after[2].is_fit(), "{after:?}");
-        assert_eq!((after[0].found, &after[0].refused), (Some(1024), &None));
+        assert_eq!((after[0].found, &after[0].refused), (Some(128), &None));
         assert!(after[2].refused.is_some());
         assert_eq!(inspect(dir.path())[..2], after[..2]);
     }

@@ -86,6 +86,11 @@ impl Objects {
         }
     }
 
+    /// Bytes of an object that will be read soon.
+    pub fn will_need(&self, object: &ObjectRef, range: Range<u64>) {
+        self.store.will_need(&object_key(object), range);
+    }
+
     /// These bytes of a record that was read lately.
     fn tail_range(&self, object: &ObjectRef, range: &Range<u64>) -> Option<Bytes> {
         if !matches!(object, ObjectRef::Record { .. }) {

@@ -1,9 +1,9 @@
 //! Pushes pages to restores before they ask: in the order of a forecast, many at a time, by threads that give way to
 //! whoever answers those who ask.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,13 +14,16 @@ use serde::{Deserialize, Serialize};
 use super::forecast::{Source, forecast};
 use super::residency::Residency;
 use super::traces::Traces;
-use crate::epoch::{Epoch, EpochStore, SharedImage, page_count};
+use crate::epoch::{Epoch, EpochStore, LEAF_PAGES, SharedImage, page_count};
 use crate::error::{Error, Result};
 use crate::platform::clock::Stopwatch;
 
 /// Pages that are read and pushed at a time: few at first, so that the first are there soon.
 const BATCH_PAGES_FIRST: usize = 64;
 const BATCH_PAGES_MAX: usize = 512;
+
+/// Runs of a forecast whose leaves are fetched before anything else.
+const LEAVES_AHEAD_MAX: usize = 8192;
 
 /// The longest piece that is pushed at once.
 const PIECE_PAGES_MAX: usize = 256;
@@ -36,6 +39,9 @@ const MISSES_A_HIT: u64 = 3;
 /// Batches in a row that may fail before a prefetch gives up.
 const FAILURES_MAX: u32 = 4;
 
+/// So far apart are pages that are read one after the other when somebody copies an image.
+const SCAN_STEP: u64 = 1024;
+
 /// How often it is looked whether a restore is over.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -46,6 +52,11 @@ const NICENESS: i32 = 5;
 pub trait Sink: Send + Sync {
     /// Gives pages in a row, the first of which has this number. `false`: nobody takes any more.
     fn push(&self, first: u64, pages: &[Page]) -> bool;
+
+    /// Calls `each` with pages that readers use by now. `false`: that cannot be known. It may take a while.
+    fn used(&self, _each: &mut dyn FnMut(Range<u64>)) -> bool {
+        false
+    }
 }
 
 /// A stream that is being restored.
@@ -141,6 +152,8 @@ pub struct Prefetch {
     since: Stopwatch,
     work: Mutex<Work>,
     pushed: AtomicU64,
+    /// How often it was looked what readers use.
+    looks: AtomicU32,
 }
 
 struct Queue {
@@ -217,6 +230,7 @@ impl Prefetcher {
                 resident: None,
             }),
             pushed: AtomicU64::new(0),
+            looks: AtomicU32::new(0),
         });
         lock(&self.shared.queue).all.push(prefetch.clone());
         self.shared.again(&prefetch);
@@ -463,6 +477,7 @@ impl Shared {
                 let over: Vec<&Arc<Prefetch>> = all
                     .iter()
                     .filter(|prefetch| {
+                        self.look(prefetch);
                         let is_gone = prefetch.target.residency.is_gone();
                         self.keep_trace(prefetch, is_gone);
                         is_gone
@@ -478,6 +493,12 @@ impl Shared {
         let Target { epoch, stream, image, residency, .. } = &prefetch.target;
         let found = forecast(&self.store, &self.traces, epoch, stream, image);
         found.runs.iter().for_each(|run| residency.foresee(run.clone()));
+        let leaves: BTreeSet<u64> =
+            found.runs.iter().take(LEAVES_AHEAD_MAX).map(|run| run.start / LEAF_PAGES).collect();
+        let shared = SharedImage { nodes: epoch.nodes(), image };
+        if let Err(error) = shared.will_need_nodes(leaves.into_iter().map(|leaf| leaf * LEAF_PAGES)) {
+            tracing::info!(epoch = epoch.name(), "its tree cannot be read: {error}");
+        }
         let mut work = lock(&prefetch.work);
         work.source = found.source;
         work.restores = found.restores;
@@ -485,6 +506,13 @@ impl Shared {
         work.runs = found.runs.iter().cloned().collect();
         work.foreseen = found.runs;
         work.state = State::Running;
+        tracing::debug!(
+            epoch = epoch.name(),
+            source = work.source.name(),
+            pages = work.foreseen_pages,
+            elapsed = ?prefetch.since.elapsed(),
+            "foreseen"
+        );
     }
 
     fn push(&self, target: &Target, pages: &[u64], buffer: &mut Vec<Page>) -> Result<bool> {
@@ -529,6 +557,17 @@ impl Shared {
         }
     }
 
+    /// Looks what readers use, while it is recorded: often at first, as some do not live long.
+    fn look(&self, prefetch: &Prefetch) {
+        let Target { residency, sink, .. } = &prefetch.target;
+        let looks = prefetch.looks.load(Ordering::Relaxed);
+        if residency.recorded_for().is_some_and(|time| time > LOOK_INTERVAL * ((1 << looks) - 1))
+            && sink.used(&mut |run| residency.use_pages(run))
+        {
+            prefetch.looks.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     /// Keeps what a restore touched when it is over, or `now`.
     fn keep_trace(&self, prefetch: &Prefetch, now: bool) {
         let Target { epoch, stream, image, residency, .. } = &prefetch.target;
@@ -541,14 +580,42 @@ impl Shared {
             // What was foreseen wrongly is forgotten.
             if prefetch.is_mistaken() { (Vec::new(), 0) } else { (work.foreseen.clone(), work.restores) }
         };
-        if let Err(error) = self.traces.keep(epoch, stream, &foreseen, restores, &touched) {
+        let foreseen: Vec<TraceRun> =
+            foreseen.into_iter().map(|run| TraceRun { first: run.start, count: run.end - run.start }).collect();
+        let (foreseen, touched) = (residency.used_of(&foreseen), residency.used_of(&touched));
+        if let Err(error) = self.traces.keep(epoch, stream, foreseen, restores, &touched) {
             tracing::info!(epoch = epoch.name(), "the trace is not kept: {error}");
         }
     }
 }
 
-/// Whether somebody read the image from one end to the other: a copy, and no restore.
+/// Whether somebody read much of the image in the order of its pages, or nearly, as several requests are answered at a
+/// time: a copy, and no restore.
 fn is_scan(touched: &[TraceRun], pages: u64) -> bool {
     let count: u64 = touched.iter().map(|run| run.count).sum();
-    count > pages / 4 && count / touched.len().max(1) as u64 >= 1024
+    let is_next = |pair: &&[TraceRun]| {
+        let end = pair[0].first + pair[0].count;
+        pair[1].first.abs_diff(end) <= SCAN_STEP
+    };
+    let steps = touched.windows(2).filter(is_next).count();
+    count > pages / 4 && steps * 10 >= touched.len().saturating_sub(1) * 9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_is_told_from_a_restore() {
+        let runs = |at: &dyn Fn(u64) -> u64| -> Vec<TraceRun> {
+            (0..400).map(|number| TraceRun { first: at(number), count: 64 }).collect()
+        };
+        let pages = 400 * 64;
+        // Requests overtake each other, and holes are left out.
+        assert!(is_scan(&runs(&|number| (number ^ 1) * 64), pages));
+        assert!(is_scan(&runs(&|number| number * 64 + number / 100 * 5000), pages));
+        assert!(is_scan(&[TraceRun { first: 0, count: pages }], pages));
+        assert!(!is_scan(&runs(&|number| number * 7919 % 400 * 64), pages));
+        assert!(!is_scan(&runs(&|number| number * 64), pages * 8), "it is a small part of the image");
+    }
 }

@@ -22,6 +22,9 @@ pub struct Residency {
     /// Pages that a forecast named, with which what is asked for is compared.
     foreseen: PageBits,
     touched: Mutex<Touched>,
+    /// Pages that readers were seen to use: fewer than they were given, as the kernel reads around what is touched.
+    used: PageBits,
+    is_used_known: AtomicBool,
     /// Requests of readers that named a foreseen page, and those that named none.
     hits: AtomicU64,
     misses: AtomicU64,
@@ -44,6 +47,8 @@ impl Residency {
             given: PageBits::new(pages),
             foreseen: PageBits::new(pages),
             touched: Mutex::default(),
+            used: PageBits::new(pages),
+            is_used_known: AtomicBool::new(false),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             gone: AtomicBool::new(false),
@@ -108,9 +113,34 @@ impl Residency {
         Some(std::mem::take(&mut touched.runs))
     }
 
-    /// Whether anything was asked for yet.
-    pub fn is_touched(&self) -> bool {
-        self.touched().since.is_some()
+    /// How long ago the first page was asked for; `None` when none was, or nothing is recorded any more.
+    pub fn recorded_for(&self) -> Option<Duration> {
+        let touched = self.touched();
+        touched.since.as_ref().filter(|_| !touched.is_closed).map(Stopwatch::elapsed)
+    }
+
+    /// Readers use these pages.
+    pub fn use_pages(&self, pages: Range<u64>) {
+        self.used.add(pages, &mut |_| {});
+        self.is_used_known.store(true, Ordering::Relaxed);
+    }
+
+    /// The parts of runs that readers were seen to use; all of them when nobody looked.
+    pub fn used_of(&self, runs: &[TraceRun]) -> Vec<TraceRun> {
+        if !self.is_used_known.load(Ordering::Relaxed) {
+            return runs.to_vec();
+        }
+        let mut used: Vec<TraceRun> = Vec::new();
+        for run in runs {
+            let end = run.first + run.count;
+            for page in (run.first..end).filter(|page| self.used.holds(*page)) {
+                match used.last_mut() {
+                    Some(last) if last.first + last.count == page => last.count += 1,
+                    _ => used.push(TraceRun { first: page, count: 1 }),
+                }
+            }
+        }
+        used
     }
 
     pub fn close(&self) {

@@ -1,6 +1,5 @@
 //! Traces in the repository: found, merged and kept. Losing one costs speed only, so errors are logged and no more.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -63,16 +62,15 @@ impl Traces {
         &self,
         epoch: &Epoch,
         stream: &[u8],
-        foreseen: &[Range<u64>],
+        foreseen: Vec<TraceRun>,
         restores: u32,
         touched: &[TraceRun],
     ) -> Result<()> {
-        if touched.is_empty() {
+        if touched.is_empty() && foreseen.is_empty() {
             return Ok(());
         }
         let machine = epoch.machine();
-        let before = foreseen.iter().map(|run| TraceRun { first: run.start, count: run.end - run.start }).collect();
-        let (runs, restores) = (merge(before, touched), restores.saturating_add(1));
+        let (runs, restores) = (merge(foreseen, touched), restores.saturating_add(1));
         let trace =
             Trace { repository: self.repository, stream: stream.to_vec(), epoch: epoch.number(), restores, runs };
         let mut bytes = Vec::new();

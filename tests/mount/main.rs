@@ -23,6 +23,7 @@ mod posix;
 mod posix_rights;
 mod posix_times;
 mod raw;
+mod restores;
 mod support;
 mod vmm_replay;
 mod vmm_replay_qemu;

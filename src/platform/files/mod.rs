@@ -26,6 +26,8 @@ pub trait File: Send + Sync {
     fn sync(&self) -> io::Result<()>;
     /// Gives the space of a range back: it reads as zeros from then on, or, where the file system cannot, as before.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Begins to read a range that will be read soon, where that is possible; returns at once.
+    fn will_need(&self, _offset: u64, _len: u64) {}
     /// How many names the file has.
     fn links(&self) -> io::Result<u64>;
 }

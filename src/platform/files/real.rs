@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::num::NonZero;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -55,6 +56,11 @@ impl File for RealFile {
             Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn will_need(&self, offset: u64, len: u64) {
+        // Whoever reads it finds out what is wrong.
+        let _ = rustix::fs::fadvise(&self.0, offset, NonZero::new(len), rustix::fs::Advice::WillNeed);
     }
 
     fn links(&self) -> io::Result<u64> {

@@ -74,6 +74,9 @@ pub trait Store: Send + Sync {
         Ok(())
     }
 
+    /// Bytes that will be read soon: the store may begin to fetch them. Returns at once.
+    fn will_need(&self, _key: &str, _range: Range<u64>) {}
+
     /// The last `len` bytes, or all of a shorter object.
     fn get_tail(&self, key: &str, len: u64) -> Result<Tail>;
 

@@ -222,6 +222,13 @@ impl Store for LocalStore {
         })
     }
 
+    fn will_need(&self, key: &str, range: Range<u64>) {
+        // Whoever reads it finds out what is wrong.
+        if let Ok(handle) = self.kept_object(key, false) {
+            handle.file.will_need(range.start, range.end.saturating_sub(range.start));
+        }
+    }
+
     fn get_tail(&self, key: &str, tail_len: u64) -> Result<Tail> {
         self.read(key, Keep::WhileNamed, |handle| {
             let bytes = self.take_range(handle, handle.len.saturating_sub(tail_len)..handle.len)?;
