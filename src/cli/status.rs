@@ -106,6 +106,7 @@ fn render(status: &DaemonStatus) -> String {
             size(filesystem.written_bytes)
         ),
     ));
+    facts.push(("cache", format!("{} of trees and objects", size(filesystem.cached_bytes))));
     let spooled = filesystem.machines.iter().map(|machine| machine.spool_bytes).fold(0, u64::saturating_add);
     facts.push(("spool", format!("{} of {}", size(spooled), size(status.spool_bytes_max))));
     for setting in &status.kernel {
@@ -134,6 +135,29 @@ fn render(status: &DaemonStatus) -> String {
     if !rows.is_empty() {
         let headings =
             ["machine", ">base", "state", ">dirty", ">spooled", ">commits", ">longest freeze", ">files", "error"];
+        text += &format!("\n{}", table(&headings, &rows));
+    }
+    let rows: Vec<Vec<String>> = filesystem
+        .prefetches
+        .iter()
+        .map(|prefetch| {
+            let page = epochfs_format::PAGE_SIZE as u64;
+            let after = |ms: Option<f64>| ms.map_or("-".to_owned(), |ms| format!("{ms:.0} ms"));
+            vec![
+                plain(&format!("{}@{} {}", prefetch.machine, prefetch.epoch, prefetch.stream)),
+                prefetch.state.clone(),
+                prefetch.source.clone(),
+                size(prefetch.foreseen_pages * page),
+                size(prefetch.pushed_pages * page),
+                format!("{} of {}", prefetch.hits, prefetch.hits + prefetch.misses),
+                after(prefetch.responsive_ms),
+                after(prefetch.resident_ms),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        let headings =
+            ["restore", "state", "forecast", ">foreseen", ">pushed", ">foreseen requests", ">responsive", ">resident"];
         text += &format!("\n{}", table(&headings, &rows));
     }
     text

@@ -41,6 +41,11 @@ impl Nodes {
         Self { objects, cache: Mutex::new(TwoGenerations::new(CACHE_LEN)) }
     }
 
+    /// Bytes of all that is kept for the next time.
+    pub fn cached_len(&self) -> u64 {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).weight() as u64 + self.objects.cached_len()
+    }
+
     pub fn objects(&self) -> &Arc<Objects> {
         &self.objects
     }

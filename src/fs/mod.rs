@@ -96,6 +96,9 @@ pub struct Status {
     pub open_files: u64,
     pub read_bytes: u64,
     pub written_bytes: u64,
+    /// What the daemon keeps of trees and objects. Pages are kept by the kernel.
+    #[serde(default)]
+    pub cached_bytes: u64,
 }
 
 /// A machine whose live is in use.
@@ -266,6 +269,7 @@ impl FileSystem {
             open_files: self.handles.count(),
             read_bytes: self.read_bytes.load(Ordering::Relaxed),
             written_bytes: self.written_bytes.load(Ordering::Relaxed),
+            cached_bytes: self.store.nodes().cached_len(),
         }
     }
 

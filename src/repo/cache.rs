@@ -9,12 +9,13 @@ pub struct TwoGenerations<K, V> {
     young: HashMap<K, (V, usize)>,
     old: HashMap<K, (V, usize)>,
     young_weight: usize,
+    old_weight: usize,
     weight_max: usize,
 }
 
 impl<K: Eq + Hash + Clone, V: Clone> TwoGenerations<K, V> {
     pub fn new(weight_max: usize) -> Self {
-        Self { young: HashMap::new(), old: HashMap::new(), young_weight: 0, weight_max }
+        Self { young: HashMap::new(), old: HashMap::new(), young_weight: 0, old_weight: 0, weight_max }
     }
 
     pub fn get(&mut self, key: &K) -> Option<V> {
@@ -22,6 +23,7 @@ impl<K: Eq + Hash + Clone, V: Clone> TwoGenerations<K, V> {
             return Some(value.clone());
         }
         let (key, (value, weight)) = self.old.remove_entry(key)?;
+        self.old_weight -= weight;
         self.insert(key, value.clone(), weight);
         Some(value)
     }
@@ -29,12 +31,17 @@ impl<K: Eq + Hash + Clone, V: Clone> TwoGenerations<K, V> {
     pub fn insert(&mut self, key: K, value: V, weight: usize) {
         if self.young_weight + weight > self.weight_max / 2 {
             self.old = std::mem::take(&mut self.young);
-            self.young_weight = 0;
+            self.old_weight = std::mem::take(&mut self.young_weight);
         }
         if let Some((_, replaced)) = self.young.insert(key, (value, weight)) {
             self.young_weight -= replaced;
         }
         self.young_weight += weight;
+    }
+
+    /// The weight of all there is.
+    pub fn weight(&self) -> usize {
+        self.young_weight + self.old_weight
     }
 }
 
@@ -49,6 +56,7 @@ mod tests {
             cache.insert(round, round, 10);
             assert_eq!(cache.get(&0), Some(0), "round {round}");
             assert!(cache.young.len() + cache.old.len() <= 11);
+            assert_eq!(cache.weight(), (cache.young.len() + cache.old.len()) * 10);
         }
         assert_eq!(cache.get(&500), None);
     }

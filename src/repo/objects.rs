@@ -55,6 +55,11 @@ impl Objects {
         &self.store
     }
 
+    /// Bytes of all that is kept of objects for the next time.
+    pub fn cached_len(&self) -> u64 {
+        (lock(&self.footers).weight() + lock(&self.tails).weight()) as u64
+    }
+
     /// The repository's id, which every object's header carries.
     pub fn repository(&self) -> &[u8; 16] {
         &self.repository
