@@ -18,6 +18,7 @@ mod stats;
 mod tree;
 mod verify;
 mod view;
+mod window;
 
 pub use admin::Ownership;
 pub use commit::{CommitBuilder, CommitOptions, Committed};
@@ -33,3 +34,4 @@ pub use stats::Stats;
 pub(crate) use tree::{LEAF_PAGES, page_count};
 pub use verify::{BrokenEpoch, Problem, Verified};
 pub use view::{EpochName, EpochStore, Which, commit_of, directory_store};
+pub(crate) use window::Window;

@@ -11,6 +11,7 @@ use super::fetch::{Fetcher, Wanted};
 use super::nodes::Nodes;
 use super::tree::{LEAF_PAGES, leaf, leaf_root, next_leaf, page_count};
 use super::view::commit_of;
+use super::window::Window;
 use crate::error::{Error, Result};
 
 /// An open epoch. Immutable; cheap to clone.
@@ -129,8 +130,9 @@ impl SharedImage<'_> {
         Ok(())
     }
 
-    /// Reads pages, whose numbers are in order, wherever they are. What is not stored is zeros.
-    pub fn read_pages(&self, numbers: &[u64], pages: &mut [Page]) -> Result<()> {
+    /// Reads pages, whose numbers are in order, wherever they are, out of a window where it has them. What is not stored
+    /// is zeros.
+    pub fn read_pages(&self, numbers: &[u64], window: &Window, pages: &mut [Page]) -> Result<()> {
         assert_eq!(numbers.len(), pages.len(), "a page for each number");
         let mut wanted = Vec::with_capacity(numbers.len());
         let leaves = || numbers.chunk_by(|a, b| a / LEAF_PAGES == b / LEAF_PAGES).map(|group| group[0]);
@@ -145,7 +147,10 @@ impl SharedImage<'_> {
                 let stored = leaf.as_ref().and_then(|leaf| Some((leaf.node.hash(slot)?, leaf.node.place(slot)?)));
                 match stored {
                     // As if they lay side by side.
-                    Some((hash, place)) => wanted.push(Wanted { page: at as u64, hash: *hash, place }),
+                    Some((hash, place)) => {
+                        let place = window.find(hash).cloned().unwrap_or(place);
+                        wanted.push(Wanted { page: at as u64, hash: *hash, place });
+                    }
                     None => pages[at].fill(0),
                 }
                 at += 1;

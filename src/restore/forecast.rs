@@ -35,6 +35,8 @@ pub struct Forecast {
     pub runs: Vec<Range<u64>>,
     /// How many restores the trace was made of.
     pub restores: u32,
+    /// Where else the pages lie, by the packs' ids.
+    pub windows: Vec<[u8; 16]>,
 }
 
 /// Epochs that are looked back upon where there is no trace, and pages that are taken from them.
@@ -49,14 +51,14 @@ pub fn forecast(store: &EpochStore, traces: &Traces, epoch: &Epoch, stream: &[u8
     if let Some(trace) = traces.of(epoch, stream) {
         let runs = trace.runs.iter().map(|run| run.first.min(pages)..(run.first + run.count).min(pages));
         let runs = runs.filter(|run| !run.is_empty()).collect();
-        return Forecast { source: Source::Trace, runs, restores: trace.restores };
+        return Forecast { source: Source::Trace, runs, restores: trace.restores, windows: trace.windows };
     }
     let runs = changes(store, epoch, stream, image).unwrap_or_else(|error| {
         tracing::info!(epoch = epoch.name(), "what the latest epochs changed is not known: {error}");
         Vec::new()
     });
     let source = if runs.is_empty() { Source::Nothing } else { Source::Changes };
-    Forecast { source, runs, restores: 0 }
+    Forecast { source, runs, restores: 0, windows: Vec::new() }
 }
 
 /// The pages that the latest epochs changed, the newest first, and then those beside them.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::forecast::{Source, forecast};
 use super::residency::Residency;
 use super::traces::Traces;
-use crate::epoch::{Epoch, EpochStore, LEAF_PAGES, SharedImage, page_count};
+use crate::epoch::{Epoch, EpochStore, LEAF_PAGES, SharedImage, Window, page_count};
 use crate::error::{Error, Result};
 use crate::platform::clock::Stopwatch;
 
@@ -123,6 +123,8 @@ struct Work {
     state: State,
     source: Source,
     restores: u32,
+    window: Arc<Window>,
+    windows: Vec<[u8; 16]>,
     runs: VecDeque<Range<u64>>,
     /// What the forecast was, for the trace.
     foreseen: Vec<Range<u64>>,
@@ -218,6 +220,8 @@ impl Prefetcher {
                 state: State::Planning,
                 source: Source::Nothing,
                 restores: 0,
+                window: Arc::default(),
+                windows: Vec::new(),
                 runs: VecDeque::new(),
                 foreseen: Vec::new(),
                 foreseen_pages: 0,
@@ -273,7 +277,7 @@ impl Prefetcher {
             let _ = thread.join();
         }
         for prefetch in all {
-            self.shared.keep_trace(&prefetch, true);
+            self.shared.keep_trace(&prefetch, true, false);
         }
     }
 }
@@ -434,7 +438,8 @@ impl Shared {
                 Step::Push(pages) => {
                     // Another thread takes the next batch meanwhile.
                     self.again(&prefetch);
-                    let result = self.push(&prefetch.target, &pages, &mut buffer);
+                    let window = lock(&prefetch.work).window.clone();
+                    let result = self.push(&prefetch.target, &window, &pages, &mut buffer);
                     if !matches!(result, Ok(true)) {
                         pages.iter().for_each(|page| prefetch.target.residency.disclaim(*page..*page + 1));
                     }
@@ -479,7 +484,7 @@ impl Shared {
                     .filter(|prefetch| {
                         self.look(prefetch);
                         let is_gone = prefetch.target.residency.is_gone();
-                        self.keep_trace(prefetch, is_gone);
+                        self.keep_trace(prefetch, is_gone, true);
                         is_gone
                     })
                     .collect();
@@ -499,7 +504,13 @@ impl Shared {
         if let Err(error) = shared.will_need_nodes(leaves.into_iter().map(|leaf| leaf * LEAF_PAGES)) {
             tracing::info!(epoch = epoch.name(), "its tree cannot be read: {error}");
         }
+        // Without it pages are read where they were stored first.
+        let window = Window::open(epoch.nodes(), &found.windows).unwrap_or_else(|error| {
+            tracing::info!(epoch = epoch.name(), "its window is not used: {error}");
+            Window::default()
+        });
         let mut work = lock(&prefetch.work);
+        (work.window, work.windows) = (Arc::new(window), found.windows);
         work.source = found.source;
         work.restores = found.restores;
         work.foreseen_pages = found.runs.iter().map(|run| run.end - run.start).sum();
@@ -515,13 +526,13 @@ impl Shared {
         );
     }
 
-    fn push(&self, target: &Target, pages: &[u64], buffer: &mut Vec<Page>) -> Result<bool> {
+    fn push(&self, target: &Target, window: &Window, pages: &[u64], buffer: &mut Vec<Page>) -> Result<bool> {
         if buffer.len() < pages.len() {
             buffer.resize(pages.len(), [0; PAGE_SIZE]);
         }
         let content = &mut buffer[..pages.len()];
         let shared = SharedImage { nodes: target.epoch.nodes(), image: &target.image };
-        shared.read_pages(pages, content).map_err(|error| error.context(target.epoch.name()))?;
+        shared.read_pages(pages, window, content).map_err(|error| error.context(target.epoch.name()))?;
         let mut at = 0;
         for run in pages.chunk_by(|a, b| a + 1 == *b) {
             for piece in run.chunks(PIECE_PAGES_MAX) {
@@ -568,22 +579,41 @@ impl Shared {
         }
     }
 
-    /// Keeps what a restore touched when it is over, or `now`.
-    fn keep_trace(&self, prefetch: &Prefetch, now: bool) {
+    /// Keeps what a restore touched when it is over, or `now`. There may be time to store the pages once more where they
+    /// are scattered.
+    fn keep_trace(&self, prefetch: &Prefetch, now: bool, has_time: bool) {
         let Target { epoch, stream, image, residency, .. } = &prefetch.target;
         let Some(touched) = residency.take_touched(now) else { return };
         if !self.keeps_traces || is_scan(&touched, page_count(image.length)) {
             return;
         }
-        let (foreseen, restores) = {
+        let (foreseen, restores, window, windows) = {
             let work = lock(&prefetch.work);
+            let (window, windows) = (work.window.clone(), work.windows.clone());
             // What was foreseen wrongly is forgotten.
-            if prefetch.is_mistaken() { (Vec::new(), 0) } else { (work.foreseen.clone(), work.restores) }
+            if prefetch.is_mistaken() {
+                (Vec::new(), 0, window, windows)
+            } else {
+                (work.foreseen.clone(), work.restores, window, windows)
+            }
+        };
+        let mut store_window = |runs: &[TraceRun]| {
+            let runs: Vec<Range<u64>> = runs.iter().map(|run| run.first..run.first + run.count).collect();
+            let is_wanted = has_time && window.leaves_scattered(epoch.nodes(), image, &runs).unwrap_or(false);
+            let written = is_wanted.then(|| Window::write(epoch, image, &runs));
+            match written {
+                None => windows.clone(),
+                Some(Ok(packs)) => packs,
+                Some(Err(error)) => {
+                    tracing::info!(epoch = epoch.name(), "scattered pages are not stored together: {error}");
+                    windows.clone()
+                }
+            }
         };
         let foreseen: Vec<TraceRun> =
             foreseen.into_iter().map(|run| TraceRun { first: run.start, count: run.end - run.start }).collect();
         let (foreseen, touched) = (residency.used_of(&foreseen), residency.used_of(&touched));
-        if let Err(error) = self.traces.keep(epoch, stream, foreseen, restores, &touched) {
+        if let Err(error) = self.traces.keep(epoch, stream, foreseen, restores, &touched, &mut store_window) {
             tracing::info!(epoch = epoch.name(), "the trace is not kept: {error}");
         }
     }

@@ -57,7 +57,7 @@ impl Traces {
     }
 
     /// Keeps what a restore of a stream touched beyond what was foreseen, which it was given without asking.
-    /// `restores` is how many the forecast was made of.
+    /// `restores` is how many the forecast was made of; `window` tells in which packs the pages lie once more.
     pub fn keep(
         &self,
         epoch: &Epoch,
@@ -65,14 +65,22 @@ impl Traces {
         foreseen: Vec<TraceRun>,
         restores: u32,
         touched: &[TraceRun],
+        window: &mut dyn FnMut(&[TraceRun]) -> Vec<[u8; 16]>,
     ) -> Result<()> {
         if touched.is_empty() && foreseen.is_empty() {
             return Ok(());
         }
         let machine = epoch.machine();
         let (runs, restores) = (merge(foreseen, touched), restores.saturating_add(1));
-        let trace =
-            Trace { repository: self.repository, stream: stream.to_vec(), epoch: epoch.number(), restores, runs };
+        let windows = window(&runs);
+        let trace = Trace {
+            windows,
+            repository: self.repository,
+            stream: stream.to_vec(),
+            epoch: epoch.number(),
+            restores,
+            runs,
+        };
         let mut bytes = Vec::new();
         trace.put(&mut bytes)?;
         let keys = self.keys(machine, stream)?;

@@ -38,7 +38,7 @@ pub use object::{
 pub use page::{Hash, PAGE_SIZE, Page, hash_page, hash_pages, is_zero};
 pub use record::{Body, Commit, INLINE_MANIFEST_LEN_MAX, ManifestPlace, Owner, Record};
 pub use reference::{ObjectRef, Place};
-pub use trace::{TRACE_RUNS_MAX, Trace, TraceRun};
+pub use trace::{TRACE_RUNS_MAX, TRACE_WINDOWS_MAX, Trace, TraceRun};
 
 /// The version of the format that this crate writes, and the newest it reads.
 pub const FORMAT_VERSION: u16 = 1;

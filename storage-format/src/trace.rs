@@ -15,6 +15,9 @@ const TRACE_VERSION: u16 = 1;
 /// The most runs of a trace: what is touched later is not told.
 pub const TRACE_RUNS_MAX: usize = 1 << 17;
 
+/// The most packs that hold a trace's pages once more.
+pub const TRACE_WINDOWS_MAX: usize = 255;
+
 const PAGES_MAX: u64 = IMAGE_LEN_MAX / PAGE_SIZE as u64;
 
 /// Pages in a row that were touched one after the other.
@@ -33,6 +36,8 @@ pub struct Trace {
     pub epoch: u64,
     /// How many restores it was made of.
     pub restores: u32,
+    /// Packs in which the pages lie once more, in this order: they were scattered over many objects.
+    pub windows: Vec<[u8; 16]>,
     pub runs: Vec<TraceRun>,
 }
 
@@ -40,7 +45,10 @@ impl Trace {
     /// Appends the trace. One with more runs than a trace may have is refused.
     pub fn put(&self, out: &mut Vec<u8>) -> Result<()> {
         check_stream_path(&self.stream)?;
-        if self.runs.len() > TRACE_RUNS_MAX || self.runs.iter().any(|run| !is_sound(run)) {
+        if self.runs.len() > TRACE_RUNS_MAX
+            || self.windows.len() > TRACE_WINDOWS_MAX
+            || self.runs.iter().any(|run| !is_sound(run))
+        {
             return invalid(WHAT, "it has too many runs, or one that no image has");
         }
         let start = out.len();
@@ -51,6 +59,8 @@ impl Trace {
         out.put(&self.stream);
         out.put_u64(self.epoch);
         out.put_u32(self.restores);
+        out.put_u8(self.windows.len() as u8);
+        self.windows.iter().for_each(|id| out.put(id));
         out.put_u32(self.runs.len() as u32);
         let mut end = 0_u64;
         for run in &self.runs {
@@ -85,7 +95,9 @@ impl Trace {
         }
         let stream = from.medium_bytes()?.to_vec();
         check_stream_path(&stream)?;
-        let (epoch, restores, count) = (from.u64()?, from.u32()?, from.u32()? as usize);
+        let (epoch, restores, windows) = (from.u64()?, from.u32()?, from.u8()?);
+        let windows = (0..windows).map(|_| from.array()).collect::<Result<_>>()?;
+        let count = from.u32()? as usize;
         if count > TRACE_RUNS_MAX {
             return invalid(WHAT, "it has too many runs");
         }
@@ -101,7 +113,7 @@ impl Trace {
             runs.push(run);
         }
         from.end()?;
-        Ok(Self { repository: *repository, stream, epoch, restores, runs })
+        Ok(Self { repository: *repository, stream, epoch, restores, windows, runs })
     }
 }
 
@@ -148,7 +160,14 @@ mod tests {
 
     fn trace(runs: &[(u64, u64)]) -> Trace {
         let runs = runs.iter().map(|(first, count)| TraceRun { first: *first, count: *count }).collect();
-        Trace { repository: [7; 16], stream: b"memory".to_vec(), epoch: 42, restores: 3, runs }
+        Trace {
+            repository: [7; 16],
+            stream: b"memory".to_vec(),
+            epoch: 42,
+            restores: 3,
+            windows: vec![[9; 16]; runs.len() % 3],
+            runs,
+        }
     }
 
     #[test]

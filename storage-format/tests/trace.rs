@@ -14,6 +14,7 @@ fn trace() -> Trace {
         stream: b"memory".to_vec(),
         epoch: 42,
         restores: 3,
+        windows: vec![*b"fedcba9876543210"],
         runs: runs.map(|(first, count)| TraceRun { first, count }).to_vec(),
     }
 }

@@ -12,7 +12,8 @@ pub(super) struct Handle {
     pub len: u64,
 }
 
-/// The handles used last, at most `capacity` of them.
+/// The handles used lately, at most `capacity` of them: when the young ones are half of that they become the old ones, and
+/// what was not used in either since is closed.
 pub(super) struct Handles {
     capacity: usize,
     slots: Mutex<Slots>,
@@ -20,14 +21,22 @@ pub(super) struct Handles {
 
 #[derive(Default)]
 struct Slots {
-    by_key: HashMap<String, Slot>,
-    /// Grows with each use; the slot with the smallest is the one used longest ago.
-    clock: u64,
+    young: HashMap<String, Arc<Handle>>,
+    old: HashMap<String, Arc<Handle>>,
 }
 
-struct Slot {
-    handle: Arc<Handle>,
-    used: u64,
+impl Slots {
+    /// Returns what falls out, to be closed after the lock is gone: closing can take long on a network file system.
+    fn insert(&mut self, key: String, handle: Arc<Handle>, capacity: usize) -> HashMap<String, Arc<Handle>> {
+        let closed = if self.young.len() >= capacity / 2 {
+            let young = std::mem::take(&mut self.young);
+            std::mem::replace(&mut self.old, young)
+        } else {
+            HashMap::new()
+        };
+        self.young.insert(key, handle);
+        closed
+    }
 }
 
 impl Handles {
@@ -37,30 +46,28 @@ impl Handles {
 
     pub fn get(&self, key: &str) -> Option<Arc<Handle>> {
         let mut slots = self.lock();
-        slots.clock += 1;
-        let clock = slots.clock;
-        let slot = slots.by_key.get_mut(key)?;
-        slot.used = clock;
-        Some(Arc::clone(&slot.handle))
+        if let Some(handle) = slots.young.get(key) {
+            return Some(Arc::clone(handle));
+        }
+        let (key, handle) = slots.old.remove_entry(key)?;
+        let closed = slots.insert(key, Arc::clone(&handle), self.capacity);
+        drop(slots);
+        drop(closed);
+        Some(handle)
     }
 
     pub fn insert(&self, key: &str, handle: Arc<Handle>) {
         let mut slots = self.lock();
-        slots.clock += 1;
-        let slot = Slot { handle, used: slots.clock };
-        // What falls out is closed after the lock is gone: closing can take long on a network file system.
-        let mut closed = slots.by_key.insert(key.to_owned(), slot);
-        if slots.by_key.len() > self.capacity {
-            // A look at each is cheap beside the opening of a file, which is the only time this happens.
-            let oldest = slots.by_key.iter().min_by_key(|(_, slot)| slot.used).map(|(key, _)| key.clone());
-            closed = oldest.and_then(|oldest| slots.by_key.remove(&oldest));
-        }
+        let replaced = slots.old.remove(key);
+        let closed = slots.insert(key.to_owned(), handle, self.capacity);
         drop(slots);
-        drop(closed);
+        drop((replaced, closed));
     }
 
     pub fn forget(&self, key: &str) {
-        let closed = self.lock().by_key.remove(key);
+        let mut slots = self.lock();
+        let closed = (slots.young.remove(key), slots.old.remove(key));
+        drop(slots);
         drop(closed);
     }
 

@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 use crate::platform::files::Files;
 
 /// How many objects are kept open for reading.
-const HANDLES: usize = 128;
+const HANDLES: usize = 512;
 
 /// A store in a directory.
 pub struct LocalStore {
