@@ -13,9 +13,8 @@ use super::context::Context;
 use super::output::size;
 use crate::epoch::{CommitOptions, FileSource, Ranges, Source};
 use crate::error::{Error, Kind, Result};
-use crate::ops::control::{Client, CommitRequest, CommitSummary, Introduction, socket_path};
+use crate::ops::control::{Client, CommitRequest, CommitSummary, socket_path};
 use crate::ops::flush::flush_files;
-use crate::ops::mounts::mount_at;
 use crate::platform::clock::Stopwatch;
 
 /// A stream's name and the file it is read from.
@@ -228,7 +227,7 @@ impl Commit {
         };
         drop(store);
         let who = client.ping()?;
-        check_seen(&who)?;
+        who.check_seen()?;
         let started = Stopwatch::start();
         let live = Path::new(&who.mountpoint).join(&self.machine).join("live");
         let bar = context.progress(&format!("syncing {}", live.display()));
@@ -281,23 +280,5 @@ impl Commit {
             }
             _ => error,
         }
-    }
-}
-
-/// The files must be synced through the very mount that the daemon serves.
-fn check_seen(who: &Introduction) -> Result<()> {
-    let Introduction { repository, mountpoint, pid, state, .. } = who;
-    if state != "mounted" {
-        return Err(Error::conflict(format!(
-            "{repository} is {state} at {mountpoint}: process {pid} only waits for its end"
-        ))
-        .hint("`epochfs status` tells when it has ended; mount the repository again then"));
-    }
-    match mount_at(Path::new(mountpoint))? {
-        Some(mount) if mount.is_ours() => Ok(()),
-        _ => Err(Error::not_found(format!(
-            "process {pid} has {repository} mounted at {mountpoint}, which is not seen here"
-        ))
-        .hint("run this in the mount namespace of the daemon, for example outside of the container")),
     }
 }

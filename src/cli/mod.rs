@@ -18,6 +18,7 @@ mod man;
 mod mount;
 mod output;
 mod progress;
+mod restore;
 mod rm;
 mod show;
 mod stats;
@@ -95,6 +96,7 @@ enum Command {
     Diff(diff::Diff),
     Export(export::Export),
     Clone(clone::Clone),
+    Restore(restore::Restore),
     Tag(tag::Tag),
     Rm(rm::Rm),
     Verify(verify::Verify),
@@ -119,6 +121,7 @@ impl Command {
             Self::Diff(command) => command.run(context),
             Self::Export(command) => command.run(context),
             Self::Clone(command) => command.run(context),
+            Self::Restore(command) => command.run(context),
             Self::Tag(command) => command.run(context),
             Self::Rm(command) => command.run(context),
             Self::Verify(command) => command.run(context),

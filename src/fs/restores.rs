@@ -10,7 +10,7 @@ use super::FileSystem;
 use super::mapped::used_pages;
 use super::object::{Object, Stored};
 use crate::error::{Error, Result};
-use crate::restore::{Extent, Prefetch, PrefetchStatus, Residency, Sink, Target};
+use crate::restore::{Extent, Foreseen, Prefetch, PrefetchStatus, Prefetcher, Residency, Sink, Target};
 
 /// The kernel's cache of files' pages.
 pub trait PageCache: Send + Sync {
@@ -111,16 +111,32 @@ impl FileSystem {
         self.restores.set_cache(Some(cache));
     }
 
+    fn prefetcher(&self) -> Result<&Prefetcher> {
+        self.prefetcher
+            .as_ref()
+            .ok_or_else(|| Error::conflict("this mount does not prefetch").hint("mount without --no-prefetch"))
+    }
+
+    fn stored_stream(&self, machine: &str, epoch: u64, stream: &[u8]) -> Result<Stored> {
+        let record = self.store.repository().epoch_record(&machine.into(), epoch)?;
+        Ok(Stored { epoch: self.store.open(record)?, path: stream.into(), tag: None })
+    }
+
+    /// What a restore of a stream will need, in order.
+    pub fn foresee(&self, machine: &str, epoch: u64, stream: &[u8]) -> Result<Foreseen> {
+        let prefetcher = self.prefetcher()?;
+        let Stored { epoch, .. } = self.stored_stream(machine, epoch, stream)?;
+        match epoch.manifest().stream(stream) {
+            Some(image) => Ok(prefetcher.foresee(&epoch, stream, image)),
+            None => Err(Error::not_found(format!("{} has no stream {}", epoch.name(), stream.escape_ascii()))),
+        }
+    }
+
     /// Has everything pushed of a stream that is open, or tells how far it is.
     pub fn hydrate(&self, machine: &str, epoch: u64, stream: &[u8], everything: bool) -> Result<PrefetchStatus> {
         let name = || format!("{machine}@{epoch} {}", stream.escape_ascii());
-        let Some(prefetcher) = &self.prefetcher else {
-            return Err(Error::conflict("this mount does not prefetch").hint("mount without --no-prefetch"));
-        };
-        let stored = {
-            let record = self.store.repository().epoch_record(&machine.into(), epoch)?;
-            Stored { epoch: self.store.open(record)?, path: stream.into(), tag: None }
-        };
+        let prefetcher = self.prefetcher()?;
+        let stored = self.stored_stream(machine, epoch, stream)?;
         let inode = Object::Stored(stored).number();
         let prefetch = self.restores.lock().get(&inode).and_then(|(_, prefetch)| prefetch.clone());
         let Some(prefetch) = prefetch else {

@@ -5,10 +5,12 @@
 
 mod bits;
 mod forecast;
+mod foreseen;
 mod prefetcher;
 mod residency;
 mod traces;
 
+pub use foreseen::Foreseen;
 pub use prefetcher::{Extent, Prefetch, PrefetchStatus, Prefetcher, Settings, Sink, Target};
 pub use residency::Residency;
 pub use traces::Traces;

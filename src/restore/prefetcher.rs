@@ -12,6 +12,7 @@ use epochfs_format::{Image, PAGE_SIZE, Page, TraceRun};
 use serde::{Deserialize, Serialize};
 
 use super::forecast::{Source, forecast};
+use super::foreseen::Foreseen;
 use super::residency::Residency;
 use super::traces::Traces;
 use crate::epoch::{Epoch, EpochStore, LEAF_PAGES, SharedImage, Window, page_count};
@@ -107,6 +108,9 @@ pub struct PrefetchStatus {
     pub responsive_ms: Option<f64>,
     /// The same until everything was, where that was asked for.
     pub resident_ms: Option<f64>,
+    /// How long ago the beginning was.
+    #[serde(default)]
+    pub age_ms: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -241,6 +245,11 @@ impl Prefetcher {
         prefetch
     }
 
+    /// What a restore of a stream will need, for whoever brings it there himself.
+    pub fn foresee(&self, epoch: &Epoch, stream: &[u8], image: &Image) -> Foreseen {
+        forecast(&self.shared.store, &self.shared.traces, epoch, stream, image).into()
+    }
+
     /// Has a prefetch push everything.
     pub fn extend(&self, prefetch: &Arc<Prefetch>) {
         let mut work = lock(&prefetch.work);
@@ -314,6 +323,7 @@ impl Prefetch {
             misses,
             responsive_ms: work.responsive.map(ms),
             resident_ms: work.resident.map(ms),
+            age_ms: ms(self.since.elapsed()),
         }
     }
 

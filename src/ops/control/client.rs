@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, Introduction, PrefetchRequest, Request, Unmounted};
+use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction};
+use super::protocol::{PrefetchRequest, Request, Unmounted};
 use super::protocol::{decode_answer, read_line};
 use super::with_address;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
-use crate::restore::PrefetchStatus;
+use crate::restore::{Foreseen, PrefetchStatus};
+use crate::vmm::Daemon;
 
 /// How long a daemon may take to say who and how it is.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
@@ -73,6 +75,11 @@ impl Client {
         self.call(&Request::Prefetch(request))
     }
 
+    /// Which pages of an epoch's stream a restore will need, in order.
+    pub fn forecast(&mut self, request: ForecastRequest) -> Result<Foreseen> {
+        self.call(&Request::Forecast(request))
+    }
+
     pub fn umount(&mut self, lazy: bool) -> Result<Unmounted> {
         self.call(&Request::Umount { lazy })
     }
@@ -112,6 +119,18 @@ impl Client {
             Some(line) => decode_answer(&line),
             None => Err(Error::new(Kind::Io, "the daemon ended before it answered")),
         }
+    }
+}
+
+impl Daemon for Client {
+    fn prefetch(&mut self, machine: &str, epoch: u64, stream: &str, everything: bool) -> Result<PrefetchStatus> {
+        let (machine, stream) = (machine.to_owned(), stream.to_owned());
+        Client::prefetch(self, PrefetchRequest { machine, epoch, stream, everything })
+    }
+
+    fn forecast(&mut self, machine: &str, epoch: u64, stream: &str) -> Result<Foreseen> {
+        let (machine, stream) = (machine.to_owned(), stream.to_owned());
+        Client::forecast(self, ForecastRequest { machine, epoch, stream })
     }
 }
 

@@ -7,6 +7,7 @@
 mod client;
 mod lock;
 mod protocol;
+mod seen;
 mod server;
 
 use std::path::{Path, PathBuf};
@@ -14,7 +15,8 @@ use std::path::{Path, PathBuf};
 pub use client::Client;
 pub use lock::{DaemonLock, Holder};
 pub use protocol::{
-    CommitRequest, CommitSummary, DaemonStatus, Introduction, PrefetchRequest, Request, Unmounted, decode_error,
+    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, PrefetchRequest, Request, Unmounted,
+    decode_error,
 };
 pub use server::{Listener, Server, Service};
 

@@ -35,6 +35,9 @@ pub enum Request {
     /// How far the prefetch of an epoch's stream is, which must be open; or has everything of it pushed. Answered with a
     /// [`PrefetchStatus`](crate::restore::PrefetchStatus).
     Prefetch(PrefetchRequest),
+    /// Which pages of an epoch's stream a restore will need. Answered with
+    /// [`Foreseen`](crate::restore::Foreseen), whose runs are bounded.
+    Forecast(ForecastRequest),
     /// Unmounts. Answered with [`Unmounted`] when the daemon has finished its work; where the unmount is lazy and
     /// files are still open, when no path leads to the mount any more.
     Umount { lazy: bool },
@@ -58,6 +61,13 @@ pub struct PrefetchRequest {
     pub stream: String,
     #[serde(default)]
     pub everything: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForecastRequest {
+    pub machine: String,
+    pub epoch: u64,
+    pub stream: String,
 }
 
 /// Who the daemon is.

@@ -249,6 +249,7 @@ mod tests {
                 Request::Status => Err(Error::new(Kind::Fenced, "fenced").hint("stop")),
                 Request::Commit(commit) => Err(Error::not_found(commit.machine)),
                 Request::Prefetch(request) => Err(Error::not_found(request.machine)),
+                Request::Forecast(request) => Err(Error::not_found(request.machine)),
                 Request::Umount { .. } => {
                     self.release.lock().unwrap().recv().unwrap();
                     Ok(json!({"mountpoint": "/m", "ended": true, "holders": []}))

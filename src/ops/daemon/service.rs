@@ -14,7 +14,8 @@ use crate::epoch::live::LiveCommit;
 use crate::error::{Error, Kind, Result};
 use crate::fs::{self, FileSystem};
 use crate::ops::control::{
-    CommitRequest, CommitSummary, DaemonStatus, Introduction, PrefetchRequest, Request, Service, Unmounted,
+    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, PrefetchRequest, Request, Service,
+    Unmounted,
 };
 use crate::ops::kernel;
 use crate::ops::mounts::device_at;
@@ -189,6 +190,10 @@ impl Service for DaemonService {
             Request::Prefetch(PrefetchRequest { machine, epoch, stream, everything }) => {
                 let (_, filesystem) = self.served()?;
                 document(serde_json::to_value(filesystem.hydrate(&machine, epoch, stream.as_bytes(), everything)?))
+            }
+            Request::Forecast(ForecastRequest { machine, epoch, stream }) => {
+                let (_, filesystem) = self.served()?;
+                document(serde_json::to_value(filesystem.foresee(&machine, epoch, stream.as_bytes())?))
             }
             Request::Umount { lazy } => document(serde_json::to_value(self.umount(lazy)?)),
         }

@@ -1,0 +1,276 @@
+//! The command line of a QEMU that starts from an epoch: the user's own, and what a restore adds to it.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::place::{Place, text};
+use crate::error::{Error, Result};
+
+/// The file that is the machine's RAM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Memory {
+    pub file: PathBuf,
+    pub len: u64,
+    /// What the backend was called when the state was saved.
+    pub name: String,
+    /// Whether what the machine writes goes to the file, or stays with QEMU.
+    pub is_shared: bool,
+}
+
+/// How QEMU is started, and what it is told then.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CommandLine {
+    pub words: Vec<OsString>,
+    /// Names and arguments of QMP commands. The state is waited for before the last one, `cont`, if that is wanted.
+    pub commands: Vec<(&'static str, Value)>,
+}
+
+/// Options that say what a restore says itself, and what to do instead.
+const TAKEN: [(&str, &str); 4] = [
+    ("-incoming", "leave it out: the state is loaded by this command"),
+    ("-daemonize", "give --detach to `epochfs restore` instead"),
+    ("-mem-path", "leave it out: the memory is a file of the epoch or of the clone"),
+    ("-loadvm", "leave it out: the machine goes on from the epoch"),
+];
+
+impl CommandLine {
+    pub fn new(
+        user: &[OsString],
+        place: &Place,
+        memory: &Memory,
+        monitor: &Path,
+        state: &Path,
+        paused: bool,
+    ) -> Result<Self> {
+        if user.is_empty() {
+            return Err(Error::usage("it is not said how to start QEMU").hint(format!(
+                "give its command line, without memory: epochfs restore {} -- qemu-system-x86_64 -machine q35 ...",
+                place.name()
+            )));
+        }
+        let mut words = Vec::with_capacity(user.len() + 12);
+        for word in user {
+            words.push(fill(word, place)?);
+        }
+        let is_size_given = check(user, memory.len, place)?;
+        let Memory { file, len, name, is_shared } = memory;
+        if name.contains([',', '=']) {
+            return Err(Error::usage(format!("{}: a backend cannot be called {name:?}", place.name())));
+        }
+        let file = escape(text(file)?);
+        let how = if *is_shared { "share=on" } else { "share=off,readonly=on,rom=off" };
+        let mut add = |option: &str, value: String| words.extend([OsString::from(option), value.into()]);
+        if !is_size_given {
+            add("-m", format!("size={}K", len / 1024));
+        }
+        add("-object", format!("memory-backend-file,id={name},size={len},mem-path={file},{how}"));
+        // QEMU merges it with what the user says of the machine.
+        add("-machine", format!("memory-backend={name}"));
+        add("-incoming", "defer".to_owned());
+        add("-qmp", format!("unix:{},server=on,wait=off", escape(text(monitor)?)));
+        // A state that was saved by a running machine would go on by itself.
+        words.push("-S".into());
+        let mut commands = vec![
+            ("migrate-set-capabilities", json!({"capabilities": [{"capability": "x-ignore-shared", "state": true}]})),
+            ("migrate-incoming", json!({"uri": format!("file:{}", text(state)?)})),
+        ];
+        if !paused {
+            commands.push(("cont", Value::Null));
+        }
+        Ok(Self { words, commands })
+    }
+
+    /// The command line as a shell takes it.
+    pub fn shell(&self) -> String {
+        self.words.iter().map(|word| quoted(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
+    }
+
+    /// The QMP commands, a document each.
+    pub fn documents(&self) -> Vec<Value> {
+        self.commands
+            .iter()
+            .map(|(name, arguments)| match arguments {
+                Value::Null => json!({"execute": name}),
+                arguments => json!({"execute": name, "arguments": arguments}),
+            })
+            .collect()
+    }
+}
+
+/// Checks what the user says; whether the size of the memory is among it.
+fn check(user: &[OsString], len: u64, place: &Place) -> Result<bool> {
+    let mut is_size_given = false;
+    for (at, word) in user.iter().enumerate().skip(1) {
+        let word = word.to_string_lossy();
+        let option = if word.starts_with("--") { &word[1..] } else { &*word };
+        let value = user.get(at + 1).map(|value| value.to_string_lossy()).unwrap_or_default();
+        if let Some((taken, instead)) = TAKEN.iter().find(|(taken, _)| *taken == option) {
+            return Err(Error::usage(format!("QEMU's {taken} has no place in a restore")).hint(*instead));
+        }
+        match option {
+            "-machine" | "-M" if value.split(',').any(|part| part.starts_with("memory-backend=")) => {
+                return Err(Error::usage("QEMU's command line names a memory backend of its own")
+                    .hint("leave the backend and memory-backend= out: both are added"));
+            }
+            "-m" => {
+                let size = memory_size(&value)
+                    .ok_or_else(|| Error::usage(format!("-m {value}: it is not understood how much that is")))?;
+                if size != len {
+                    return Err(Error::usage(format!(
+                        "-m {value} is {size} bytes, and the memory of {} has {len}",
+                        place.name()
+                    ))
+                    .hint("leave -m out, or give the machine what it had"));
+                }
+                is_size_given = true;
+            }
+            _ => {}
+        }
+    }
+    Ok(is_size_given)
+}
+
+/// What `-m` says, in bytes: MiB unless there is a unit.
+fn memory_size(value: &str) -> Option<u64> {
+    let size = value.split(',').enumerate().find_map(|(at, part)| match part.split_once('=') {
+        Some(("size", size)) => Some(size),
+        None if at == 0 => Some(part),
+        _ => None,
+    })?;
+    let digits = size.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let shift = match size[digits.len()..].to_ascii_lowercase().as_str() {
+        "b" => 0,
+        "k" => 10,
+        "" | "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return None,
+    };
+    let number: f64 = digits.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0)?;
+    Some((number * f64::from(1_u32 << (shift % 30)) * f64::from(1_u32 << (shift / 30 * 30))) as u64)
+}
+
+/// Puts directories where the user left room for them.
+fn fill(word: &OsStr, place: &Place) -> Result<OsString> {
+    let mut filled = word.as_bytes().to_vec();
+    let directories = [
+        ("{epoch}", Some(place.epoch_directory())),
+        ("{live}", place.live_directory()),
+        ("{machine}", Some(place.machine_directory())),
+    ];
+    for (name, directory) in directories {
+        while let Some(at) = filled.windows(name.len()).position(|window| window == name.as_bytes()) {
+            let Some(directory) = &directory else {
+                return Err(Error::usage(format!("{name} in QEMU's command line: nothing there would be written to"))
+                    .hint("clone the epoch, with --clone NAME; or use {epoch}, with snapshot=on"));
+            };
+            // In a list of options a comma is written twice.
+            let is_list = filled.contains(&b'=') && !filled.starts_with(b"{");
+            let directory = text(directory)?;
+            let directory = if is_list { escape(directory) } else { directory.to_owned() };
+            filled.splice(at..at + name.len(), directory.into_bytes());
+        }
+    }
+    Ok(OsString::from_vec(filled))
+}
+
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn quoted(word: &str) -> String {
+    let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "-_./=:,@%+".contains(letter);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(clone: Option<&str>) -> Place {
+        Place { mountpoint: "/mnt/a,b".into(), machine: "web1".into(), epoch: 42, clone: clone.map(str::to_owned) }
+    }
+
+    fn line(user: &[&str], clone: Option<&str>, paused: bool) -> Result<CommandLine> {
+        let place = place(clone);
+        let memory = Memory {
+            file: place.directory().join("memory"),
+            len: 1 << 30,
+            name: "ram".into(),
+            is_shared: clone.is_some(),
+        };
+        let user: Vec<OsString> = user.iter().map(OsString::from).collect();
+        CommandLine::new(&user, &place, &memory, Path::new("/run/qmp"), &place.directory().join("vmstate"), paused)
+    }
+
+    #[test]
+    fn what_a_restore_needs_is_added() {
+        let made = line(&["qemu", "-M", "q35", "-drive", "file={epoch}/disk0,snapshot=on"], None, false).unwrap();
+        assert_eq!(
+            made.shell(),
+            "qemu -M q35 -drive file=/mnt/a,,b/web1/epochs/42/disk0,snapshot=on -m size=1048576K -object \
+             memory-backend-file,id=ram,size=1073741824,mem-path=/mnt/a,,b/web1/epochs/42/memory,share=off,readonly=on,rom=off \
+             -machine memory-backend=ram -incoming defer -qmp unix:/run/qmp,server=on,wait=off -S"
+        );
+        let documents = made.documents();
+        assert_eq!(documents.len(), 3);
+        assert_eq!(documents[1]["arguments"]["uri"], "file:/mnt/a,b/web1/epochs/42/vmstate");
+        assert_eq!(documents[2], json!({"execute": "cont"}));
+        let clone = line(&["qemu", "-m", "1G", "{live}/disk0", "{machine}"], Some("web2"), true).unwrap();
+        let text = clone.shell();
+        assert!(text.contains("mem-path=/mnt/a,,b/web2/live/memory,share=on ") && !text.contains("size=1048576K"));
+        assert!(text.contains(" /mnt/a,b/web2/live/disk0 /mnt/a,b/web2 "), "{text}");
+        assert_eq!(clone.documents().len(), 2);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let refused: [(&[&str], &str); 10] = [
+            (&[], "how to start QEMU"),
+            (&["qemu", "-incoming", "defer"], "-incoming"),
+            (&["qemu", "--daemonize"], "-daemonize"),
+            (&["qemu", "-mem-path", "/x"], "-mem-path"),
+            (&["qemu", "-loadvm", "x"], "-loadvm"),
+            (&["qemu", "-machine", "q35,memory-backend=x"], "backend of its own"),
+            (&["qemu", "-m", "512"], "-m 512 is 536870912 bytes, and the memory of web1@42 has 1073741824"),
+            (&["qemu", "-m", "much"], "not understood"),
+            (&["qemu", "-m"], "not understood"),
+            (&["qemu", "-drive", "file={live}/disk0"], "{live}"),
+        ];
+        for (user, text) in refused {
+            let error = line(user, None, false).unwrap_err();
+            assert!(error.to_string().contains(text) && error.exit_code() == 2, "{error}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_understood_as_qemu_does() {
+        for (text, size) in [
+            ("1024", 1 << 30),
+            ("1G", 1 << 30),
+            ("size=1.5g,slots=2", 3 << 29),
+            ("slots=2,size=1048576K", 1 << 30),
+            ("1T", 1 << 40),
+            ("1073741824b", 1 << 30),
+        ] {
+            assert_eq!(memory_size(text), Some(size), "{text}");
+        }
+        for text in ["", "slots=2", "1X", "G", "-1", "inf"] {
+            assert_eq!(memory_size(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn words_are_quoted_for_a_shell() {
+        assert_eq!(
+            [quoted("a=b,c"), quoted("a b"), quoted("it's"), quoted("")],
+            ["a=b,c", "'a b'", "'it'\\''s'", "''"]
+        );
+    }
+}

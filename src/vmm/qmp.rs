@@ -1,0 +1,280 @@
+//! QEMU's monitor protocol: a JSON document a line.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::error::{Error, Kind, Result};
+use crate::platform::clock::Stopwatch;
+
+/// The longest line that is read.
+const LINE_LEN_MAX: usize = 1 << 20;
+
+/// How often it is looked whether it makes sense to go on waiting.
+const SLICE: Duration = Duration::from_millis(20);
+
+/// How often it is tried to connect, and what is waited for is asked about.
+const NAP: Duration = Duration::from_millis(1);
+
+/// How long an answer may take. Commands that take longer only begin their work, and are asked about.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// A connection to QEMU. While it waits it calls `check`, whose error ends the wait.
+pub struct Monitor<'a> {
+    socket: UnixStream,
+    received: Vec<u8>,
+    check: &'a mut dyn FnMut() -> Result<()>,
+    answer_wait_max: Duration,
+}
+
+impl<'a> Monitor<'a> {
+    /// Connects, as soon as QEMU listens.
+    pub fn connect(path: &Path, wait: Duration, check: &'a mut dyn FnMut() -> Result<()>) -> Result<Self> {
+        let failed = |error| Error::io(format!("the monitor {}", path.display()), error);
+        let since = Stopwatch::start();
+        let socket = loop {
+            check()?;
+            match UnixStream::connect(path) {
+                Ok(socket) => break socket,
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                    if since.elapsed() > wait {
+                        return Err(Error::new(
+                            Kind::Io,
+                            format!("QEMU did not open its monitor {} within {} s", path.display(), wait.as_secs()),
+                        ));
+                    }
+                }
+                Err(error) => return Err(failed(error)),
+            }
+            std::thread::sleep(NAP);
+        };
+        socket.set_read_timeout(Some(SLICE)).map_err(failed)?;
+        socket.set_write_timeout(Some(ANSWER_WAIT_MAX)).map_err(failed)?;
+        let mut monitor = Self { socket, received: Vec::new(), check, answer_wait_max: wait.min(ANSWER_WAIT_MAX) };
+        let greeting = monitor.receive("its greeting", wait)?;
+        if greeting.get("QMP").is_none() {
+            return Err(Error::new(Kind::Io, format!("{} is no monitor of QEMU", path.display())));
+        }
+        monitor.run("qmp_capabilities", Value::Null)?;
+        Ok(monitor)
+    }
+
+    /// Runs a command to its answer.
+    pub fn run(&mut self, name: &str, arguments: Value) -> Result<Value> {
+        let mut request = json!({"execute": name});
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        let gone = |error| Error::io(format!("QEMU went away before it ran {name}"), error);
+        if let Err(error) = self.socket.write_all(format!("{request}\n").as_bytes()) {
+            (self.check)()?;
+            return Err(gone(error));
+        }
+        loop {
+            let mut answer = self.receive(name, self.answer_wait_max)?;
+            if let Some(error) = answer.get("error") {
+                let text = |field: &str| error[field].as_str().unwrap_or("?").to_owned();
+                return Err(Error::new(Kind::Io, format!("QEMU refused {name}: {}: {}", text("class"), text("desc"))));
+            }
+            if answer.get("return").is_some() {
+                return Ok(answer["return"].take());
+            }
+            // Anything else is an event.
+        }
+    }
+
+    /// Waits until another guest's state is loaded.
+    pub fn wait_incoming(&mut self, wait: Duration) -> Result<()> {
+        let since = Stopwatch::start();
+        while self.run("query-status", Value::Null)?["status"] == "inmigrate" {
+            let migration = self.run("query-migrate", Value::Null)?;
+            if let Some(status @ ("failed" | "cancelled")) = migration["status"].as_str() {
+                let why = migration["error-desc"].as_str().unwrap_or("QEMU gives no reason");
+                return Err(Error::new(Kind::Io, format!("the state could not be loaded: migration {status}: {why}")));
+            }
+            if since.elapsed() > wait {
+                return Err(Error::new(Kind::Io, format!("QEMU did not load the state within {} s", wait.as_secs())));
+            }
+            std::thread::sleep(NAP);
+        }
+        Ok(())
+    }
+
+    /// The next document.
+    fn receive(&mut self, what: &str, wait: Duration) -> Result<Value> {
+        let since = Stopwatch::start();
+        let mut buffer = [0; 4096];
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=end).collect();
+                if line.trim_ascii().is_empty() {
+                    continue;
+                }
+                return serde_json::from_slice(&line)
+                    .map_err(|error| Error::new(Kind::Io, format!("QEMU's answer to {what} is no document: {error}")));
+            }
+            if self.received.len() > LINE_LEN_MAX {
+                return Err(Error::new(Kind::Io, format!("QEMU's answer to {what} is too long")));
+            }
+            match self.socket.read(&mut buffer) {
+                Ok(0) => {
+                    // Why it ended says more than that it did; it may take it a moment.
+                    for _ in 0..50 {
+                        (self.check)()?;
+                        std::thread::sleep(NAP * 10);
+                    }
+                    return Err(Error::new(Kind::Io, format!("QEMU closed its monitor before it answered {what}")));
+                }
+                Ok(len) => self.received.extend_from_slice(&buffer[..len]),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    (self.check)()?;
+                    if since.elapsed() > wait {
+                        return Err(Error::new(
+                            Kind::Io,
+                            format!("QEMU did not answer {what} within {} s", wait.as_secs()),
+                        ));
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => {
+                    (self.check)()?;
+                    return Err(Error::io(format!("QEMU's monitor, for {what}"), error));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::net::UnixListener;
+    use std::path::PathBuf;
+    use std::thread::JoinHandle;
+
+    use super::*;
+
+    const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
+    const DONE: &str = "{\"return\": {}}\r\n";
+
+    /// Greets, and answers each request with the next text; then closes the connection, or waits for its end.
+    fn peer(answers: &'static [&'static str], stays: bool) -> (tempfile::TempDir, PathBuf, JoinHandle<Vec<Value>>) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let thread = std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            let mut lines = BufReader::new(socket.try_clone().unwrap()).lines();
+            let mut requests = Vec::new();
+            let mut answers = answers.iter();
+            if let Some(greeting) = answers.next() {
+                socket.write_all(greeting.as_bytes()).unwrap();
+            }
+            for answer in answers {
+                let Some(Ok(line)) = lines.next() else { return requests };
+                requests.push(serde_json::from_str(&line).unwrap());
+                socket.write_all(answer.as_bytes()).unwrap();
+            }
+            if stays {
+                requests.extend(lines.map_while(|line| serde_json::from_str(&line.ok()?).ok()));
+            }
+            requests
+        });
+        (dir, path, thread)
+    }
+
+    fn talk(
+        answers: &'static [&'static str],
+        stays: bool,
+        with: impl FnOnce(&mut Monitor<'_>) -> Result<()>,
+    ) -> (Result<()>, Vec<Value>) {
+        let (_dir, path, thread) = peer(answers, stays);
+        let mut check = || Ok(());
+        let result =
+            Monitor::connect(&path, Duration::from_millis(300), &mut check).and_then(|mut monitor| with(&mut monitor));
+        (result, thread.join().unwrap())
+    }
+
+    #[test]
+    fn commands_are_answered_between_events() {
+        let answers = [
+            GREETING,
+            DONE,
+            "{\"event\": \"RESUME\", \"timestamp\": {}}\r\n\r\n{\"return\": {\"status\": \"running\"}}\r\n",
+        ];
+        let (result, requests) = talk(Box::leak(Box::new(answers)), false, |monitor| {
+            assert_eq!(monitor.run("query-status", json!({"a": 1}))?["status"], "running");
+            Ok(())
+        });
+        result.unwrap();
+        assert_eq!(requests[0], json!({"execute": "qmp_capabilities"}));
+        assert_eq!(requests[1], json!({"execute": "query-status", "arguments": {"a": 1}}));
+    }
+
+    #[test]
+    fn what_goes_wrong_is_named() {
+        let run = |monitor: &mut Monitor<'_>| monitor.run("cont", Value::Null).map(|_| ());
+        let refusal = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no way\"}}\r\n";
+        type Case = (&'static [&'static str], bool, &'static str);
+        let cases: [Case; 7] = [
+            (Box::leak(Box::new([GREETING, DONE, refusal])), false, "QEMU refused cont: GenericError: no way"),
+            (Box::leak(Box::new([GREETING, refusal])), false, "refused qmp_capabilities"),
+            (Box::leak(Box::new([GREETING, DONE])), true, "did not answer cont within 0 s"),
+            (Box::leak(Box::new([GREETING, DONE])), false, "closed its monitor before it answered cont"),
+            (Box::leak(Box::new([GREETING, DONE, "nonsense\n"])), false, "answer to cont is no document"),
+            (Box::leak(Box::new(["{}\n"])), false, "is no monitor of QEMU"),
+            (&[], true, "did not answer its greeting"),
+        ];
+        for (answers, stays, text) in cases {
+            let (result, _) = talk(answers, stays, run);
+            let error = result.unwrap_err();
+            assert!(error.to_string().contains(text), "{error}, not {text}");
+        }
+        let mut check = || Ok(());
+        let error = Monitor::connect(Path::new("/nonexistent/qmp"), Duration::ZERO, &mut check).err().unwrap();
+        assert!(error.to_string().contains("did not open its monitor"), "{error}");
+    }
+
+    #[test]
+    fn an_answer_without_end_is_not_kept() {
+        let long: &'static str = Box::leak("x".repeat(LINE_LEN_MAX + (64 << 10)).into_boxed_str());
+        let answers: &'static [&'static str] = Box::leak(Box::new([GREETING, DONE, long]));
+        let (_dir, path, _thread) = peer(answers, true);
+        let mut check = || Ok(());
+        let mut monitor = Monitor::connect(&path, Duration::from_secs(10), &mut check).unwrap();
+        assert!(monitor.run("stop", Value::Null).unwrap_err().to_string().contains("too long"));
+    }
+
+    #[test]
+    fn the_state_is_waited_for_and_its_failure_told() {
+        let incoming = "{\"return\": {\"status\": \"inmigrate\"}}\n";
+        let active = "{\"return\": {\"status\": \"active\"}}\n";
+        let failed = "{\"return\": {\"status\": \"failed\", \"error-desc\": \"a device is missing\"}}\n";
+        let paused = "{\"return\": {\"status\": \"paused\"}}\n";
+        let wait = |monitor: &mut Monitor<'_>| monitor.wait_incoming(Duration::from_secs(10));
+        let good = [GREETING, DONE, incoming, active, incoming, active, paused];
+        talk(Box::leak(Box::new(good)), false, wait).0.unwrap();
+        let bad = [GREETING, DONE, incoming, failed];
+        let error = talk(Box::leak(Box::new(bad)), false, wait).0.unwrap_err();
+        assert!(error.to_string().contains("migration failed: a device is missing"), "{error}");
+        let slow = [GREETING, DONE, incoming, active];
+        let error =
+            talk(Box::leak(Box::new(slow)), true, |monitor| monitor.wait_incoming(Duration::ZERO)).0.unwrap_err();
+        assert!(error.to_string().contains("did not load the state"), "{error}");
+    }
+
+    #[test]
+    fn a_wait_ends_when_it_makes_no_sense_any_more() {
+        let (_dir, path, _thread) = peer(Box::leak(Box::new([GREETING, DONE])), true);
+        let mut count = 0;
+        let mut check = || {
+            count += 1;
+            if count < 5 { Ok(()) } else { Err(Error::new(Kind::Io, "it died")) }
+        };
+        let mut monitor = Monitor::connect(&path, Duration::from_secs(60), &mut check).unwrap();
+        assert_eq!(monitor.run("cont", Value::Null).unwrap_err().to_string(), "it died");
+    }
+}
