@@ -6,7 +6,9 @@ what the mount does. All of them are context managers that leave nothing behind.
 """
 
 import contextlib
+import ctypes
 import json
+import mmap
 import os
 import re
 import shutil
@@ -62,12 +64,36 @@ def fsync(path):
         os.close(file)
 
 
+def resident_pages(path):
+    """How many pages of a file are in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), f"cannot map {path}")
+        states = (ctypes.c_ubyte * (-(-size // mmap.PAGESIZE)))()
+        try:
+            if libc.mincore(address, size, states):
+                raise OSError(ctypes.get_errno(), f"mincore of {path}")
+        finally:
+            libc.munmap(address, size)
+    return sum(state & 1 for state in states)
+
+
 class Guest:
-    """A QEMU whose RAM is what `ram` says, the options of a memory backend. `memory` is in MiB."""
+    """A QEMU whose RAM is what `ram` says, the options of a memory backend. `memory` is in MiB.
+
+    With `restore`, the words and the environment of an `epochfs restore`, that starts it, and
+    says what RAM it has."""
 
     count = 0
 
-    def __init__(self, directory, initramfs, memory, ram, append, disk=None, processors=2, cpu="max", incoming=False):
+    def __init__(self, directory, initramfs, memory, ram, append, disk=None, processors=2, cpu="max", incoming=False, restore=None):
         Guest.count += 1
         self.name = f"guest-{Guest.count}"
         self.console_path = Path(directory) / f"{self.name}.console"
@@ -76,20 +102,24 @@ class Guest:
         command = [
             "qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot",
             "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(processors), "-m", str(memory),
-            "-machine", "q35,memory-backend=ram", "-object", f"{ram},id=ram,size={memory}M",
-            "-serial", f"file:{self.console_path}", "-qmp", f"unix:{monitor},server,nowait",
+            "-serial", f"file:{self.console_path}",
             "-kernel", str(CACHE / "guest/vmlinuz"), "-initrd", str(initramfs),
             "-append", f"console=ttyS0 quiet panic=-1 {append}",
         ]  # fmt: skip
         if disk:
             command += ["-drive", f"if=none,id=disk,format=raw,{disk}", "-device", "virtio-blk-pci,drive=disk"]
-        if incoming:
-            command += ["-incoming", "defer"]
+        words, environment = restore or ([], None)
+        if restore:
+            command = [*words, "--qmp", str(monitor), "--", *command, "-machine", "q35"]
+        else:
+            command += ["-machine", "q35,memory-backend=ram", "-object", f"{ram},id=ram,size={memory}M"]
+            command += ["-qmp", f"unix:{monitor},server,nowait"] + ["-incoming", "defer"] * incoming
         with open(self.log_path, "wb") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
             deadline = time.monotonic() + 60
-            while not monitor.exists():
+            # The monitor is the restore's until the machine runs.
+            while b"first instruction after" not in self.log_path.read_bytes() if restore else not monitor.exists():
                 self.check_alive()
                 if time.monotonic() > deadline:
                     raise self.failure("QEMU did not open its monitor")
@@ -109,8 +139,20 @@ class Guest:
 
     def kill(self):
         """As a host that dies would: nothing is flushed, nobody is told."""
-        self.process.kill()
+        if started := self.started():
+            # `epochfs restore` ends with the QEMU that it started.
+            for pid in started:
+                os.kill(pid, signal.SIGKILL)
+        else:
+            self.process.kill()
         self.process.wait()
+
+    def started(self):
+        """The QEMU of an `epochfs restore`."""
+        try:
+            return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        except OSError:
+            return []
 
     def console(self):
         return self.console_path.read_text(errors="replace") if self.console_path.exists() else ""
@@ -261,6 +303,10 @@ class Mount:
 
     def clone(self, machine, tag, name):
         self.run("clone", f"{machine}@{tag}", name)
+
+    def restore(self, machine, tag, *options):
+        """What starts a guest from an epoch, for `Guest`."""
+        return [str(self.epochfs), "restore", f"{machine}@{tag}", *options], self.environment
 
     def facts(self, machine):
         epochs = json.loads(self.run("log", machine, "--json"))
