@@ -85,6 +85,20 @@ def resident_pages(path):
     return sum(state & 1 for state in states)
 
 
+def qemu(console, initramfs, memory, append, disk=None, processors=2, cpu="max"):
+    """The command line of a guest, but for its RAM and its monitor."""
+    command = [
+        "qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot",
+        "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(processors), "-m", str(memory),
+        "-serial", f"file:{console}",
+        "-kernel", str(CACHE / "guest/vmlinuz"), "-initrd", str(initramfs),
+        "-append", f"console=ttyS0 quiet panic=-1 {append}",
+    ]  # fmt: skip
+    if disk:
+        command += ["-drive", f"if=none,id=disk,format=raw,{disk}", "-device", "virtio-blk-pci,drive=disk"]
+    return command
+
+
 class Guest:
     """A QEMU whose RAM is what `ram` says, the options of a memory backend. `memory` is in MiB.
 
@@ -99,15 +113,7 @@ class Guest:
         self.console_path = Path(directory) / f"{self.name}.console"
         self.log_path = Path(directory) / f"{self.name}.log"
         monitor = Path(directory) / f"{self.name}.qmp"
-        command = [
-            "qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot",
-            "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(processors), "-m", str(memory),
-            "-serial", f"file:{self.console_path}",
-            "-kernel", str(CACHE / "guest/vmlinuz"), "-initrd", str(initramfs),
-            "-append", f"console=ttyS0 quiet panic=-1 {append}",
-        ]  # fmt: skip
-        if disk:
-            command += ["-drive", f"if=none,id=disk,format=raw,{disk}", "-device", "virtio-blk-pci,drive=disk"]
+        command = qemu(self.console_path, initramfs, memory, append, disk, processors, cpu)
         words, environment = restore or ([], None)
         if restore:
             command = [*words, "--qmp", str(monitor), "--", *command, "-machine", "q35"]
