@@ -153,7 +153,7 @@ mod tests {
                 "(400): ",
             ),
             (b"HTTP/1.1 400 \r\nContent-Length: 31\r\n\r\n{\"fault_message\":\"no such CPU\"}", "(400): no such CPU"),
-            (b"HTTP/1.1 500 \r\nContent-Length: 19\r\n\r\n[\"failed\",\"because\"]", "(500): failed: because"),
+            (b"HTTP/1.1 500 \r\nContent-Length: 20\r\n\r\n[\"failed\",\"because\"]", "(500): failed: because"),
             (b"HTTP/1.1 404 \r\n\r\n", "(404): it gives no reason"),
             (b"HTTP/1.1 500 \r\nContent-Length: 4\r\n\r\ntext", "(500): text"),
         ] {

@@ -22,6 +22,9 @@ const NAP: Duration = Duration::from_millis(1);
 /// How long an answer may take. Commands that take longer only begin their work, and are asked about.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(60);
 
+/// How long a QEMU that closed its monitor may take to end.
+const END_WAIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
+
 /// A connection to QEMU. While it waits it calls `check`, whose error ends the wait.
 pub struct Monitor<'a> {
     socket: UnixStream,
@@ -68,10 +71,8 @@ impl<'a> Monitor<'a> {
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
-        let gone = |error| Error::io(format!("QEMU went away before it ran {name}"), error);
-        if let Err(error) = self.socket.write_all(format!("{request}\n").as_bytes()) {
-            (self.check)()?;
-            return Err(gone(error));
+        if self.socket.write_all(format!("{request}\n").as_bytes()).is_err() {
+            return Err(self.closed(name));
         }
         loop {
             let mut answer = self.receive(name, self.answer_wait_max)?;
@@ -103,6 +104,19 @@ impl<'a> Monitor<'a> {
         Ok(())
     }
 
+    /// Why there is no connection any more: that QEMU ended, and how, says more than that it was closed. It may take it a
+    /// moment.
+    fn closed(&mut self, what: &str) -> Error {
+        let since = Stopwatch::start();
+        while since.elapsed() < END_WAIT {
+            if let Err(error) = (self.check)() {
+                return error;
+            }
+            std::thread::sleep(NAP);
+        }
+        Error::new(Kind::Io, format!("QEMU closed its monitor before it answered {what}"))
+    }
+
     /// The next document.
     fn receive(&mut self, what: &str, wait: Duration) -> Result<Value> {
         let since = Stopwatch::start();
@@ -120,14 +134,7 @@ impl<'a> Monitor<'a> {
                 return Err(Error::new(Kind::Io, format!("QEMU's answer to {what} is too long")));
             }
             match self.socket.read(&mut buffer) {
-                Ok(0) => {
-                    // Why it ended says more than that it did; it may take it a moment.
-                    for _ in 0..50 {
-                        (self.check)()?;
-                        std::thread::sleep(NAP * 10);
-                    }
-                    return Err(Error::new(Kind::Io, format!("QEMU closed its monitor before it answered {what}")));
-                }
+                Ok(0) => return Err(self.closed(what)),
                 Ok(len) => self.received.extend_from_slice(&buffer[..len]),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                     (self.check)()?;
@@ -139,10 +146,9 @@ impl<'a> Monitor<'a> {
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => {
-                    (self.check)()?;
-                    return Err(Error::io(format!("QEMU's monitor, for {what}"), error));
-                }
+                // It had something left to read.
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Err(self.closed(what)),
+                Err(error) => return Err(Error::io(format!("QEMU's monitor, for {what}"), error)),
             }
         }
     }

@@ -14,6 +14,8 @@ mod mount;
 mod names;
 mod races;
 mod repository;
+mod restore;
+mod restore_monitors;
 mod sizes;
 mod sources;
 mod support;
