@@ -136,6 +136,8 @@ struct Work {
     /// Up to which page everything is on its way, where everything is wanted.
     hydrated: u64,
     extent: Extent,
+    /// Whether readers wanted something else than was foreseen.
+    was_mistaken: bool,
     batch_pages: usize,
     in_flight: usize,
     failures: u32,
@@ -231,6 +233,7 @@ impl Prefetcher {
                 foreseen_pages: 0,
                 hydrated: 0,
                 extent,
+                was_mistaken: false,
                 batch_pages: BATCH_PAGES_FIRST,
                 in_flight: 0,
                 failures: 0,
@@ -347,6 +350,7 @@ impl Prefetch {
         }
         if !work.runs.is_empty() && work.hydrated == 0 && self.is_mistaken() {
             work.runs.clear();
+            work.was_mistaken = true;
             if work.extent == Extent::Forecast {
                 work.state = State::Mistaken;
                 return Step::Nothing;
@@ -600,8 +604,9 @@ impl Shared {
         let (foreseen, restores, window, windows) = {
             let work = lock(&prefetch.work);
             let (window, windows) = (work.window.clone(), work.windows.clone());
-            // What was foreseen wrongly is forgotten.
-            if prefetch.is_mistaken() {
+            // What was foreseen wrongly is forgotten. That shows while pages are pushed: nobody asks for those that are
+            // there, and later all requests are for others.
+            if work.was_mistaken {
                 (Vec::new(), 0, window, windows)
             } else {
                 (work.foreseen.clone(), work.restores, window, windows)
