@@ -384,18 +384,17 @@ impl<'a> Reporter<'a> {
             say(format!("first instruction after {}", seconds(first)));
         }
         let pages = moments.foreseen_pages.unwrap_or_default();
-        let source = match moments.source.as_deref() {
-            Some("trace") => "that earlier restores touched",
-            Some("changes") => "that the latest epochs changed",
-            _ => "of all its memory",
+        let there = match moments.source.as_deref() {
+            Some("trace") => format!("the {pages} pages that earlier restores touched are in memory"),
+            Some("changes") => format!("the {pages} pages that the latest epochs changed are in memory"),
+            _ => "all is in memory".to_owned(),
         };
-        let count = if pages > 0 { format!("{pages} pages") } else { "the pages".to_owned() };
         match (moments.responsive(), told.responsive(), moments.working_set, told.working_set) {
             (Some(responsive), None, ..) => {
-                say(format!("responsive after {}: {count} {source} are in memory", seconds(responsive)));
+                say(format!("responsive after {}: {there}", seconds(responsive)));
             }
-            (None, _, Some(there), None) if self.paused => {
-                say(format!("{count} {source} are in memory after {}", seconds(there)));
+            (None, _, Some(working_set), None) if self.paused => {
+                say(format!("{there} after {}", seconds(working_set)));
             }
             _ => {}
         }

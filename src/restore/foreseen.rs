@@ -49,7 +49,7 @@ mod tests {
     #[test]
     fn what_is_told_is_bounded_and_stays_in_the_stream() {
         let runs = (0..RUNS_MAX as u64 + 5).map(|at| at * 2..at * 2 + 1).collect();
-        let foreseen = Foreseen::from(Forecast { source: Source::Trace, runs, restores: 3 });
+        let foreseen = Foreseen::from(Forecast { source: Source::Trace, runs, restores: 3, windows: Vec::new() });
         assert_eq!((foreseen.runs.len(), foreseen.source.as_str()), (RUNS_MAX, "trace"));
         let told = Foreseen { runs: vec![(0, 2), (9, 5), (10, 1), (5, u64::MAX)], ..Default::default() };
         assert_eq!(told.runs(10).collect::<Vec<_>>(), [0..2, 9..10, 5..10]);

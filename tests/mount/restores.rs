@@ -131,6 +131,29 @@ fn a_second_restore_finds_there_what_the_first_one_touched() {
     mount.finish();
 }
 
+/// Nobody asks for pages that are there: a restore that was foreseen well makes only requests that were not foreseen.
+#[test]
+fn what_was_foreseen_well_is_not_forgotten_for_what_else_is_touched() {
+    let Some(mut mount) = Mount::new("what_was_foreseen_well_is_not_forgotten") else { return };
+    let expected = commit_epochs(&mount, "web1", 1);
+    let path = mount.epoch("web1", "e0").join("memory");
+    let first: Vec<usize> = (0..100).map(|at| at * 3).collect();
+    let others: Vec<usize> = (0..100).map(|at| 800 + at * 5).collect();
+    for pages in [first.clone(), [first.clone(), others.clone()].concat()] {
+        mount.restart();
+        let file = File::open(&path).unwrap();
+        ended(&mount);
+        restore(&path, &pages, &expected, Duration::from_millis(1500)).unwrap();
+        drop(file);
+    }
+    mount.restart();
+    let file = File::open(&path).unwrap();
+    let told = ended(&mount);
+    assert_eq!(told["foreseen_pages"], first.len() + others.len(), "{told:#}");
+    drop(file);
+    mount.finish();
+}
+
 #[test]
 fn without_a_trace_what_changed_last_is_pushed_and_with_hydrate_everything() {
     let Some(mut mount) = Mount::new("without_a_trace_what_changed_last_is_pushed") else { return };
