@@ -237,6 +237,11 @@ fn every_command_prints_a_document_with_its_fields() {
                 "daemons[].written_bytes",
             ],
         );
+        // What a restore tells of its moments is checked where one is made.
+        check(
+            &["restore", "web2", "--vmm", "firecracker", "--state", "memory", "--print"],
+            &["requests[].method", "requests[].path", "requests[].body"],
+        );
         check(&["umount", mountpoint.text()], &["mountpoint", "repository", "ended", "holders"]);
     }
     check(&["status"], &["daemons", "dead_mounts"]);
@@ -257,7 +262,7 @@ fn every_command_prints_a_document_with_its_fields() {
         ],
     );
     if !can_mount {
-        seen.extend(["mount", "umount"].map(str::to_owned));
+        seen.extend(["mount", "restore", "umount"].map(str::to_owned));
     }
     // Whoever adds a command adds its document here.
     let all: BTreeSet<String> =
