@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     fn trace(runs: &[(u64, u64)]) -> Trace {
-        let runs = runs.iter().map(|(first, count)| TraceRun { first: *first, count: *count }).collect();
+        let runs: Vec<TraceRun> = runs.iter().map(|(first, count)| TraceRun { first: *first, count: *count }).collect();
         Trace {
             repository: [7; 16],
             stream: b"memory".to_vec(),
