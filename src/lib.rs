@@ -52,6 +52,7 @@ pub mod ops;
 pub mod platform;
 pub mod repo;
 pub mod restore;
+pub mod uffd;
 
 pub use epoch::{
     BytesSource, Change, CommitBuilder, CommitCounts, CommitOptions, Committed, Epoch, EpochName, EpochStore, FileDiff,
