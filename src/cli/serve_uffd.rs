@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,7 +15,9 @@ use super::context::Context;
 use super::output::{print, size};
 use crate::epoch::{EpochName, Which};
 use crate::error::{Error, Result};
-use crate::uffd::{Channel, FromWorker, Image, OnDamage, Options, Ready, Supervision, supervise, work};
+use crate::uffd::{
+    Channel, FromWorker, Image, Offload, OnDamage, Options, Ready, Supervision, offload, supervise, work,
+};
 
 /// Serve the page faults of VMs that were restored from an epoch: each page is read when it is touched.
 ///
@@ -24,16 +26,31 @@ use crate::uffd::{Channel, FromWorker, Image, OnDamage, Options, Ready, Supervis
 /// the repository never sees a wrong byte: it is killed, or held.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs serve-uffd web1@17 --socket /run/web1.uffd\n  epochfs serve-uffd web1 --socket /run/web1.uffd --populate\n\nIn Firecracker, once it listens:\n  PUT /snapshot/load {\"snapshot_path\": \"MOUNT/web1/epochs/17/vmstate\", \"mem_backend\":\n    {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/web1.uffd\"}, \"resume_vm\": true}"
+    after_help = "Examples:\n  epochfs serve-uffd web1@17 --socket /run/web1.uffd\n  epochfs serve-uffd web1 --socket /run/web1.uffd --populate\n  epochfs serve-uffd ch1@17 --cloud-hypervisor /run/ch2.migration --directory snapshot\n\nIn Firecracker, once it listens:\n  PUT /snapshot/load {\"snapshot_path\": \"MOUNT/web1/epochs/17/vmstate\", \"mem_backend\":\n    {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/web1.uffd\"}, \"resume_vm\": true}"
 )]
 pub struct ServeUffd {
     /// The epoch: MACHINE, MACHINE@17 or MACHINE@tag.
     #[arg(value_name = "MACHINE[@EPOCH]")]
     epoch: EpochName,
     /// Where VMs connect: a Unix socket, which is made, and removed at the end. Any number may.
-    #[arg(long, value_name = "PATH", required_unless_present = "worker")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["worker", "cloud_hypervisor"])]
     socket: Option<PathBuf>,
-    /// The stream that holds the memory.
+    /// Restore one VM into the Cloud Hypervisor that waits at this socket for a migration with memory_mode=postcopy.
+    #[arg(long, value_name = "PATH", conflicts_with = "socket")]
+    cloud_hypervisor: Option<PathBuf>,
+    /// Where in the epoch that snapshot lies, as Cloud Hypervisor's offload daemon writes it.
+    #[arg(
+        long,
+        value_name = "DIRECTORY",
+        default_value = "",
+        hide_default_value = true,
+        requires = "cloud_hypervisor"
+    )]
+    directory: String,
+    /// Leave that VM paused.
+    #[arg(long, requires = "cloud_hypervisor")]
+    paused: bool,
+    /// The stream that holds the memory; not for Cloud Hypervisor.
     #[arg(long, value_name = "NAME", default_value = "memory")]
     stream: String,
     /// Fill all memory ahead of its use, in the order of addresses, and let the VM go when it has everything.
@@ -58,10 +75,16 @@ impl ServeUffd {
         if self.worker {
             return self.work(context);
         }
-        let socket = self.socket.clone().ok_or_else(|| Error::usage("no socket is named"))?;
-        let socket =
-            std::path::absolute(&socket).map_err(|error| Error::io(format!("the path {}", socket.display()), error))?;
-        let common = self.arguments(context)?;
+        let absolute = |path: &Option<PathBuf>| match path {
+            None => Ok(None),
+            Some(path) => std::path::absolute(path)
+                .map(Some)
+                .map_err(|error| Error::io(format!("the path {}", path.display()), error)),
+        };
+        let (socket, monitor) = (absolute(&self.socket)?, absolute(&self.cloud_hypervisor)?);
+        let place = socket.clone().or(monitor.clone()).unwrap_or_default();
+        let is_monitor = monitor.is_some();
+        let common = self.arguments(context, monitor.as_deref())?;
         let epoch = self.epoch.clone();
         let supervision = Supervision {
             worker: Box::new(move |ready| {
@@ -72,7 +95,7 @@ impl ServeUffd {
                 };
                 common.iter().cloned().chain(["--".into(), name.into()]).collect()
             }),
-            socket: Some(socket.clone()),
+            socket,
             on_damage: self.on_damage,
         };
         supervise(supervision, &mut |ready, worker| {
@@ -81,7 +104,7 @@ impl ServeUffd {
                 "epoch": ready.epoch,
                 "stream": ready.stream,
                 "bytes": ready.len,
-                "socket": socket.display().to_string(),
+                "socket": place.display().to_string(),
                 "pid": std::process::id(),
                 "worker": worker,
             });
@@ -90,13 +113,13 @@ impl ServeUffd {
             if let Err(error) = printed {
                 tracing::warn!(%error, "VMs can come, but that could not be told");
             }
-            context.notice(&sentence(&document));
+            context.notice(&sentence(&document, is_monitor));
         })?;
         Ok(ExitCode::SUCCESS)
     }
 
     /// What the worker is started with, but for the epoch.
-    fn arguments(&self, context: &Context) -> Result<Vec<OsString>> {
+    fn arguments(&self, context: &Context, monitor: Option<&Path>) -> Result<Vec<OsString>> {
         let mut arguments: Vec<OsString> = vec!["--repo".into(), context.repository_url()?.into()];
         arguments.extend(["--state-dir".into(), context.state_directory().into()]);
         arguments.extend(match context.verbosity() {
@@ -114,6 +137,11 @@ impl ServeUffd {
             OnDamage::Hold => "hold",
         };
         arguments.extend(["--on-damage", on_damage].map(Into::into));
+        if let Some(monitor) = monitor {
+            arguments.extend(["--cloud-hypervisor".into(), monitor.into()]);
+            arguments.extend(["--directory".into(), self.directory.clone().into()]);
+            arguments.extend(self.paused.then(|| "--paused".into()));
+        }
         arguments.extend(self.populate.then(|| "--populate".into()));
         Ok(arguments)
     }
@@ -127,23 +155,34 @@ impl ServeUffd {
         }
         let channel = std::io::stdin().as_fd().try_clone_to_owned();
         let channel = Channel::of(channel.map_err(|error| Error::io("no supervisor started this process", error))?);
-        match self.image(context) {
-            Ok((ready, image)) => {
-                work(channel, ready, image, self.options())?;
-                Ok(ExitCode::SUCCESS)
-            }
-            Err(error) => {
-                channel.send(&FromWorker::failed(&error), &[])?;
-                Ok(ExitCode::from(error.exit_code()))
-            }
+        let opened = context.open().and_then(|store| store.epoch(&self.epoch));
+        let (machine, epoch) = match &opened {
+            Ok(epoch) => (epoch.machine().to_string(), epoch.number()),
+            Err(_) => Default::default(),
+        };
+        let ready = |stream: String, len| Ready { machine, epoch, stream, len };
+        let tell = |error: &Error| channel.send(&FromWorker::failed(error), &[]);
+        if let Some(monitor) = &self.cloud_hypervisor {
+            let vm = match opened.and_then(|epoch| Offload::new(epoch, &self.directory)) {
+                Ok(vm) => vm,
+                Err(error) => return tell(&error).map(|()| ExitCode::from(error.exit_code())),
+            };
+            let ready = ready(vm.streams(), vm.len());
+            return Ok(match offload(&channel, ready, &vm, monitor, !self.paused, &self.options()) {
+                Ok(served) => {
+                    tracing::info!("the VM has all its memory: {} faults, {} pages", served.faults, served.pages);
+                    ExitCode::SUCCESS
+                }
+                Err(error) => ExitCode::from(error.exit_code()),
+            });
         }
-    }
-
-    fn image(&self, context: &Context) -> Result<(Ready, Image)> {
-        let epoch = context.open()?.epoch(&self.epoch)?;
-        let (machine, number) = (epoch.machine().to_string(), epoch.number());
-        let image = Image::new(epoch, self.stream.as_bytes())?;
-        Ok((Ready { machine, epoch: number, stream: self.stream.clone(), len: image.len() }, image))
+        match opened.and_then(|epoch| Image::new(epoch, self.stream.as_bytes())) {
+            Ok(image) => {
+                let ready = ready(self.stream.clone(), image.len());
+                work(channel, ready, image, self.options()).map(|()| ExitCode::SUCCESS)
+            }
+            Err(error) => tell(&error).map(|()| ExitCode::from(error.exit_code())),
+        }
     }
 
     fn options(&self) -> Options {
@@ -166,14 +205,16 @@ fn named(epoch: &EpochName) -> String {
     }
 }
 
-fn sentence(document: &Value) -> String {
+fn sentence(document: &Value, is_monitor: bool) -> String {
     let text = |field: &str| document[field].as_str().unwrap_or_default().to_owned();
     format!(
-        "serving {} of {}@{} ({}) at {}",
+        "{} {} of {}@{} ({}) {} {}",
+        if is_monitor { "restoring" } else { "serving" },
         text("stream"),
         text("machine"),
         document["epoch"],
         size(document["bytes"].as_u64().unwrap_or_default()),
+        if is_monitor { "into the monitor at" } else { "at" },
         text("socket")
     )
 }

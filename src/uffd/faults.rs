@@ -17,15 +17,38 @@ use crate::epoch::StreamReader;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 
-/// How often a page that is damaged is read again: what is wrong may have been wrong on the way only.
-const DAMAGE_TRIES: u32 = 5;
+/// When something that failed is tried again.
+#[derive(Clone, Copy)]
+pub(super) struct Retry {
+    since: Stopwatch,
+    tries: u32,
+}
 
-/// The first and the longest wait before a read is repeated.
-const RETRY_WAIT: Duration = Duration::from_millis(2);
-const RETRY_WAIT_MAX: Duration = Duration::from_secs(1);
+impl Retry {
+    /// How often a page is tried whose VM is held.
+    pub const HELD: Duration = Duration::from_secs(5);
 
-/// How often a page is tried whose VM is held.
-const HELD_WAIT: Duration = Duration::from_secs(5);
+    /// How often a page that is damaged is read: what is wrong may have been wrong on the way only.
+    const DAMAGE_TRIES: u32 = 5;
+
+    /// The first and the longest wait.
+    const WAIT: Duration = Duration::from_millis(2);
+    const WAIT_MAX: Duration = Duration::from_secs(1);
+
+    pub fn new() -> Self {
+        Self { since: Stopwatch::start(), tries: 0 }
+    }
+
+    /// How long to wait after this error, or nothing where it is no use.
+    pub fn after(&mut self, error: &Error, patience: Duration) -> Option<Duration> {
+        self.tries += 1;
+        let is_over = match error.kind() {
+            Kind::Io | Kind::NoSpace => self.since.elapsed() >= patience,
+            _ => self.tries >= Self::DAMAGE_TRIES,
+        };
+        (!is_over).then(|| Self::WAIT.saturating_mul(1 << self.tries.min(16)).min(Self::WAIT_MAX))
+    }
+}
 
 /// A page that took so long is worth a line.
 const SLOW: Duration = Duration::from_secs(1);
@@ -34,9 +57,8 @@ const SLOW: Duration = Duration::from_secs(1);
 struct Waiting {
     /// Where it begins, in the process of the VM.
     address: u64,
-    since: Stopwatch,
-    tries: u32,
-    /// When it is tried again.
+    retry: Retry,
+    /// When it is tried again, counted from its first moment.
     after: Duration,
     is_held: bool,
 }
@@ -118,13 +140,7 @@ impl FaultThread {
                 let address = address - (address - region.start) % region.page_size;
                 // Several processors may wait for one page.
                 if !waiting.iter().any(|other| other.address == address) {
-                    waiting.push(Waiting {
-                        address,
-                        since: Stopwatch::start(),
-                        tries: 0,
-                        after: Duration::ZERO,
-                        is_held: false,
-                    });
+                    waiting.push(Waiting { address, retry: Retry::new(), after: Duration::ZERO, is_held: false });
                 }
             }
             Message::Removed(_) | Message::Unmapped(_) => {}
@@ -136,7 +152,7 @@ impl FaultThread {
     fn answer_all(&mut self) -> std::result::Result<bool, Errno> {
         let mut at = 0;
         while at < self.waiting.len() {
-            if self.waiting[at].since.elapsed() < self.waiting[at].after {
+            if self.waiting[at].retry.since.elapsed() < self.waiting[at].after {
                 at += 1;
                 continue;
             }
@@ -144,8 +160,8 @@ impl FaultThread {
                 Answer::Done => {
                     let done = self.waiting.remove(at);
                     self.vm.counters.faults.fetch_add(1, Ordering::Relaxed);
-                    if done.since.elapsed() > SLOW {
-                        tracing::warn!("{} waited {:?} for a page", self.vm.peer(), done.since.elapsed());
+                    if done.retry.since.elapsed() > SLOW {
+                        tracing::warn!("{} waited {:?} for a page", self.vm.peer(), done.retry.since.elapsed());
                     }
                 }
                 Answer::Deferred => at += 1,
@@ -165,7 +181,7 @@ impl FaultThread {
         if vm.is_removed(&pages) {
             self.bytes[..len].fill(0);
         } else {
-            if self.waiting[at].tries == 0
+            if self.waiting[at].retry.tries == 0
                 && let Some(touched) = &self.options.touched
             {
                 touched(vm.id(), first);
@@ -197,17 +213,11 @@ impl FaultThread {
     /// A page could not be read or filled: it is tried again, or the VM's time is over.
     fn failed(&mut self, at: usize, page: u64, error: &Error) -> Answer {
         let waiting = &mut self.waiting[at];
-        waiting.tries += 1;
         self.vm.counters.retries.fetch_add(1, Ordering::Relaxed);
-        let elapsed = waiting.since.elapsed();
-        let is_over = match error.kind() {
-            Kind::Io | Kind::NoSpace => elapsed >= self.options.patience,
-            _ => waiting.tries >= DAMAGE_TRIES,
-        };
-        if !is_over {
-            let wait = RETRY_WAIT.saturating_mul(1 << waiting.tries.min(16)).min(RETRY_WAIT_MAX);
+        let elapsed = waiting.retry.since.elapsed();
+        if let Some(wait) = waiting.retry.after(error, self.options.patience) {
             waiting.after = elapsed + wait;
-            tracing::debug!(page, tries = waiting.tries, %error, "a page is read again");
+            tracing::debug!(page, %error, "a page is read again");
             return Answer::Deferred;
         }
         let why = format!("page {page} of {} cannot be read: {error}", self.vm.image().name());
@@ -221,7 +231,7 @@ impl FaultThread {
                     tracing::error!("{} stands still until it can be read: {why}", self.vm.peer());
                 }
                 waiting.is_held = true;
-                waiting.after = elapsed + HELD_WAIT;
+                waiting.after = elapsed + Retry::HELD;
                 Answer::Deferred
             }
         }
@@ -229,7 +239,7 @@ impl FaultThread {
 
     /// Waits for a message, the end of the process, the bell, or the moment to try a page again.
     fn wait(&self) -> std::result::Result<(), Errno> {
-        let next = self.waiting.iter().map(|waiting| waiting.after.saturating_sub(waiting.since.elapsed())).min();
+        let next = self.waiting.iter().map(|waiting| waiting.after.saturating_sub(waiting.retry.since.elapsed())).min();
         let timeout = next.map(|next| Timespec {
             tv_sec: next.as_secs().cast_signed(),
             // A removal that was read is made in a moment.

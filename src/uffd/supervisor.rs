@@ -33,6 +33,9 @@ const DEATHS_WITHIN: Duration = Duration::from_secs(60);
 /// How long to wait before the next worker is started, for each that died lately.
 const START_WAIT: Duration = Duration::from_millis(50);
 
+/// A worker that closed its end is gone within this time.
+const END_WAIT: Duration = Duration::from_secs(2);
+
 /// What to supervise.
 pub struct Supervision {
     /// The arguments with which this program is a worker for what is served: for the first one, then for those that take
@@ -94,7 +97,7 @@ pub fn supervise(supervision: Supervision, told: &mut dyn FnMut(&Ready, u32)) ->
 impl Supervisor {
     fn run(&mut self, signals: &mut UnixStream) -> Result<()> {
         loop {
-            if self.is_finishing && self.vms.is_empty() {
+            if self.is_finishing && self.vms.is_empty() && self.supervision.socket.is_some() {
                 return self.worker.close();
             }
             let (is_told, is_signalled) = self.wait(signals)?;
@@ -134,7 +137,7 @@ impl Supervisor {
         self.lobby = None;
         self.is_finishing = true;
         self.vms.retain(|_, kept| !kept.0.peer.has_ended());
-        match self.vms.len() {
+        match self.vms.len() + self.watched.len() {
             0 => tracing::info!("stopping"),
             count => tracing::warn!(
                 "stopping once {count} VMs have all their memory; a second signal kills them, as they could not go on"
@@ -232,15 +235,11 @@ impl Supervisor {
 
     /// What a worker serves over a connection of its own ends with it.
     fn lone_worker_ended(&mut self, how: &str) -> Result<bool> {
-        let mut killed = 0;
-        for peer in self.watched.iter().filter(|peer| !peer.has_ended()) {
-            kill(peer, &self.image(), "the worker that served it died");
-            killed += 1;
+        if self.worker.child.wait().is_ok_and(|status| status.success()) {
+            return Ok(false);
         }
-        match self.worker.child.wait().is_ok_and(|status| status.success()) && killed == 0 {
-            true => Ok(false),
-            false => Err(Error::new(Kind::Io, format!("the worker ended ({how})"))),
-        }
+        self.kill_all("the worker that served it died");
+        Err(Error::new(Kind::Io, format!("the worker ended ({how})")))
     }
 
     fn kill_all(&self, why: &str) {
@@ -299,14 +298,14 @@ impl Worker {
 
     /// Makes sure that it has ended, so that no other one meets it, and says how.
     fn end(&mut self) -> String {
-        if let Ok(Some(status)) = self.child.try_wait() {
-            return status.to_string();
+        let closed = Stopwatch::start();
+        while closed.elapsed() < END_WAIT {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return status.to_string();
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
-        // It closed its end, and is about to be gone; or it says what nobody understands.
-        std::thread::sleep(START_WAIT);
-        if let Ok(Some(status)) = self.child.try_wait() {
-            return status.to_string();
-        }
+        // It said what nobody understands.
         self.kill();
         self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string())
     }

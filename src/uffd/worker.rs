@@ -1,5 +1,7 @@
 //! The process that serves, and that another one takes the place of when it dies.
 
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,6 +9,7 @@ use super::channel::{Channel, FromWorker, Ready, ToWorker};
 use super::descriptor::Userfaultfd;
 use super::image::Image;
 use super::ledger::Ledger;
+use super::offload::{Offload, Served};
 use super::peer::Peer;
 use super::server::{Options, Server};
 use super::vm::Admission;
@@ -54,4 +57,24 @@ pub fn work(channel: Channel, ready: Ready, image: Image, mut options: Options) 
         while !server.wait(LOOK_EVERY) {}
     }
     Ok(())
+}
+
+/// Restores one VM into a monitor that does not hand its memory over. It ends with this process, if that dies.
+pub fn offload(
+    channel: &Channel,
+    ready: Ready,
+    vm: &Offload,
+    socket: &Path,
+    is_resumed: bool,
+    options: &Options,
+) -> Result<Served> {
+    channel.send(&FromWorker::Ready(ready), &[])?;
+    let served = vm.serve(socket, is_resumed, options, &mut |peer| {
+        channel.send(&FromWorker::Watch { pid: peer.pid() }, &[peer.as_fd()])
+    });
+    served.inspect_err(|error| {
+        if let Err(error) = channel.send(&FromWorker::failed(error), &[]) {
+            tracing::debug!(%error, "nobody hears of the failure");
+        }
+    })
 }

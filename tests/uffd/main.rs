@@ -5,6 +5,7 @@
 //! random runs long.
 
 mod child;
+mod cloud_hypervisor;
 mod damage;
 mod fixture;
 mod guest;

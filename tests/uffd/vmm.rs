@@ -33,7 +33,9 @@ struct Register {
 
 const API: Opcode = opcode::read_write::<Api>(0xaa, 0x3f);
 const REGISTER: Opcode = opcode::read_write::<Register>(0xaa, 0);
+const WAKE: Opcode = opcode::read::<[u64; 2]>(0xaa, 2);
 const MISSING: u64 = 1;
+const MINOR: u64 = 4;
 
 /// A userfaultfd, as Firecracker opens it: it does not block, and tells of faults in the kernel too.
 pub fn userfaultfd(features: u64) -> io::Result<OwnedFd> {
@@ -69,12 +71,30 @@ impl Memory {
         Ok(Self { start: start.cast(), len, offset, page_size })
     }
 
+    /// Memory that lies in a file, as others have it too.
+    pub fn shared(len: usize, offset: usize, file: impl AsFd, file_offset: usize) -> io::Result<Self> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let place = file_offset as u64;
+        // SAFETY: the kernel chooses an address that nothing else uses.
+        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, access, MapFlags::SHARED, file, place) }?;
+        Ok(Self { start: start.cast(), len, offset, page_size: PAGE })
+    }
+
     pub fn address(&self) -> u64 {
         self.start as u64
     }
 
     pub fn register(&self, uffd: BorrowedFd<'_>) -> io::Result<()> {
-        let mut register = Register { start: self.address(), len: self.len as u64, mode: MISSING, ioctls: 0 };
+        self.register_for(uffd, MISSING)
+    }
+
+    /// Tells of pages that are in the file and not mapped, too.
+    pub fn register_shared(&self, uffd: BorrowedFd<'_>) -> io::Result<()> {
+        self.register_for(uffd, MISSING | MINOR)
+    }
+
+    fn register_for(&self, uffd: BorrowedFd<'_>, mode: u64) -> io::Result<()> {
+        let mut register = Register { start: self.address(), len: self.len as u64, mode, ioctls: 0 };
         // SAFETY: the type is the one that belongs to the code, and the range is this mapping.
         Ok(unsafe { ioctl(uffd, Updater::<REGISTER, _>::new(&mut register)) }?)
     }
@@ -152,6 +172,13 @@ impl Guest {
         let region = region.expect("the guest has that memory");
         (region, offset - region.offset)
     }
+}
+
+/// Has threads that wait for these pages look again.
+pub fn wake(uffd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<()> {
+    let mut range = [start, len];
+    // SAFETY: the type is the one that belongs to the code, and nothing but waiting threads is touched.
+    Ok(unsafe { ioctl(uffd, Updater::<WAKE, _>::new(&mut range)) }?)
 }
 
 /// Sends bytes with descriptors, in one message.
