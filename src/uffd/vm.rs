@@ -413,6 +413,8 @@ impl Vm {
                 Err(error) => return Err(error),
             }
         }
+        // The kernel wakes waiting threads before the memory is its own, and one may have begun to wait again in between.
+        self.wake_all();
         // Who began to remove pages before that waits for its message to be read, and must not wait for ever. While there
         // is one, the kernel fills nothing.
         let probe = self.layout.regions()[0].start;

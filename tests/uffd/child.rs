@@ -3,8 +3,12 @@
 use std::process::{Command, Stdio};
 
 /// The work that a child does, named by `EPOCHFS_TEST_CHILD`, with arguments in `EPOCHFS_TEST_CHILD_ARGUMENTS`, one a line.
-const WORK: [(&str, fn(&[String])); 3] =
-    [("guest", crate::guest::run), ("hostile", crate::hostile::run), ("removal", crate::removal::run)];
+const WORK: [(&str, fn(&[String])); 4] = [
+    ("guest", crate::guest::run),
+    ("hostile", crate::hostile::run),
+    ("monitor", crate::cloud_hypervisor::run),
+    ("removal", crate::removal::run),
+];
 
 pub fn command(work: &str, arguments: &[&str]) -> Command {
     assert!(WORK.iter().any(|(name, _)| *name == work), "{work}");

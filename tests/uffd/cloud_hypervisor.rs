@@ -329,11 +329,12 @@ fn p5_damage_is_not_given_to_cloud_hypervisor() {
     let Some(world) = World::new("Cloud Hypervisor, damaged", 2048) else { return };
     let cut = 300 * PAGE;
     commit(&world, cut);
-    let object = world.damage();
+    let objects = world.damage();
     let monitor = start_monitor(&world, cut, 3000, false);
     let (status, said) = text(serve_uffd(&world, &[]));
     assert_eq!(status.code(), Some(3), "{said}");
-    assert!(said.contains("killed process") && said.contains("snapshot/memory-") && said.contains(&object), "{said}");
+    assert!(said.contains("killed process") && said.contains("snapshot/memory-"), "{said}");
+    assert!(objects.iter().any(|object| said.contains(object)), "{said}");
     assert_eq!(text(monitor).0.signal(), Some(9));
 }
 

@@ -67,6 +67,10 @@ impl World {
             skip(test, &format!("no userfaultfd: {error}"));
             return None;
         }
+        if let Ok(filter) = std::env::var("EPOCHFS_LOG") {
+            // Of servers in this process. The second test that asks for it has it already.
+            let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+        }
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("image");
         fs::write(&image, image_bytes(seed(), len)).unwrap();
@@ -131,17 +135,21 @@ impl World {
         command
     }
 
-    /// Flips a bit of the stored pages: in the middle of the largest object.
-    pub fn damage(&self) -> String {
+    /// Flips bits all over the packs of pages, so that whatever page is touched is damaged. Returns the objects' names.
+    pub fn damage(&self) -> Vec<String> {
         let mut objects = Vec::new();
         walk(&self.path("repository").join("packs"), &mut objects);
-        let largest = objects.into_iter().max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap();
-        let mut bytes = fs::read(&largest).unwrap();
-        // All of it but the ends, so that whatever page is touched is damaged.
-        let end = bytes.len() * 9 / 10;
-        bytes[200..end].iter_mut().step_by(512).for_each(|byte| *byte ^= 1);
-        fs::write(&largest, bytes).unwrap();
-        largest.strip_prefix(self.path("repository")).unwrap().display().to_string()
+        // Tree nodes lie in smaller ones.
+        objects.retain(|path| fs::metadata(path).unwrap().len() > 256 << 10);
+        assert!(!objects.is_empty());
+        for path in &objects {
+            let mut bytes = fs::read(path).unwrap();
+            let end = bytes.len() * 9 / 10;
+            bytes[end / 4..end].iter_mut().step_by(512).for_each(|byte| *byte ^= 1);
+            fs::write(path, bytes).unwrap();
+        }
+        let name = |path: &PathBuf| path.strip_prefix(self.path("repository")).unwrap().display().to_string();
+        objects.iter().map(name).collect()
     }
 }
 

@@ -215,9 +215,9 @@ impl World {
             let world = self.clone();
             let before = expected[within].clone();
             std::thread::spawn(move || {
-                // Before or after: anything else is wrong.
-                let found = world.read(page);
-                found == world.bytes(page, &before) || found.iter().all(|byte| *byte == 0)
+                // Each byte from before or from after: anything else is wrong.
+                let (found, before) = (world.read(page), world.bytes(page, &before));
+                found.iter().zip(&before).all(|(found, before)| found == before || *found == 0)
             })
         });
         region.remove(at, len).map_err(|error| format!("cannot remove pages: {error}"))?;
