@@ -15,6 +15,7 @@ use super::context::Context;
 use super::output::{print, size};
 use crate::epoch::{EpochName, Which};
 use crate::error::{Error, Result};
+use crate::restore::{Prefetcher, Settings};
 use crate::uffd::{
     Channel, FromWorker, Image, Offload, OnDamage, Options, Ready, Supervision, offload, supervise, work,
 };
@@ -56,6 +57,9 @@ pub struct ServeUffd {
     /// Fill all memory ahead of its use, in the order of addresses, and let the VM go when it has everything.
     #[arg(long)]
     populate: bool,
+    /// Neither fill ahead what is expected to be needed, by what earlier restores touched, nor record what is touched.
+    #[arg(long)]
+    no_prefetch: bool,
     /// What to do with a VM whose page is damaged or stays unreadable: kill it, or hold it at that page.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
     on_damage: OnDamage,
@@ -143,6 +147,7 @@ impl ServeUffd {
             arguments.extend(self.paused.then(|| "--paused".into()));
         }
         arguments.extend(self.populate.then(|| "--populate".into()));
+        arguments.extend(self.no_prefetch.then(|| "--no-prefetch".into()));
         Ok(arguments)
     }
 
@@ -155,7 +160,14 @@ impl ServeUffd {
         }
         let channel = std::io::stdin().as_fd().try_clone_to_owned();
         let channel = Channel::of(channel.map_err(|error| Error::io("no supervisor started this process", error))?);
-        let opened = context.open().and_then(|store| store.epoch(&self.epoch));
+        let store = match context.open() {
+            Ok(store) => Arc::new(store),
+            Err(error) => {
+                channel.send(&FromWorker::failed(&error), &[])?;
+                return Ok(ExitCode::from(error.exit_code()));
+            }
+        };
+        let opened = store.epoch(&self.epoch);
         let (machine, epoch) = match &opened {
             Ok(epoch) => (epoch.machine().to_string(), epoch.number()),
             Err(_) => Default::default(),
@@ -179,7 +191,12 @@ impl ServeUffd {
         match opened.and_then(|epoch| Image::new(epoch, self.stream.as_bytes())) {
             Ok(image) => {
                 let ready = ready(self.stream.clone(), image.len());
-                work(channel, ready, image, self.options()).map(|()| ExitCode::SUCCESS)
+                let mut options = self.options();
+                if !self.no_prefetch {
+                    let settings = Settings { threads: options.populate_threads, rate: None, keeps_traces: true };
+                    options.prefetcher = Some(Arc::new(Prefetcher::start(store, settings)?));
+                }
+                work(channel, ready, image, options).map(|()| ExitCode::SUCCESS)
             }
             Err(error) => tell(&error).map(|()| ExitCode::from(error.exit_code())),
         }

@@ -178,22 +178,22 @@ impl FaultThread {
         let first = (address - region.start + region.offset) / PAGE;
         let pages = first..first + region.page_size / PAGE;
         let len = region.page_size as usize;
-        if vm.is_removed(&pages) {
+        let is_removed = vm.is_removed(&pages);
+        if is_removed {
             self.bytes[..len].fill(0);
-        } else {
-            if self.waiting[at].retry.tries == 0
-                && let Some(touched) = &self.options.touched
-            {
-                touched(vm.id(), first);
-            }
-            if let Err(error) = read(&mut self.reader, first * PAGE, &mut self.bytes[..len]) {
-                return Ok(self.failed(at, first, &error));
-            }
+        } else if let Err(error) = read(&mut self.reader, first * PAGE, &mut self.bytes[..len]) {
+            return Ok(self.failed(at, first, &error));
         }
         match vm.answer(&region, first, &mut self.bytes[..len]) {
             Ok(Answer::Done) => {
                 let is_zero = epochfs_format::is_zero(&self.bytes[..len]);
                 vm.counters.zero_faults.fetch_add(u64::from(is_zero), Ordering::Relaxed);
+                if !is_removed {
+                    vm.residency().demand(pages);
+                    if let Some(touched) = &self.options.touched {
+                        touched(vm.id(), first);
+                    }
+                }
                 Ok(Answer::Done)
             }
             Ok(Answer::Deferred) => {

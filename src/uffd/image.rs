@@ -1,7 +1,12 @@
 //! What is served: one stream of one epoch.
 
+use std::sync::Arc;
+
+use epochfs_format::EntryKind;
+
 use crate::epoch::{Epoch, StreamReader};
 use crate::error::{Error, Result};
+use crate::restore::{Residency, Sink, Target};
 
 /// A stream of an epoch, to be opened by many threads.
 pub struct Image {
@@ -36,5 +41,14 @@ impl Image {
 
     pub fn reader(&self) -> StreamReader {
         self.epoch.stream(&self.stream).expect("it was opened before, and an epoch does not change")
+    }
+
+    /// What a prefetch needs to know of it.
+    pub(super) fn target(&self, residency: Arc<Residency>, sink: Arc<dyn Sink>) -> Option<Target> {
+        let image = match &self.epoch.manifest().get(&self.stream)?.kind {
+            EntryKind::Stream(image) => image.clone(),
+            _ => return None,
+        };
+        Some(Target { epoch: self.epoch.clone(), stream: self.stream.as_slice().into(), image, residency, sink })
     }
 }

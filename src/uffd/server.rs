@@ -13,6 +13,7 @@ use super::listen::Listening;
 use super::populate::{Outcome, Populator};
 use super::vm::{Admission, End, Vm, VmStatus, kill};
 use crate::error::{Error, Kind, Result};
+use crate::restore::{Extent, Prefetcher};
 
 /// What becomes of a VM whose memory cannot be served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
@@ -34,8 +35,9 @@ pub struct Options {
     /// Fill all memory ahead of its use, from the moment a VM is served, and then let it go.
     pub populate: bool,
     pub populate_threads: usize,
-    /// Hears of each page that is touched before it is there: the VM and the page of the stream, in order. It is called
-    /// while the VM waits.
+    /// Fills ahead what a restore is expected to need, and records what it touches for the next one.
+    pub prefetcher: Option<Arc<Prefetcher>>,
+    /// Hears of each page that is touched before it is there: the VM and the page of the stream, in order.
     pub touched: Option<Arc<dyn Fn(u64, u64) + Send + Sync>>,
     /// Hears how a VM's time here ended.
     pub ended: Option<Arc<dyn Fn(u64, End) + Send + Sync>>,
@@ -48,6 +50,7 @@ impl Default for Options {
             patience: Duration::from_secs(30),
             populate: false,
             populate_threads: 2,
+            prefetcher: None,
             touched: None,
             ended: None,
         }
@@ -183,6 +186,11 @@ impl Inner {
             .map_err(|error| Error::io("cannot start a thread", error))?;
         vms.insert(id, Served { vm: vm.clone(), thread: Some(thread), is_populated: false });
         drop(vms);
+        if let Some(prefetcher) = &inner.options.prefetcher
+            && let Some(target) = inner.image.target(vm.residency().clone(), vm.clone())
+        {
+            prefetcher.begin(target, Extent::Forecast);
+        }
         if inner.options.populate {
             inner.populate_all(id);
         }
@@ -210,6 +218,7 @@ impl Inner {
 fn ended(inner: &Weak<Inner>, id: u64, end: End) {
     let Some(inner) = inner.upgrade() else { return };
     let Some(vm) = lock(&inner.vms).remove(&id).map(|served| served.vm) else { return };
+    vm.residency().close();
     let status = vm.status();
     let faults = format!("{} faults, {} pages filled ahead", status.faults, status.pushed_pages);
     match end {

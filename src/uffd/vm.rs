@@ -17,6 +17,7 @@ use super::ledger::{Inbox, Ledger, Removed};
 use super::message::Message;
 use super::peer::Peer;
 use crate::error::{Error, Kind, Result};
+use crate::restore::{Residency, Sink};
 
 pub(super) const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -86,6 +87,8 @@ pub struct VmStatus {
 pub struct Vm {
     id: u64,
     image: Arc<Image>,
+    /// What its threads touched and were given, for prefetches and traces.
+    residency: Arc<Residency>,
     layout: Layout,
     uffd: Userfaultfd,
     peer: Peer,
@@ -128,6 +131,7 @@ impl Vm {
             .map_err(|error| Error::io("cannot make an eventfd", error.into()))?;
         let vm = Self {
             id,
+            residency: Arc::new(Residency::new(image.len())),
             image,
             layout,
             uffd,
@@ -150,6 +154,10 @@ impl Vm {
 
     pub fn image(&self) -> &Arc<Image> {
         &self.image
+    }
+
+    pub(super) fn residency(&self) -> &Arc<Residency> {
+        &self.residency
     }
 
     pub fn layout(&self) -> &Layout {
@@ -431,6 +439,20 @@ impl Vm {
     pub(super) fn kill(&self, why: &str) {
         kill(&self.peer, &self.image.name(), why);
         self.set_end(End::Killed);
+    }
+}
+
+impl Sink for Vm {
+    fn push(&self, first: u64, pages: &[Page]) -> bool {
+        match Self::push(self, first, pages) {
+            Ok(_) => true,
+            Err(error) if error.kind() == Kind::NotFound => false,
+            // Memory may be short just now; what is not pushed is read when it is touched.
+            Err(error) => {
+                tracing::debug!(%error, "pages were not pushed");
+                true
+            }
+        }
     }
 }
 

@@ -50,7 +50,8 @@ pub fn work(channel: Channel, ready: Ready, image: Image, mut options: Options) 
             ToWorker::Finish => server.finish(),
         }
     }
-    if !server.vms().is_empty() {
+    // A VM that has just ended may not be noticed yet.
+    if !server.wait(LOOK_EVERY) {
         tracing::error!(
             "the supervisor died: VMs are served until they end, but nobody would take this process's place"
         );

@@ -220,6 +220,8 @@ fn serve(uffd: &OwnedFd, slots: &[Slot], faults: &mut Faults, stop: &std::sync::
         // SAFETY: the type is the one that belongs to the code, and the range is registered.
         match unsafe { ioctl(uffd, Updater::<CONTINUE, _>::new(&mut go_on)) } {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            // It was given up in between; whoever waits for it says so again.
+            Err(rustix::io::Errno::FAULT) => {}
             Err(error) => panic!("CONTINUE: {error}"),
         }
         crate::vmm::wake(uffd.as_fd(), start, PAGE as u64).unwrap();

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use epochfs::epoch::EpochStore;
 use epochfs::platform::store::faulty::Rates;
+use epochfs::restore::{Prefetcher, Settings};
 use epochfs::uffd::{Admission, Filled, Ledger, Lobby, OnDamage, Options};
 use rustix::io::Errno;
 
@@ -81,6 +83,34 @@ fn p5_pages_pushed_in_any_order_are_right() {
     let populated = receiver.recv_timeout(PATIENCE).unwrap();
     assert!(populated.filled > 100, "{populated:?}");
     assert!(seen.load(Ordering::Relaxed), "pages were touched before they were there, and nobody was told");
+}
+
+#[test]
+fn p5_what_an_earlier_restore_touched_is_pushed_and_right() {
+    let Some(world) = World::new("traces", 2048) else { return };
+    let mut pushed = Vec::new();
+    for _ in 0..2 {
+        let store = Arc::new(EpochStore::open_directory(&world.path("repository")).unwrap());
+        let settings = Settings { threads: 2, rate: None, keeps_traces: true };
+        let prefetcher = Arc::new(Prefetcher::start(store, settings).unwrap());
+        let server = world.server(Options { prefetcher: Some(prefetcher.clone()), ..Options::default() });
+        let mut orders = world.orders(8);
+        orders.removes = false;
+        orders.operations = 2000;
+        orders.pause_us = 1000;
+        orders.waits = true;
+        let mut guest = GuestProcess::start(&orders);
+        let _watchdog = Watchdog::new(guest.pid(), PATIENCE);
+        guest.must_say("ready");
+        guest.must_say("done");
+        pushed.push(server.vms()[0].pushed_pages);
+        guest.tell();
+        guest.must_say("ok");
+        drop(guest);
+        wait_until("the guest is gone", || server.vms().is_empty());
+        prefetcher.stop();
+    }
+    assert!(pushed[0] == 0 && pushed[1] > 20, "{pushed:?} pages were pushed");
 }
 
 /// A server as one writes it first: each message by itself, and removals are not its business.
