@@ -198,12 +198,12 @@ mod tests {
     fn removed_addresses_are_whole_pages_of_the_stream() {
         let region = |start, offset| Region { start, len: 0x4000, offset, page_size: 4096 };
         let layout = Layout::new(vec![region(0x10000, 0x4000), region(0x14000, 0)], 0x8000).unwrap();
-        let pages = |addresses| layout.pages_at(addresses).collect::<Vec<_>>();
-        assert_eq!(pages(0x13000..0x15000), [7..8, 0..1]);
-        assert_eq!(pages(0x10000..0x11000), [4..5]);
+        let pages = |addresses| layout.pages_at(addresses).map(|pages| (pages.start, pages.end)).collect::<Vec<_>>();
+        assert_eq!(pages(0x13000..0x15000), [(7, 8), (0, 1)]);
+        assert_eq!(pages(0x10000..0x11000), [(4, 5)]);
         assert_eq!(pages(0..0x10000), []);
-        assert_eq!(pages(0..u64::MAX), [4..8, 0..4]);
-        assert_eq!(pages(0x10800..0x12800), [5..6]);
+        assert_eq!(pages(0..u64::MAX), [(4, 8), (0, 4)]);
+        assert_eq!(pages(0x10800..0x12800), [(5, 6)]);
     }
 
     #[test]

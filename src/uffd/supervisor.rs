@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -272,7 +272,7 @@ impl Worker {
         let child = Command::new("/proc/self/exe")
             .arg0("epochfs")
             .args(arguments)
-            .stdin(OwnedFd::from(other.into_inner()))
+            .stdin(other.into_inner())
             .stdout(Stdio::null())
             // Ctrl-C at a terminal is for the supervisor.
             .process_group(0)

@@ -267,8 +267,8 @@ fn look(orders: &Orders, slots: &[Slot], image: &File) -> Result<(), String> {
             }
         }
     }
-    for slot in 0..2 {
-        for page in 0..slots[slot].memory.len / PAGE {
+    for (slot, its) in slots.iter().enumerate() {
+        for page in 0..its.memory.len / PAGE {
             same(slot, page, &wanted(&expected, slot, page))?;
         }
     }

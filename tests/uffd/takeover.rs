@@ -53,7 +53,7 @@ fn vms_are_killed_when_nobody_can_take_over() {
     let mut guest = GuestProcess::start(&orders);
     guest.must_say("ready");
     guest.must_say("done");
-    std::fs::rename(world.path("repository"), world.path("elsewhere")).unwrap();
+    rustix::fs::rename(world.path("repository"), world.path("elsewhere")).unwrap();
     program.kill_worker();
     assert_eq!(guest.ended(PATIENCE).signal(), Some(9));
     assert_eq!(program.ended(PATIENCE).code(), Some(1));
