@@ -193,7 +193,9 @@ impl ServeUffd {
                 let ready = ready(self.stream.clone(), image.len());
                 let mut options = self.options();
                 if !self.no_prefetch {
-                    let settings = Settings { threads: options.populate_threads, rate: None, keeps_traces: true };
+                    // What is expected to be needed is little, and goes beside what is filled in order.
+                    let threads = if self.populate { 1 } else { options.populate_threads };
+                    let settings = Settings { threads, rate: None, keeps_traces: true };
                     options.prefetcher = Some(Arc::new(Prefetcher::start(store, settings)?));
                 }
                 work(channel, ready, image, options).map(|()| ExitCode::SUCCESS)

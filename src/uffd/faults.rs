@@ -50,6 +50,13 @@ impl Retry {
     }
 }
 
+/// How long it is looked for the next fault before the thread sleeps: to be woken on another processor may take longer
+/// than the answer.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// It is not, where the last fault came later than this.
+const SPINS_BELOW: Duration = Duration::from_micros(200);
+
 /// A page that took so long is worth a line.
 const SLOW: Duration = Duration::from_secs(1);
 
@@ -69,6 +76,8 @@ pub(super) struct FaultThread {
     reader: StreamReader,
     options: Options,
     waiting: Vec<Waiting>,
+    /// Whether faults follow each other closely.
+    spins: bool,
     bytes: Vec<u8>,
     /// Something that no server can deal with.
     foreign: Option<String>,
@@ -78,7 +87,7 @@ impl FaultThread {
     pub fn new(vm: Arc<Vm>, inbox: Inbox, options: Options) -> Self {
         let reader = vm.image().reader();
         let bytes = vec![0; HUGE as usize];
-        Self { vm, inbox, reader, options, waiting: Vec::new(), bytes, foreign: None }
+        Self { vm, inbox, reader, options, waiting: Vec::new(), spins: false, bytes, foreign: None }
     }
 
     /// Returns how the VM's time here ended.
@@ -238,7 +247,7 @@ impl FaultThread {
     }
 
     /// Waits for a message, the end of the process, the bell, or the moment to try a page again.
-    fn wait(&self) -> std::result::Result<(), Errno> {
+    fn wait(&mut self) -> std::result::Result<(), Errno> {
         let next = self.waiting.iter().map(|waiting| waiting.after.saturating_sub(waiting.retry.since.elapsed())).min();
         let timeout = next.map(|next| Timespec {
             tv_sec: next.as_secs().cast_signed(),
@@ -246,6 +255,20 @@ impl FaultThread {
             tv_nsec: i64::from(next.subsec_nanos().max(20_000)),
         });
         let sources = self.vm.sources();
+        if self.spins && self.waiting.is_empty() {
+            let spinning = Stopwatch::start();
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            while spinning.elapsed() < SPIN {
+                // The messages alone: the others are in no hurry.
+                let mut polled = [PollFd::new(&sources[0], PollFlags::IN)];
+                if rustix::event::poll(&mut polled, Some(&now)) != Ok(0) {
+                    return Ok(());
+                }
+                // Whoever was just woken may want this very processor.
+                std::thread::yield_now();
+            }
+        }
+        let sleeping = Stopwatch::start();
         let mut polled = sources.each_ref().map(|source| PollFd::new(source, PollFlags::IN));
         match rustix::event::poll(&mut polled, timeout.as_ref()) {
             Ok(_) => {}
@@ -255,6 +278,8 @@ impl FaultThread {
         if polled[2].revents().contains(PollFlags::IN) {
             self.vm.hush();
         }
+        // Only where the next fault comes soon it is worth a processor's time.
+        self.spins = sleeping.elapsed() < SPINS_BELOW;
         Ok(())
     }
 }
