@@ -52,6 +52,7 @@ pub mod ops;
 pub mod platform;
 pub mod repo;
 pub mod restore;
+pub mod uffd;
 pub mod vmm;
 
 pub use epoch::{

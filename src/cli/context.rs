@@ -54,6 +54,17 @@ impl Context {
         parse_url(url)
     }
 
+    /// The repository's URL, as another process can be given it.
+    pub fn repository_url(&self) -> Result<String> {
+        let path = self.repository_path()?;
+        let absolute =
+            std::path::absolute(&path).map_err(|error| Error::io(format!("the path {}", path.display()), error))?;
+        match absolute.to_str() {
+            Some(text) => Ok(format!("file://{text}")),
+            None => Err(Error::usage(format!("the repository {}: its path is not text", absolute.display()))),
+        }
+    }
+
     /// Whether a repository is named at all.
     pub fn names_repository(&self) -> bool {
         self.global.repo.as_deref().is_some_and(|url| !url.is_empty())

@@ -20,6 +20,7 @@ mod output;
 mod progress;
 mod restore;
 mod rm;
+mod serve_uffd;
 mod show;
 mod stats;
 mod status;
@@ -104,6 +105,7 @@ enum Command {
     Mount(mount::Mount),
     Umount(umount::Umount),
     Status(status::Status),
+    ServeUffd(serve_uffd::ServeUffd),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Completions(completions::Completions),
@@ -129,6 +131,7 @@ impl Command {
             Self::Mount(command) => command.run(context),
             Self::Umount(command) => command.run(context),
             Self::Status(command) => command.run(context),
+            Self::ServeUffd(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
             Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),

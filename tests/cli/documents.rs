@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 
 use serde_json::Value;
 
-use crate::support::{Mountpoint, World, can_mount_or_skip, pages, stream};
+use crate::support::{Mountpoint, World, can_mount_or_skip, finish, kill, pages, stream};
 
 /// Fails unless the document has these fields; `a.b` is b in a, `a[].b` is b in each element of a, which is not empty.
 #[track_caller]
@@ -260,6 +260,24 @@ fn every_command_prints_a_document_with_its_fields() {
             "checks[].found",
             "checks[].next_step",
         ],
+    );
+    // It serves until it is told to stop; its document comes first.
+    let socket = world.path("uffd.socket");
+    let mut server =
+        world.start(["--json", "serve-uffd", "web1", "--stream", "memory", "--socket", socket.to_str().unwrap()]);
+    let mut document = Vec::new();
+    let mut stdout = server.stdout.take().unwrap();
+    while serde_json::from_slice::<Value>(&document).is_err() {
+        let mut byte = [0];
+        assert_eq!(std::io::Read::read(&mut stdout, &mut byte).unwrap(), 1, "it ended before it served");
+        document.push(byte[0]);
+    }
+    kill(server.id(), rustix::process::Signal::TERM);
+    finish(server).code(0);
+    seen.insert("serve-uffd".to_owned());
+    has(
+        &serde_json::from_slice(&document).unwrap(),
+        &["machine", "epoch", "stream", "bytes", "socket", "pid", "worker"],
     );
     if !can_mount {
         seen.extend(["mount", "restore", "umount"].map(str::to_owned));
