@@ -11,7 +11,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::context::Context;
 use super::output::size;
-use crate::epoch::{CommitOptions, FileSource, Ranges, Source};
+use crate::epoch::{CommitOptions, EpochStore, FileSource, Ranges, Source};
 use crate::error::{Error, Kind, Result};
 use crate::ops::control::{Client, CommitRequest, CommitSummary, socket_path};
 use crate::ops::flush::flush_files;
@@ -184,7 +184,14 @@ impl Commit {
         let started = Stopwatch::start();
         let store = context.open()?;
         context.open_index(&store);
-        let mut commit = store.begin_commit(&self.machine, self.options()?)?;
+        if self.take_over
+            && let Some(mountpoint) = self.mounted_here(context, &store)
+        {
+            return Err(Error::conflict(format!("{} is mounted on this host, at {mountpoint}", self.machine))
+                .hint(format!("commit what it has there: epochfs commit {}; or unmount first", self.machine)));
+        }
+        let begun = store.begin_commit(&self.machine, self.options()?);
+        let mut commit = begun.map_err(|error| self.explain_owner(context, &store, error))?;
         let total = sources
             .iter()
             .map(|(stream, source)| dirty.get(&stream.name).map_or(source.len(), Ranges::total))
@@ -207,6 +214,27 @@ impl Commit {
         let index = &store.index(None).0.counters;
         let asked = (index.lookups.load(Ordering::Relaxed), index.hits.load(Ordering::Relaxed));
         CommitSummary::new(&committed, asked, started.elapsed())
+    }
+
+    /// Files cannot be committed beside what this host's own mount has of the machine.
+    fn explain_owner(&self, context: &Context, store: &EpochStore, error: Error) -> Error {
+        if error.kind() != Kind::Conflict {
+            return error;
+        }
+        match self.mounted_here(context, store) {
+            Some(mountpoint) => Error::conflict(format!("{error}, which is this host: it is mounted at {mountpoint}"))
+                .hint(format!("commit what it has there: epochfs commit {}", self.machine)),
+            None => error,
+        }
+    }
+
+    /// Where this host's daemon has the machine to write to.
+    fn mounted_here(&self, context: &Context, store: &EpochStore) -> Option<String> {
+        let socket = socket_path(&context.local_directory(store));
+        let status = Client::ask(&socket, Client::status).ok().flatten()?;
+        let mut machines = status.filesystem.machines.iter();
+        let owns = machines.any(|machine| machine.machine == self.machine && machine.term.is_some());
+        owns.then_some(status.who.mountpoint)
     }
 
     /// Has the daemon commit what the machine has on the mount.

@@ -33,7 +33,8 @@ pub struct Mount {
     /// Threads that answer the kernel; 0 for two a processor, at least 4 and at most 32.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=128))]
     threads: u16,
-    /// How much may be written and not committed, of all machines together. Beyond it, writers get ENOSPC.
+    /// How much may be written and not committed, of all machines together. Beyond it, writers get ENOSPC; what is
+    /// stored into mapped files cannot be refused, and takes what room the disk has.
     #[arg(long, value_name = "SIZE", default_value = "64G", value_parser = parse_size)]
     spool_size: u64,
     /// Do not push pages of epochs to their readers before they ask, and keep no traces of what they asked for.

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::context::Context;
 use crate::epoch::EpochName;
 use crate::error::Result;
+use crate::ops::control::{Client, socket_path};
 
 /// Drop epochs, or whole machines. Without --yes only the plan is printed.
 #[derive(clap::Args)]
@@ -22,7 +23,7 @@ pub struct Rm {
     /// Do it.
     #[arg(long)]
     yes: bool,
-    /// Also a machine that a host owns.
+    /// Also a machine that a host owns. What that host has of it and did not commit is lost.
     #[arg(long)]
     force: bool,
 }
@@ -66,6 +67,12 @@ impl Rm {
             }
             for machine in &machines {
                 store.remove_machine(machine, self.force)?;
+                // A daemon that has it mounted here keeps what was not committed.
+                let socket = socket_path(&context.local_directory(&store));
+                match Client::ask(&socket, |client| client.forget(machine)) {
+                    Ok(_) => {}
+                    Err(error) => tracing::warn!(%machine, "the daemon keeps what it has of it: {error}"),
+                }
             }
         }
         context.print(&document, || plan)?;

@@ -109,6 +109,11 @@ fn render(status: &DaemonStatus) -> String {
     facts.push(("cache", format!("{} of trees and objects", size(filesystem.cached_bytes))));
     let spooled = filesystem.machines.iter().map(|machine| machine.spool_bytes).fold(0, u64::saturating_add);
     facts.push(("spool", format!("{} of {}", size(spooled), size(status.spool_bytes_max))));
+    if filesystem.waiting_bytes > 0 {
+        let waiting = size(filesystem.waiting_bytes);
+        facts
+            .push(("waiting", format!("{waiting} of written-back pages, for room on the disk of the state directory")));
+    }
     for setting in &status.kernel {
         let found = setting.found.map_or("unknown".to_owned(), |found| found.to_string());
         let remark = if setting.is_fit() { String::new() } else { format!(" (better {})", setting.wanted) };

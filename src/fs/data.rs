@@ -1,6 +1,7 @@
 //! Bytes of files: opening, reading, writing, allocating, seeking, syncing.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use epochfs_format::{EntryKind, PAGE_SIZE};
@@ -9,7 +10,7 @@ use super::FileSystem;
 use super::inodes::Handle;
 use super::object::Object;
 use crate::epoch::SharedImage;
-use crate::epoch::live::{Allocation, Answer, NodeKind, Refusal};
+use crate::epoch::live::{Allocation, Answer, Live, LiveFile, NodeKind, Refusal};
 
 impl FileSystem {
     /// Opens a file.
@@ -65,9 +66,25 @@ impl FileSystem {
 
     /// Writes bytes. `drops_privileges`: the writer may not keep the bits that let a program run as its owner.
     pub fn write(&self, handle: u64, offset: u64, data: &[u8], drops_privileges: bool) -> Answer<()> {
+        self.write_by(Live::write, handle, offset, data, drops_privileges)
+    }
+
+    /// Writes pages of a mapping back, which nobody waits for.
+    pub fn write_back(&self, handle: u64, offset: u64, data: &[u8]) -> Answer<()> {
+        self.write_by(Live::write_back, handle, offset, data, false)
+    }
+
+    fn write_by(
+        &self,
+        write: fn(&Live, &Arc<LiveFile>, u64, &[u8]) -> Answer<()>,
+        handle: u64,
+        offset: u64,
+        data: &[u8],
+        drops_privileges: bool,
+    ) -> Answer<()> {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
         let Handle::Live(live, file) = &*handle else { return Err(Refusal::ReadOnly) };
-        live.write(file, offset, data)?;
+        write(live, file, offset, data)?;
         if drops_privileges {
             self.drop_privileges(live, file.id)?;
         }

@@ -445,10 +445,16 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let drops_privileges = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.file_system.write(fh.0, offset, data, drops_privileges) {
+        let is_write_back = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let written = if is_write_back {
+            self.file_system.write_back(fh.0, offset, data)
+        } else {
+            self.file_system.write(fh.0, offset, data, drops_privileges)
+        };
+        match written {
             Ok(()) => reply.written(data.len() as u32),
             // Nobody is there to be told that mapped pages have no room: they wait for it.
-            Err(Refusal::NoSpace) if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) => {
+            Err(Refusal::NoSpace) if is_write_back => {
                 let len = data.len() as u32;
                 let answer = Box::new(move |answer: Answer<()>| match answer {
                     Ok(()) => reply.written(len),

@@ -23,7 +23,7 @@ mod restores;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use epochfs_format::Owner;
@@ -83,6 +83,7 @@ pub struct FileSystem {
     group: u32,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
+    parked_bytes: AtomicI64,
 }
 
 /// What `status` shows of a mount.
@@ -96,6 +97,9 @@ pub struct Status {
     pub open_files: u64,
     pub read_bytes: u64,
     pub written_bytes: u64,
+    /// Written-back pages that wait until the disk of the spool has room.
+    #[serde(default)]
+    pub waiting_bytes: u64,
     /// What the daemon keeps of trees and objects. Pages are kept by the kernel.
     #[serde(default)]
     pub cached_bytes: u64,
@@ -186,6 +190,7 @@ impl FileSystem {
             group,
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
+            parked_bytes: AtomicI64::new(0),
         });
         for machine in machines_kept(&*file_system.live_settings.files, &file_system.live_settings.directory)? {
             // One that cannot be opened must not keep the others away.
@@ -241,6 +246,11 @@ impl FileSystem {
         self.live(&machine).map_err(Error::from)?.commit(options)?.wait()
     }
 
+    /// So many more written-back bytes wait for room, or fewer.
+    fn count_parked(&self, bytes: i64) {
+        self.parked_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     pub fn status(&self) -> Status {
         let mut machines: Vec<MachineStatus> = self
             .all_lives()
@@ -269,6 +279,7 @@ impl FileSystem {
             open_files: self.handles.count(),
             read_bytes: self.read_bytes.load(Ordering::Relaxed),
             written_bytes: self.written_bytes.load(Ordering::Relaxed),
+            waiting_bytes: self.parked_bytes.load(Ordering::Relaxed).max(0).cast_unsigned(),
             cached_bytes: self.store.nodes().cached_len(),
         }
     }

@@ -174,6 +174,8 @@ impl FileSystem {
                     return Err(Refusal::NameTooLong);
                 }
                 check_machine(name).map_err(|error| Error::usage(format!("{name:?}: {error}")))?;
+                // One of that name that was removed has nothing to do with it.
+                self.forget_removed(name)?;
                 self.store.create_machine(name)?;
                 Object::Machine(name.into())
             }
@@ -255,6 +257,17 @@ impl FileSystem {
             Object::Stored(_) => Err(Refusal::ReadOnly),
             Object::Machine(_) | Object::Latest(_) => Err(Refusal::NotPermitted),
         }
+    }
+
+    /// Gives up what is kept of a machine that is not in the repository any more. Returns whether it is not.
+    pub fn forget_removed(&self, machine: &str) -> crate::Result<bool> {
+        let machine: Arc<str> = machine.into();
+        if self.store.repository().head(&machine)?.is_some() {
+            return Ok(false);
+        }
+        let live = self.lives().remove(&machine);
+        live.map_or(Ok(()), |live| live.forget())?;
+        Ok(true)
     }
 
     fn remove_machine(&self, name: &[u8]) -> Answer<()> {

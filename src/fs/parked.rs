@@ -1,4 +1,4 @@
-//! Written-back pages that found no room: they wait for it, since nobody would be told of their loss.
+//! Written-back pages that found the disk full: they wait for room, since nobody would be told of their loss.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,6 +29,7 @@ struct Shared {
 
 pub struct ParkingLot {
     shared: Arc<Shared>,
+    file_system: Arc<FileSystem>,
 }
 
 impl Shared {
@@ -50,12 +51,15 @@ impl Shared {
             }
             let mut full = false;
             for parked in tried {
-                match file_system.write(parked.handle, parked.offset, &parked.data, false) {
+                match file_system.write_back(parked.handle, parked.offset, &parked.data) {
                     Err(Refusal::NoSpace) if !closed => {
                         self.lock().push(parked);
                         full = true;
                     }
-                    answer => (parked.answer)(answer),
+                    answer => {
+                        file_system.count_parked(-(parked.data.len() as i64));
+                        (parked.answer)(answer);
+                    }
                 }
             }
             if full {
@@ -68,16 +72,17 @@ impl Shared {
 impl ParkingLot {
     pub fn start(file_system: Arc<FileSystem>) -> Result<Self> {
         let shared = Arc::new(Shared::default());
-        let lot = shared.clone();
+        let (lot, served) = (shared.clone(), file_system.clone());
         std::thread::Builder::new()
             .name("parked writes".into())
-            .spawn(move || lot.run(&file_system))
+            .spawn(move || lot.run(&served))
             .map_err(|error| Error::io("cannot start a thread", error))?;
-        Ok(Self { shared })
+        Ok(Self { shared, file_system })
     }
 
     pub fn park(&self, parked: Parked) {
-        tracing::warn!(offset = parked.offset, "written-back pages wait for room in the spool");
+        tracing::warn!(offset = parked.offset, "written-back pages wait for room on the disk of the spool");
+        self.file_system.count_parked(parked.data.len() as i64);
         self.shared.lock().push(parked);
         self.shared.arrived.notify_all();
     }

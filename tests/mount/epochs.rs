@@ -184,6 +184,76 @@ fn whose_live_is_outlives_the_daemon_and_is_a_clones_too() {
 }
 
 #[test]
+fn a_machine_that_was_removed_leaves_nothing_to_its_namesake() {
+    let Some(mut mount) = Mount::new("a_machine_that_was_removed_leaves_nothing_to_its_namesake") else { return };
+    let live = mount.make_machine("web1");
+    fs::write(live.join("old"), noise(1, 3 * PAGE)).unwrap();
+    mount.commit("web1", "first").unwrap();
+    fs::write(live.join("never"), noise(2, 3 * PAGE)).unwrap();
+    mount.ok(["rm", "web1", "--yes", "--force"]);
+    let status = mount.json(["status"]);
+    assert_eq!(status["daemons"][0]["machines"], serde_json::json!([]), "{status:#}");
+    let live = mount.make_machine("web1");
+    assert!(names(&live).is_empty(), "{:?}", names(&live));
+    fs::write(live.join("new"), noise(3, PAGE)).unwrap();
+    mount.commit("web1", "second").unwrap();
+    mount.restart();
+    assert_eq!(names(&live), ["new"]);
+    mount.finish();
+}
+
+#[test]
+fn what_was_not_changed_is_clean_after_a_crash_too() {
+    let Some(mut mount) = Mount::new("what_was_not_changed_is_clean_after_a_crash_too") else { return };
+    for (machine, is_changed) in [("clean", false), ("changed", true), ("mode", true)] {
+        let live = mount.make_machine(machine);
+        fs::create_dir(live.join("d")).unwrap();
+        fs::write(live.join("d/memory"), noise(1, 3 * PAGE)).unwrap();
+        symlink("d/memory", live.join("link")).unwrap();
+        mount.commit(machine, "first").unwrap();
+        if machine == "changed" {
+            let file = open(&live.join("d/memory")).unwrap();
+            file.write_all_at(&[1], 5).unwrap();
+            file.sync_all().unwrap();
+        } else if is_changed {
+            fs::set_permissions(live.join("d/memory"), fs::Permissions::from_mode(0o600)).unwrap();
+            File::open(live.join("d")).unwrap().sync_all().unwrap();
+        }
+    }
+    mount.kill_and_restart();
+    let status = mount.json(["status"]);
+    let mut states: Vec<(&str, &str)> = status["daemons"][0]["machines"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|machine| (machine["machine"].as_str().unwrap(), machine["state"].as_str().unwrap()))
+        .collect();
+    states.sort_unstable();
+    assert_eq!(states, [("changed", "dirty"), ("clean", "clean"), ("mode", "dirty")]);
+    mount.finish();
+}
+
+#[test]
+fn files_are_not_committed_over_what_the_mount_here_has() {
+    let options = Options { expected: vec!["is owned by"], ..Options::default() };
+    let Some(mount) = Mount::with("files_are_not_committed_over_what_the_mount_here_has", options) else { return };
+    let live = mount.make_machine("web1");
+    fs::write(live.join("memory"), noise(1, PAGE)).unwrap();
+    let file = mount.beside("file");
+    fs::write(&file, noise(2, PAGE)).unwrap();
+    let stream = format!("memory={}", file.display());
+    for more in [&[][..], &["--take-over"]] {
+        let output = mount.run(["commit", "web1", &stream].iter().chain(more));
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(4), "{text}");
+        assert!(text.contains("this host") && text.contains("epochfs commit web1"), "{text}");
+    }
+    // Nobody was fenced.
+    mount.ok(["commit", "web1"]);
+    mount.finish();
+}
+
+#[test]
 fn rmdir_drops_an_epoch_by_its_number_or_its_tag() {
     let Some(mount) = Mount::new("rmdir_drops_an_epoch") else { return };
     let live = mount.make_machine("web1");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use epochfs_format::{IMAGE_LEN_MAX, Image, PAGE_SIZE};
 
-use super::file::LiveFile;
+use super::file::{Io, LiveFile};
 use super::refusal::{Answer, Refusal};
 use super::tree::{Content, Creator, Node, ROOT, Tree};
 use super::{Live, lock};
@@ -294,10 +294,20 @@ impl Live {
     }
 
     pub fn write(&self, file: &Arc<LiveFile>, offset: u64, data: &[u8]) -> Answer<()> {
+        self.write_with(self.io(), file, offset, data)
+    }
+
+    /// Writes pages of a mapping back. They are taken beyond what the spool may hold, for nobody can be told that there
+    /// is no room, and a commit, which makes room, has them written back first.
+    pub fn write_back(&self, file: &Arc<LiveFile>, offset: u64, data: &[u8]) -> Answer<()> {
+        self.write_with(Io { is_write_back: true, ..self.io() }, file, offset, data)
+    }
+
+    fn write_with(&self, io: Io<'_>, file: &Arc<LiveFile>, offset: u64, data: &[u8]) -> Answer<()> {
         // A commit takes all of a write or nothing.
         let tree = self.changing_bytes()?;
         check_reachable(&tree, file)?;
-        let written = file.write(self.io(), offset, data);
+        let written = file.write(io, offset, data);
         // Some of it may have been written even if not all of it was.
         self.touch(file, (data.len() / PAGE_SIZE) as u64 + 1);
         // Before the journal can be told of it.

@@ -220,7 +220,7 @@ impl Live {
         let spool = self.spool.get().expect("a machine that is owned has a spool");
         let mut notes = job.options.notes.clone();
         notes.retain(|(name, _)| name != ROOT_NOTE);
-        if job.root_note != Tree::new(self.settings.owner, self.settings.group, 0).root_note() {
+        if job.root_note != self.default_root_note() {
             notes.push((ROOT_NOTE.to_owned(), job.root_note.clone()));
         }
         let options = CommitOptions {

@@ -23,6 +23,8 @@ pub struct Io<'a> {
     pub nodes: &'a Nodes,
     /// There is one as soon as anything was changed.
     pub spool: Option<&'a Spool>,
+    /// Pages of a mapping that the kernel writes back: whoever changed them cannot be told any more that there is no room.
+    pub is_write_back: bool,
 }
 
 impl<'a> Io<'a> {
@@ -151,7 +153,7 @@ impl State {
         let mut page = first;
         let mut replaced = Vec::new();
         let current = &mut self.current;
-        let written = io.spool().write_new(bytes, &mut |slots, bytes| {
+        let written = io.spool().write_new(bytes, io.is_write_back, &mut |slots, bytes| {
             for (slot, bytes) in slots.zip(bytes.chunks_exact(PAGE_SIZE)) {
                 replaced.extend(current.set(page, slot, crc32c::crc32c(bytes)));
                 page += 1;
@@ -298,6 +300,12 @@ impl LiveFile {
         let length = base.length;
         drop(base);
         stored.saturating_add(self.dirty_pages() * SIZE).min(length.next_multiple_of(SIZE))
+    }
+
+    /// Whether it is this image and nothing else.
+    pub fn is(&self, image: &Image) -> bool {
+        let state = self.shared();
+        state.is_plain() && state.length == image.length && state.base == *image
     }
 
     /// Pages above the base.

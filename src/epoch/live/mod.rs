@@ -232,7 +232,27 @@ impl Live {
         }
         self.rewrite_journal()?;
         self.owned.store(true, Ordering::Release);
+        if self.is_newest(newest)? {
+            self.committed.store(self.changes.load(Ordering::Acquire), Ordering::Release);
+        }
         Ok(())
+    }
+
+    /// Whether what was kept is nothing but this epoch, so that it can be given up as if nothing had been kept.
+    fn is_newest(&self, newest: u64) -> Result<bool> {
+        let tree = self.shared();
+        if newest == 0 {
+            return Ok(tree.nodes().count() == 1 && tree.root_note() == self.default_root_note());
+        }
+        let epoch = self.store.open(self.store.repository().epoch_record(&self.machine, newest)?)?;
+        let mut notes = epoch.commit().notes.iter();
+        let note = notes.find(|(name, _)| name == ROOT_NOTE).map(|(_, note)| note.clone());
+        Ok(tree.is(epoch.manifest()) && tree.root_note() == note.unwrap_or_else(|| self.default_root_note()))
+    }
+
+    /// See [`ROOT_NOTE`].
+    fn default_root_note(&self) -> String {
+        Tree::new(self.settings.owner, self.settings.group, 0).root_note()
     }
 
     pub fn instance(&self) -> u64 {
@@ -252,7 +272,7 @@ impl Live {
     }
 
     fn io(&self) -> Io<'_> {
-        Io { nodes: self.store.nodes(), spool: self.spool.get() }
+        Io { nodes: self.store.nodes(), spool: self.spool.get(), is_write_back: false }
     }
 
     fn halt(&self) -> Option<Halt> {
@@ -526,6 +546,16 @@ impl Live {
             return Ok(());
         }
         Ok(self.give_up()?)
+    }
+
+    /// Gives up what is kept of a machine that was removed, whatever it is.
+    pub fn forget(&self) -> Result<()> {
+        {
+            let _tree = self.exclusive();
+            self.closed.store(true, Ordering::Release);
+        }
+        self.wait_for_commits();
+        self.give_up()
     }
 
     pub fn base(&self) -> u64 {

@@ -38,9 +38,10 @@ impl Budget {
         Self { slots_max: len_max / PAGE_SIZE as u64, used: AtomicU64::new(0) }
     }
 
-    fn take(&self, count: u64) -> Result<()> {
+    /// `beyond`: what cannot be refused is taken, and whoever comes next finds less room.
+    fn take(&self, count: u64, beyond: bool) -> Result<()> {
         let taken = self.used.fetch_add(count, Ordering::Relaxed) + count;
-        if taken > self.slots_max {
+        if taken > self.slots_max && !beyond {
             self.give_back(count);
             return Err(Error::new(
                 Kind::NoSpace,
@@ -172,13 +173,14 @@ impl Spool {
         u64::from(self.lock().used_count) * PAGE_SIZE as u64
     }
 
-    /// Writes whole pages to new slots, and calls `each` with each run of them.
-    pub fn write_new(&self, mut pages: &[u8], each: &mut dyn FnMut(Range<u32>, &[u8])) -> Result<()> {
+    /// Writes whole pages to new slots, `beyond` what the budget allows if need be, and calls `each` with each run of
+    /// them.
+    pub fn write_new(&self, mut pages: &[u8], beyond: bool, each: &mut dyn FnMut(Range<u32>, &[u8])) -> Result<()> {
         while !pages.is_empty() {
             let count = u32::try_from(pages.len() / PAGE_SIZE).unwrap_or(u32::MAX);
             let range = self.lock().allocate(count);
             let taken = u64::from(range.end - range.start);
-            if let Err(error) = self.budget.take(taken) {
+            if let Err(error) = self.budget.take(taken, beyond) {
                 self.lock().mark(range, false);
                 return Err(error);
             }

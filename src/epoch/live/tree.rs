@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use epochfs_format::{Attributes, EntryKind, JournalKind, JournalNode, Manifest};
+use epochfs_format::{Attributes, EntryKind, JournalKind, JournalNode, Manifest, ManifestEntry};
 
 use super::file::LiveFile;
 use super::refusal::{Answer, Refusal};
@@ -139,6 +139,28 @@ impl Tree {
         if let (Some((mode, owner, group)), Some(root)) = (parsed(), self.nodes.get_mut(&ROOT)) {
             root.attributes = Attributes { mode, owner, group, ..root.attributes.clone() };
         }
+    }
+
+    /// Whether it holds what a manifest lists, and nothing else.
+    pub fn is(&self, manifest: &Manifest) -> bool {
+        let is_same = |entry: &ManifestEntry| {
+            let parts = entry.path.split(|byte| *byte == b'/');
+            let id = parts.into_iter().try_fold(ROOT, |id, name| self.lookup(id, name).ok());
+            id.and_then(|id| self.nodes.get(&id)).is_some_and(|node| {
+                let content = match (&node.content, &entry.kind) {
+                    (Content::Directory(_), EntryKind::Directory) => true,
+                    (Content::Symlink(target), EntryKind::Symlink(other)) => target == other,
+                    (Content::File(file), EntryKind::Stream(image)) => file.is(image),
+                    _ => false,
+                };
+                let modified_ns = match &node.content {
+                    Content::File(file) => file.modified_ns(),
+                    _ => node.attributes.modified_ns,
+                };
+                content && Attributes { modified_ns, ..node.attributes.clone() } == entry.attributes
+            })
+        };
+        manifest.entries().len() + 1 == self.nodes.len() && manifest.entries().iter().all(is_same)
     }
 
     /// The files of an epoch.

@@ -70,6 +70,11 @@ impl Client {
         })
     }
 
+    /// Has what is kept of a machine given up that was removed.
+    pub fn forget(&mut self, machine: &str) -> Result<bool> {
+        self.call(&Request::Forget { machine: machine.to_owned() })
+    }
+
     /// How far the prefetch of a stream that is open is; or has everything of it pushed.
     pub fn prefetch(&mut self, request: PrefetchRequest) -> Result<PrefetchStatus> {
         self.call(&Request::Prefetch(request))

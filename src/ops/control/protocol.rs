@@ -38,6 +38,8 @@ pub enum Request {
     /// Which pages of an epoch's stream a restore will need. Answered with
     /// [`Foreseen`](crate::restore::Foreseen), whose runs are bounded.
     Forecast(ForecastRequest),
+    /// A machine was removed from the repository: what is kept of it here is given up. Answered with whether it is gone.
+    Forget { machine: String },
     /// Unmounts. Answered with [`Unmounted`] when the daemon has finished its work; where the unmount is lazy and
     /// files are still open, when no path leads to the mount any more.
     Umount { lazy: bool },

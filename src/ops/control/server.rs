@@ -248,6 +248,7 @@ mod tests {
                 ),
                 Request::Status => Err(Error::new(Kind::Fenced, "fenced").hint("stop")),
                 Request::Commit(commit) => Err(Error::not_found(commit.machine)),
+                Request::Forget { machine } => Err(Error::not_found(machine)),
                 Request::Prefetch(request) => Err(Error::not_found(request.machine)),
                 Request::Forecast(request) => Err(Error::not_found(request.machine)),
                 Request::Umount { .. } => {

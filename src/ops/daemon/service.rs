@@ -195,6 +195,10 @@ impl Service for DaemonService {
                 let (_, filesystem) = self.served()?;
                 document(serde_json::to_value(filesystem.foresee(&machine, epoch, stream.as_bytes())?))
             }
+            Request::Forget { machine } => {
+                let (_, filesystem) = self.served()?;
+                Ok(Value::Bool(filesystem.forget_removed(&machine)?))
+            }
             Request::Umount { lazy } => document(serde_json::to_value(self.umount(lazy)?)),
         }
     }
