@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use epochfs_format::{Body, Commit, ManifestPlace, Owner, Record, check_machine, check_tag, record_key};
+use epochfs_format::{
+    Body, Commit, ManifestPlace, Owner, Record, check_machine, check_tag, machine_traces_prefix, record_key,
+};
 
 use super::commit::FIRST_TERM;
 use super::view::{EpochStore, commit_of};
@@ -177,7 +179,7 @@ impl EpochStore {
         // The term rises, so that an owner that is still there learns that it is fenced.
         let term = head.record.term + 1;
         let draft = Draft { term, owner: None, latest_epoch: 0, ..draft(Some(&head.record), Body::Remove) };
-        self.repository().append(machine, Some(head), draft, &mut |record, draft| {
+        let removed = self.repository().append(machine, Some(head), draft, &mut |record, draft| {
             if let (Some(owner), false) = (&record.owner, forced) {
                 return Ok(Rebase::Refuse(owned_by(machine, owner)));
             }
@@ -186,7 +188,22 @@ impl EpochStore {
             draft.owner = None;
             draft.latest_epoch = 0;
             Ok(rebase)
-        })
+        })?;
+        // A namesake restores other pages. What is left of them by a failure is a hint, and no more.
+        if let Err(error) = self.delete_traces(machine) {
+            tracing::info!(%machine, "its traces stay: {error}");
+        }
+        Ok(removed)
+    }
+
+    fn delete_traces(&self, machine: &str) -> Result<()> {
+        let store = self.repository().objects().store();
+        let mut keys = Vec::new();
+        store.list(&machine_traces_prefix(machine), None, &mut |object| {
+            keys.push(object.key);
+            Ok(true)
+        })?;
+        keys.iter().try_for_each(|key| store.delete(key))
     }
 
     /// Becomes the machine's owner: begins a new term. Another owner's term is ended only if `take_over` says so.

@@ -25,8 +25,8 @@ pub use journal::{
 pub use manifest::{Attributes, EntryKind, IMAGE_LEN_MAX, Image, Manifest, ManifestEntry, Root};
 pub use name::{
     DESCRIPTOR_KEY, NAME_LEN_MAX, RECORDS_A_SEGMENT, STREAM_PATH_LEN_MAX, check_machine, check_stream_path, check_tag,
-    decode_component, encode_component, hex, log_prefix, pack_key, parse_id, record_key, record_seq, segment_name,
-    trace_prefix, trace_seq,
+    decode_component, encode_component, hex, log_prefix, machine_traces_prefix, pack_key, parse_id, record_key,
+    record_seq, segment_name, trace_prefix, trace_seq,
 };
 pub use node::{
     FANOUT, LEVELS_MAX, Node, NodeEditor, NodePatch, Slot, StoredNode, decode_node, level_span, levels_for,

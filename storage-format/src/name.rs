@@ -114,7 +114,12 @@ pub fn trace_prefix(machine: &str, stream: &[u8]) -> String {
     // Paths may be longer than names.
     let mut hasher = blake3::Hasher::new_derive_key("EpochFS v1 stream of a trace");
     let stream = hasher.update(stream).finalize();
-    format!("traces/{}/{}/", encode_component(machine), hex(&stream.as_bytes()[..16]))
+    format!("{}{}/", machine_traces_prefix(machine), hex(&stream.as_bytes()[..16]))
+}
+
+/// Where all traces of a machine lie.
+pub fn machine_traces_prefix(machine: &str) -> String {
+    format!("traces/{}/", encode_component(machine))
 }
 
 /// The number of a trace, from its key.

@@ -78,7 +78,10 @@ fn what_cannot_be_committed_says_why() {
     let file = world.file("a", pages(2, 2)).into_os_string().into_string().unwrap();
     std::fs::write(live.join("lost"), b"not committed").unwrap();
     world.run(["commit", "web1", &format!("memory={file}")]).code(4).says("is owned by");
-    world.ok(["commit", "web1", &format!("memory={file}"), "--take-over"]);
+    // Another host has another state; of this one's mount it knows nothing.
+    let other = world.path("other-host").into_os_string().into_string().unwrap();
+    world.run(["commit", "web1", &format!("memory={file}"), "--take-over"]).code(4).says("is mounted on this host");
+    world.ok(["commit", "web1", &format!("memory={file}"), "--take-over", "--state-dir", &other]);
     for _ in 0..2 {
         let ran = world.run(["commit", "web1", "--json"]);
         ran.code(4);
@@ -109,7 +112,8 @@ fn machines_that_were_removed_or_taken_over_do_not_disturb_the_end() {
     world.run(["rm", "web1", "--yes"]).code(4);
     world.ok(["rm", "web1", "--yes", "--force"]);
     let file = world.file("a", b"y").into_os_string().into_string().unwrap();
-    world.ok(["commit", "web2", &format!("memory={file}"), "--take-over"]);
+    let other = world.path("other-host").into_os_string().into_string().unwrap();
+    world.ok(["commit", "web2", &format!("memory={file}"), "--take-over", "--state-dir", &other]);
     assert_eq!(world.json(["umount", mountpoint.text()])["ended"], true);
     assert_eq!(world.memory("web2"), b"y");
 }

@@ -128,6 +128,14 @@ fn a_second_restore_finds_there_what_the_first_one_touched() {
     let file = File::open(mount.machine("web2").join("latest/memory")).unwrap();
     assert_eq!(ended(&mount)["source"], "trace");
     drop(file);
+    let traces = |machine: &str| mount.repository().join("traces").join(machine);
+    let has_traces = |machine: &str| {
+        let streams = fs::read_dir(traces(machine)).into_iter().flatten();
+        streams.flatten().any(|stream| fs::read_dir(stream.path()).unwrap().next().is_some())
+    };
+    assert!(has_traces("web1"));
+    mount.ok(["rm", "web1", "--yes"]);
+    assert!(!has_traces("web1"), "a namesake restores other pages");
     mount.finish();
 }
 
