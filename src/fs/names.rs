@@ -313,7 +313,10 @@ impl FileSystem {
 
     /// Opens a directory.
     pub fn open_directory(&self, inode: u64) -> Answer<u64> {
-        self.object(inode)?;
+        if let Object::Live(live, _) = self.object(inode)? {
+            // The kernel looks the name up anew, and finds what is there now.
+            live.check_open()?;
+        }
         Ok(self.handles.insert(Handle::Directory { inode, lines: Mutex::default() }))
     }
 

@@ -155,24 +155,29 @@ fn memory_size(value: &str) -> Option<u64> {
 
 /// Puts directories where the user left room for them.
 fn fill(word: &OsStr, place: &Place) -> Result<OsString> {
-    let mut filled = word.as_bytes().to_vec();
     let directories = [
         ("{epoch}", Some(place.epoch_directory())),
         ("{live}", place.live_directory()),
         ("{machine}", Some(place.machine_directory())),
     ];
-    for (name, directory) in directories {
-        while let Some(at) = filled.windows(name.len()).position(|window| window == name.as_bytes()) {
-            let Some(directory) = &directory else {
-                return Err(Error::usage(format!("{name} in QEMU's command line: nothing there would be written to"))
-                    .hint("clone the epoch, with --clone NAME; or use {epoch}, with snapshot=on"));
-            };
-            // In a list of options a comma is written twice.
-            let is_list = filled.contains(&b'=') && !filled.starts_with(b"{");
-            let directory = text(directory)?;
-            let directory = if is_list { escape(directory) } else { directory.to_owned() };
-            filled.splice(at..at + name.len(), directory.into_bytes());
-        }
+    // In a list of options a comma is written twice.
+    let is_list = word.as_bytes().contains(&b'=') && !word.as_bytes().starts_with(b"{");
+    let (mut filled, mut rest) = (Vec::new(), word.as_bytes());
+    // What is put in is not looked at again: a machine's name may have such a word in it.
+    while let Some((first, behind)) = rest.split_first() {
+        let Some((name, directory)) = directories.iter().find(|(name, _)| rest.starts_with(name.as_bytes())) else {
+            filled.push(*first);
+            rest = behind;
+            continue;
+        };
+        let Some(directory) = directory else {
+            return Err(Error::usage(format!("{name} in QEMU's command line: nothing there would be written to"))
+                .hint("clone the epoch, with --clone NAME; or use {epoch}, with snapshot=on"));
+        };
+        let directory = text(directory)?;
+        let directory = if is_list { escape(directory) } else { directory.to_owned() };
+        filled.extend_from_slice(directory.as_bytes());
+        rest = &rest[name.len()..];
     }
     Ok(OsString::from_vec(filled))
 }
@@ -207,6 +212,13 @@ mod tests {
         };
         let user: Vec<OsString> = user.iter().map(OsString::from).collect();
         CommandLine::new(&user, &place, &memory, Path::new("/run/qmp"), &place.directory().join("vmstate"), paused)
+    }
+
+    #[test]
+    fn what_is_put_in_is_not_looked_at_again() {
+        let odd = Place { machine: "a{epoch}{live}".into(), ..place(None) };
+        let filled = fill(OsStr::new("file={epoch}/x"), &odd).unwrap();
+        assert_eq!(filled, "file=/mnt/a,,b/a{epoch}{live}/epochs/42/x");
     }
 
     #[test]

@@ -190,11 +190,17 @@ fn a_machine_that_was_removed_leaves_nothing_to_its_namesake() {
     fs::write(live.join("old"), noise(1, 3 * PAGE)).unwrap();
     mount.commit("web1", "first").unwrap();
     fs::write(live.join("never"), noise(2, 3 * PAGE)).unwrap();
+    // Somebody still has a file of it.
+    let held = open(&live.join("old")).unwrap();
+    let map = Mapping::shared(&held, 0, PAGE).unwrap();
     mount.ok(["rm", "web1", "--yes", "--force"]);
     let status = mount.json(["status"]);
     assert_eq!(status["daemons"][0]["machines"], serde_json::json!([]), "{status:#}");
     let live = mount.make_machine("web1");
     assert!(names(&live).is_empty(), "{:?}", names(&live));
+    assert!(!live.join("old").exists());
+    drop(map);
+    drop(held);
     fs::write(live.join("new"), noise(3, PAGE)).unwrap();
     mount.commit("web1", "second").unwrap();
     mount.restart();

@@ -104,7 +104,9 @@ fn check_reachable(tree: &Tree, file: &Arc<LiveFile>) -> Answer<()> {
 }
 
 impl Live {
+    /// Of a live that was given up, only files that are open are left: the kernel looks its names up anew.
     pub fn lookup(&self, parent: u64, name: &[u8]) -> Answer<(u64, Attributes)> {
+        self.check_open()?;
         let tree = self.shared();
         let id = tree.lookup(parent, name)?;
         Ok((id, attributes_of(id, tree.get(id)?)))
@@ -121,6 +123,7 @@ impl Live {
 
     /// The entries of a directory, by name.
     pub fn entries(&self, id: u64) -> Answer<Vec<(Vec<u8>, u64, NodeKind)>> {
+        self.check_open()?;
         let tree = self.shared();
         let entries = tree.entries(id)?.iter();
         entries
@@ -294,20 +297,20 @@ impl Live {
     }
 
     pub fn write(&self, file: &Arc<LiveFile>, offset: u64, data: &[u8]) -> Answer<()> {
-        self.write_with(self.io(), file, offset, data)
+        self.write_by(false, file, offset, data)
     }
 
     /// Writes pages of a mapping back. They are taken beyond what the spool may hold, for nobody can be told that there
     /// is no room, and a commit, which makes room, has them written back first.
     pub fn write_back(&self, file: &Arc<LiveFile>, offset: u64, data: &[u8]) -> Answer<()> {
-        self.write_with(Io { is_write_back: true, ..self.io() }, file, offset, data)
+        self.write_by(true, file, offset, data)
     }
 
-    fn write_with(&self, io: Io<'_>, file: &Arc<LiveFile>, offset: u64, data: &[u8]) -> Answer<()> {
+    fn write_by(&self, is_write_back: bool, file: &Arc<LiveFile>, offset: u64, data: &[u8]) -> Answer<()> {
         // A commit takes all of a write or nothing.
         let tree = self.changing_bytes()?;
         check_reachable(&tree, file)?;
-        let written = file.write(io, offset, data);
+        let written = file.write(Io { is_write_back, ..self.io() }, offset, data);
         // Some of it may have been written even if not all of it was.
         self.touch(file, (data.len() / PAGE_SIZE) as u64 + 1);
         // Before the journal can be told of it.

@@ -342,7 +342,7 @@ impl Live {
         self.become_owner()
     }
 
-    fn check_open(&self) -> Answer<()> {
+    pub fn check_open(&self) -> Answer<()> {
         if self.closed.load(Ordering::Acquire) { Err(Refusal::Stale) } else { Ok(()) }
     }
 
