@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 const WANTED: [(&str, u64, &str); 3] = [
     (
         "read_ahead_kb",
-        128,
+        256,
         "a file that is read in order is read in pieces, and a restored guest does not wait for much more than it touches",
     ),
     ("strict_limit", 0, "a guest that writes to its memory on the mount is not slowed down"),
@@ -111,7 +111,7 @@ mod tests {
         assert_eq!((before[0].found, before[2].found), (Some(32), None));
         let after = apply(dir.path());
         assert!(after[0].is_fit() && after[1].is_fit() && !after[2].is_fit(), "{after:?}");
-        assert_eq!((after[0].found, &after[0].refused), (Some(128), &None));
+        assert_eq!((after[0].found, &after[0].refused), (Some(256), &None));
         assert!(after[2].refused.is_some());
         assert_eq!(inspect(dir.path())[..2], after[..2]);
     }

@@ -118,7 +118,7 @@ mod tests {
     #[test]
     fn each_setting_is_judged_and_told_how_to_change() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("read_ahead_kb"), "128\n").unwrap();
+        std::fs::write(dir.path().join("read_ahead_kb"), "256\n").unwrap();
         std::fs::write(dir.path().join("strict_limit"), "1\n").unwrap();
         let checks = settings(dir.path());
         let names: Vec<&str> = checks.iter().map(|check| check.name).collect();
