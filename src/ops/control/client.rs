@@ -75,16 +75,6 @@ impl Client {
         self.call(&Request::Forget { machine: machine.to_owned() })
     }
 
-    /// How far the prefetch of a stream that is open is; or has everything of it pushed.
-    pub fn prefetch(&mut self, request: PrefetchRequest) -> Result<PrefetchStatus> {
-        self.call(&Request::Prefetch(request))
-    }
-
-    /// Which pages of an epoch's stream a restore will need, in order.
-    pub fn forecast(&mut self, request: ForecastRequest) -> Result<Foreseen> {
-        self.call(&Request::Forecast(request))
-    }
-
     pub fn umount(&mut self, lazy: bool) -> Result<Unmounted> {
         self.call(&Request::Umount { lazy })
     }
@@ -130,12 +120,12 @@ impl Client {
 impl Daemon for Client {
     fn prefetch(&mut self, machine: &str, epoch: u64, stream: &str, everything: bool) -> Result<PrefetchStatus> {
         let (machine, stream) = (machine.to_owned(), stream.to_owned());
-        Client::prefetch(self, PrefetchRequest { machine, epoch, stream, everything })
+        self.call(&Request::Prefetch(PrefetchRequest { machine, epoch, stream, everything }))
     }
 
     fn forecast(&mut self, machine: &str, epoch: u64, stream: &str) -> Result<Foreseen> {
         let (machine, stream) = (machine.to_owned(), stream.to_owned());
-        Client::forecast(self, ForecastRequest { machine, epoch, stream })
+        self.call(&Request::Forecast(ForecastRequest { machine, epoch, stream }))
     }
 }
 
