@@ -11,6 +11,7 @@ use epochfs_format::{
 
 use super::cache::TwoGenerations;
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::platform::store::{Store, Tail};
 
 /// The end of a record that is read first: enough for a small one, its roots included.
@@ -227,8 +228,4 @@ fn missing_is_damage(error: Error) -> Error {
             .hint("an object that epochs refer to is missing; `epochfs verify` lists what is affected"),
         _ => error,
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -14,12 +14,13 @@ use super::frozen::FrozenSource;
 use super::refusal::Refusal;
 use super::spool::Spool;
 use super::tree::{Content, ROOT, Tree};
-use super::{Halt, Live, ROOT_NOTE, lock};
+use super::{Halt, Live, ROOT_NOTE};
 use crate::epoch::commit::{CommitBuilder, CommitOptions, Committed};
 use crate::epoch::ranges::Ranges;
 use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
 
 /// What is said about an epoch that is made of a live.
 #[derive(Clone, Debug, Default)]

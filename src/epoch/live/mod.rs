@@ -19,7 +19,7 @@ mod tree;
 use std::cmp::Ordering as Order;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use epochfs_format::{JournalBase, Owner, encode_component};
@@ -35,6 +35,7 @@ use super::admin::Ownership;
 use super::view::EpochStore;
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::Files;
+use crate::platform::lock::lock;
 use commit::Pipeline;
 use file::Io;
 use journal::{Journal, Recovered, entries_of, recover};
@@ -127,10 +128,6 @@ pub struct LiveStatus {
     pub longest_freeze: Duration,
     pub files: u64,
     pub error: Option<String>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Live {
