@@ -22,7 +22,7 @@ mod window;
 
 pub use admin::Ownership;
 pub use commit::{CommitBuilder, CommitOptions, Committed};
-pub(crate) use diff::changed_pages_of;
+pub(crate) use diff::changed_pages;
 pub use diff::{Change, FileDiff, diff};
 pub use export::{Exported, export};
 pub use pipeline::CommitCounts;
