@@ -18,6 +18,7 @@ mod man;
 mod mount;
 mod output;
 mod progress;
+mod protect;
 mod restore;
 mod rm;
 mod serve_uffd;
@@ -106,6 +107,7 @@ enum Command {
     Umount(umount::Umount),
     Status(status::Status),
     ServeUffd(serve_uffd::ServeUffd),
+    Protect(protect::Protect),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Completions(completions::Completions),
@@ -132,6 +134,7 @@ impl Command {
             Self::Umount(command) => command.run(context),
             Self::Status(command) => command.run(context),
             Self::ServeUffd(command) => command.run(context),
+            Self::Protect(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
             Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),

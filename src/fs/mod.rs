@@ -37,7 +37,7 @@ pub use names::Found;
 pub use restores::PageCache;
 
 pub use crate::epoch::live::LiveCommit;
-use crate::epoch::live::{Answer, Budget, Live, LiveSettings, Refusal, machines_kept};
+use crate::epoch::live::{Answer, Budget, CommitTicket, Live, LiveSettings, Refusal, machines_kept};
 use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
@@ -241,9 +241,14 @@ impl FileSystem {
 
     /// Commits what the machine's live holds; returns when the epoch is durable.
     pub fn commit(&self, machine: &str, options: LiveCommit) -> Result<Committed> {
+        self.freeze(machine, options)?.wait()
+    }
+
+    /// Freezes what the machine's live holds, and begins to make an epoch of it.
+    pub fn freeze(&self, machine: &str, options: LiveCommit) -> Result<CommitTicket> {
         let machine: Arc<str> = machine.into();
         self.store.repository().require(&machine)?;
-        self.live(&machine).map_err(Error::from)?.commit(options)?.wait()
+        self.live(&machine).map_err(Error::from)?.commit(options)
     }
 
     /// So many more written-back bytes wait for room, or fewer.
