@@ -16,17 +16,22 @@ const INTERVAL_USUAL: Duration = Duration::from_secs(1);
 const STORE_ROOM: f64 = 1.25;
 
 /// The interval shrinks by this at most from one checkpoint to the next, and not for less than a fifth.
-const SHRINKS_TO: f64 = 0.75;
+const SHRINKS_TO: f64 = 0.5;
 const SHRINKS_FROM: f64 = 0.8;
 
 /// How much of an old figure is left when a smaller one is measured. Larger ones count at once.
-const MEMORY: f64 = 0.7;
+const MEMORY: f64 = 0.5;
 
 /// How much sooner than the target's an epoch is begun, for what is not foreseen.
 const RPO_MARGIN: f64 = 0.9;
 
-/// After failures in a row the interval is this at most.
-const RETRY_MAX: Duration = Duration::from_secs(30);
+/// After failures in a row the interval is this at most, unless it is longer anyway.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// Where longer intervals cost nearly in proportion, as a machine goes on writing to other pages, the interval is made so
+/// many times longer: at last it writes to the same ones again. There is an end to it.
+const GROWS_BY: f64 = 4.0;
+const INTERVAL_MAX: Duration = Duration::from_secs(600);
 
 /// What is asked of a machine's protection.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,8 +55,10 @@ impl Default for Target {
 /// What a checkpoint turned out to cost.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Observation {
-    /// Time that the machine stood still, or was slowed down.
+    /// Time that the machine stood still, or was slowed down; and how much of that there would not have been if it
+    /// had written to nothing.
     pub lost: Duration,
+    pub lost_by_pages: Duration,
     /// From the moment of the epoch until it was durable.
     pub durable_after: Duration,
     pub stored_bytes: u64,
@@ -74,8 +81,6 @@ pub enum Limit {
     StoreRate,
     /// Checkpoints that failed.
     Failures,
-    /// It was longer, and shrinks by steps.
-    Easing,
 }
 
 impl Limit {
@@ -88,7 +93,6 @@ impl Limit {
             Self::Store => "an epoch takes that long until it is durable",
             Self::StoreRate => "more bytes would be stored than may be",
             Self::Failures => "checkpoints failed",
-            Self::Easing => "it shrinks by steps",
         }
     }
 }
@@ -113,7 +117,12 @@ pub struct Policy {
     durable: f64,
     bytes: f64,
     failures: u32,
+    /// The interval before this one.
     interval: Duration,
+    /// The shortest that the shares of time allow, as it was decided last.
+    paced: Duration,
+    /// What the last checkpoint cost, and how much of that is because of the pages.
+    last: (f64, f64),
 }
 
 /// A larger figure counts at once, a smaller one by and by: relief may be short.
@@ -124,7 +133,16 @@ fn expect(before: f64, now: f64) -> f64 {
 impl Policy {
     pub fn new(target: Target) -> Self {
         let interval = target.fixed.or(target.rpo.map(|rpo| rpo.mul_f64(RPO_MARGIN))).unwrap_or(INTERVAL_USUAL);
-        Self { target, lost: 0.0, durable: 0.0, bytes: 0.0, failures: 0, interval: interval.max(INTERVAL_MIN) }
+        Self {
+            target,
+            lost: 0.0,
+            durable: 0.0,
+            bytes: 0.0,
+            failures: 0,
+            interval: interval.max(INTERVAL_MIN),
+            paced: Duration::ZERO,
+            last: (0.0, 0.0),
+        }
     }
 
     pub fn target(&self) -> &Target {
@@ -139,6 +157,7 @@ impl Policy {
     pub fn observe(&mut self, seen: &Observation) {
         // What was lost was lost, whether or not an epoch came of it.
         self.lost = expect(self.lost, seen.lost.as_secs_f64());
+        self.last = (seen.lost.as_secs_f64(), seen.lost_by_pages.min(seen.lost).as_secs_f64());
         if seen.failed {
             self.failures = self.failures.saturating_add(1);
             return;
@@ -155,13 +174,36 @@ impl Policy {
         self.target.fixed.or(rpo).unwrap_or(INTERVAL_USUAL).max(INTERVAL_MIN)
     }
 
+    /// The shortest interval that a share of the machine's time allows.
+    ///
+    /// What a checkpoint costs grows with the interval, by less and less. So a shorter interval is safe if it could bear what
+    /// the last one cost; and a longer one if it can bear that its pages cost in proportion.
+    fn pace(&self, share: f64) -> Duration {
+        let (interval, (last, by_pages)) = (self.interval.as_secs_f64(), self.last);
+        let needed = self.lost / share;
+        let fixed = last - by_pages;
+        let longer = match by_pages / interval {
+            _ if last <= share * interval => needed,
+            rate if rate < share => (fixed / (share - rate)).min(interval * GROWS_BY),
+            _ => interval * GROWS_BY,
+        };
+        let paced = secs(needed.max(longer)).min(INTERVAL_MAX);
+        match paced < self.paced {
+            // A little less is no reason.
+            true if paced >= self.paced.mul_f64(SHRINKS_FROM) => self.paced,
+            true => paced.max(self.paced.mul_f64(SHRINKS_TO)),
+            false => paced,
+        }
+    }
+
     /// When the next epoch is begun after the last one. `share` of the machine's time is what its host leaves to it.
     pub fn decide(&mut self, share: f64) -> Decision {
-        let secs = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
         let mut limits = vec![(self.wanted(), Limit::Target), (secs(self.durable * STORE_ROOM), Limit::Store)];
         if self.target.fixed.is_none() {
-            limits.push((secs(self.lost / self.target.overhead.max(1e-6)), Limit::Overhead));
-            limits.push((secs(self.lost / share.max(1e-6)), Limit::Host));
+            let is_hosts = share < self.target.overhead;
+            let paced = self.pace(share.min(self.target.overhead).max(1e-6));
+            self.paced = paced;
+            limits.push((paced, if is_hosts { Limit::Host } else { Limit::Overhead }));
         }
         if let Some(rate) = self.target.store_rate {
             limits.push((secs(self.bytes / rate.max(1) as f64), Limit::StoreRate));
@@ -176,24 +218,19 @@ impl Policy {
                 longest = *limit;
             }
         }
-        let (wanted, mut limit) = longest;
-        if wanted >= self.interval || self.target.fixed.is_some() {
-            self.interval = wanted;
-        } else if wanted < self.interval.mul_f64(SHRINKS_FROM) {
-            let eased = self.interval.mul_f64(SHRINKS_TO);
-            if eased > wanted {
-                limit = Limit::Easing;
-            }
-            self.interval = eased.max(wanted);
-        }
+        self.interval = longest.0;
         let exposure = self.interval + secs(self.durable);
         Decision {
             interval: self.interval,
-            limit,
+            limit: longest.1,
             exposure,
             meets_rpo: self.target.rpo.map(|rpo| exposure <= rpo && self.failures == 0),
         }
     }
+}
+
+fn secs(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(INTERVAL_MAX)
 }
 
 #[cfg(test)]
@@ -203,7 +240,8 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn seen(lost: u32, durable_after: u32) -> Observation {
-        Observation { lost: MS * lost, durable_after: MS * durable_after, stored_bytes: 1 << 20, failed: false }
+        let (lost, durable_after) = (MS * lost, MS * durable_after);
+        Observation { lost, durable_after, stored_bytes: 1 << 20, ..Observation::default() }
     }
 
     fn settle(policy: &mut Policy, seen: &Observation) -> Decision {
@@ -219,7 +257,7 @@ mod tests {
         let mut policy = Policy::new(Target { rpo: Some(MS * 1000), ..Target::default() });
         let decision = settle(&mut policy, &seen(10, 50));
         assert_eq!((decision.limit, decision.meets_rpo), (Limit::Target, Some(true)));
-        assert_eq!((decision.interval, decision.exposure), (MS * 900, MS * 950));
+        assert_eq!((decision.interval, decision.exposure), (MS * 850, MS * 900));
     }
 
     #[test]
@@ -256,7 +294,7 @@ mod tests {
         assert_eq!(policy.decide(1.0).interval, MS * 4000);
         policy.observe(&seen(10, 0));
         let decision = policy.decide(1.0);
-        assert_eq!((decision.interval, decision.limit), (MS * 3000, Limit::Easing));
+        assert_eq!((decision.interval, decision.limit), (MS * 2100, Limit::Overhead));
         // A little less is no reason.
         let mut policy = Policy::new(Target { rpo: Some(MS * 100), ..Target::default() });
         assert_eq!(settle(&mut policy, &seen(50, 0)).interval, MS * 1000);
@@ -264,7 +302,26 @@ mod tests {
     }
 
     #[test]
-    fn failures_in_a_row_are_repeated_less_and_less_often() {
+    fn what_grows_with_the_interval_is_foreseen() {
+        // 10 ms, and 40 ms for each second.
+        let cost = |interval: Duration| Observation {
+            lost: MS * 10 + interval.mul_f64(0.04),
+            lost_by_pages: interval.mul_f64(0.04),
+            ..Observation::default()
+        };
+        let mut policy = Policy::new(Target { rpo: Some(MS * 200), overhead: 0.06, ..Target::default() });
+        policy.observe(&cost(MS * 180));
+        // 500 ms cost 30 ms: 0.06 of them.
+        let decision = policy.decide(1.0);
+        assert!(decision.interval >= MS * 499 && decision.interval < MS * 510, "{decision:?}");
+        // Nothing is enough for pages that cost more than is left: it grows by much, for it has to end somewhere.
+        let mut policy = Policy::new(Target { rpo: Some(MS * 1000), overhead: 0.02, ..Target::default() });
+        policy.observe(&cost(MS * 900));
+        assert_eq!(policy.decide(1.0).interval, MS * 3600);
+    }
+
+    #[test]
+    fn failures_in_a_row_are_repeated_less_and_less_often_and_then_all_is_as_before() {
         let mut policy = Policy::new(Target { rpo: Some(MS * 1000), ..Target::default() });
         let mut before = Duration::ZERO;
         for _ in 0..20 {
@@ -275,6 +332,7 @@ mod tests {
             before = decision.interval;
         }
         assert_eq!(before, RETRY_MAX);
-        assert_eq!(settle(&mut policy, &seen(10, 0)).meets_rpo, Some(true));
+        policy.observe(&seen(10, 0));
+        assert_eq!((policy.decide(1.0).interval, policy.decide(1.0).meets_rpo), (MS * 900, Some(true)));
     }
 }

@@ -166,10 +166,11 @@ impl Run<'_> {
     }
 }
 
-/// What a capture cost the machine.
-fn lost(capture: &Capture, stored: &Stored) -> Duration {
+/// What a capture cost the machine, and how much of that because of what it had written.
+fn lost(capture: &Capture, stored: &Stored) -> (Duration, Duration) {
     let pages = u32::try_from(stored.changed_pages).unwrap_or(u32::MAX);
-    capture.pause + capture.prepared.mul_f64(PREPARING) + PAGE_AGAIN.saturating_mul(pages)
+    let by_pages = capture.prepared.mul_f64(PREPARING) + PAGE_AGAIN.saturating_mul(pages);
+    (capture.pause + by_pages, by_pages)
 }
 
 /// Protects a machine until `stop` is closed, or until there was one epoch with `once`; returns how it is then. `tell` is
@@ -278,7 +279,8 @@ fn checkpoint(protection: &mut Protection, stop: &Receiver<()>, run: &mut Run<'_
     }
     let capture = captured.as_ref().ok().cloned().unwrap_or_default();
     let failed = |error| {
-        (Observation { lost: lost(&capture, &Stored::default()), failed: true, ..Observation::default() }, Err(error))
+        let (lost, lost_by_pages) = lost(&capture, &Stored::default());
+        (Observation { lost, lost_by_pages, failed: true, ..Observation::default() }, Err(error))
     };
     // An epoch that was begun is one, even if the machine was slow to go on.
     let Some((ticket, since)) = frozen else {
@@ -294,8 +296,8 @@ fn checkpoint(protection: &mut Protection, stop: &Receiver<()>, run: &mut Run<'_
     run.status.epochs += 1;
     run.status.durable_ms = ms(durable_after);
     (run.status.changed_pages, run.status.stored_bytes) = (stored.changed_pages, stored.stored_bytes);
-    let seen =
-        Observation { lost: lost(&capture, &stored), durable_after, stored_bytes: stored.stored_bytes, failed: false };
+    let (lost, lost_by_pages) = lost(&capture, &stored);
+    let seen = Observation { lost, lost_by_pages, durable_after, stored_bytes: stored.stored_bytes, failed: false };
     (seen, captured.map(|_| ()))
 }
 

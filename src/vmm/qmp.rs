@@ -41,6 +41,7 @@ pub struct Monitor<'a> {
     received: Vec<u8>,
     check: Box<dyn FnMut() -> Result<()> + Send + 'a>,
     answer_wait_max: Duration,
+    end_wait: Duration,
 }
 
 impl<'a> Monitor<'a> {
@@ -66,14 +67,25 @@ impl<'a> Monitor<'a> {
         };
         socket.set_read_timeout(Some(SLICE)).map_err(failed)?;
         socket.set_write_timeout(Some(ANSWER_WAIT_MAX)).map_err(failed)?;
-        let mut monitor =
-            Self { socket, received: Vec::new(), check: Box::new(check), answer_wait_max: wait.min(ANSWER_WAIT_MAX) };
+        let mut monitor = Self {
+            socket,
+            received: Vec::new(),
+            check: Box::new(check),
+            answer_wait_max: wait.min(ANSWER_WAIT_MAX),
+            end_wait: END_WAIT,
+        };
         let greeting = monitor.receive("its greeting", wait)?;
         if greeting.get("QMP").is_none() {
             return Err(Error::new(Kind::Io, format!("{} is no monitor of QEMU", path.display())));
         }
         monitor.run("qmp_capabilities", Value::Null)?;
         Ok(monitor)
+    }
+
+    /// Nobody tells how QEMU ended: a connection that is closed is not worth a wait.
+    pub fn does_not_wait_for_the_end(mut self) -> Self {
+        self.end_wait = Duration::ZERO;
+        self
     }
 
     /// Runs a command to its answer.
@@ -145,7 +157,7 @@ impl<'a> Monitor<'a> {
     /// moment.
     fn closed(&mut self, what: &str) -> Error {
         let since = Stopwatch::start();
-        while since.elapsed() < END_WAIT {
+        while since.elapsed() < self.end_wait {
             if let Err(error) = (self.check)() {
                 return error;
             }

@@ -118,7 +118,8 @@ pub fn go_on(path: &Path, wait: Duration) -> Result<()> {
     let since = Stopwatch::start();
     loop {
         // The agent's connection may not be closed yet: QEMU answers one after the other.
-        let result = Monitor::connect(path, Duration::from_secs(1), || Ok(())).and_then(|mut monitor| {
+        let result = Monitor::connect(path, Duration::from_secs(1), || Ok(())).and_then(|monitor| {
+            let mut monitor = monitor.does_not_wait_for_the_end();
             let status = monitor.run("query-status", Value::Null)?;
             match status["status"].as_str() {
                 Some("running") => Ok(()),

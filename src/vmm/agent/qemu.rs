@@ -62,7 +62,7 @@ impl QemuAgent {
     }
 
     fn connect(&self) -> Result<Monitor<'static>> {
-        let mut monitor = Monitor::connect(&self.place.monitor, CONNECT_WAIT, || Ok(()))?;
+        let mut monitor = Monitor::connect(&self.place.monitor, CONNECT_WAIT, || Ok(()))?.does_not_wait_for_the_end();
         self.check_memory(&mut monitor)?;
         // Memory that is a shared file stays out of the state.
         let shared = json!({"capability": "x-ignore-shared", "state": true});
