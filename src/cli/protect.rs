@@ -19,9 +19,11 @@ use crate::vmm::agent::guard;
 
 /// Protect running machines: make an epoch of each, again and again, while it runs.
 ///
-/// A machine's memory and disks are files of its live on this host's mount. Each time, what it wrote is synced while it
-/// runs; then it is stopped for the moment in which the state of its devices is saved and the last pages are synced, and goes
-/// on before the epoch is stored. Its QEMU is reached by a monitor socket of its own, which nobody else uses.
+/// A QEMU's memory and disks are files of its machine's live on this host's mount. Each time, what it wrote is handed over
+/// while it runs; then it is stopped for the moment in which the state of its devices is saved and the last pages are
+/// handed over, and goes on before the epoch is stored. It is reached by a monitor socket of its own, which nobody else
+/// uses. A Firecracker writes the pages that changed to its live while it is stopped; so does a Cloud Hypervisor with all
+/// memory that is not on the mount.
 ///
 /// How often is decided from what the last epochs cost: as often as --rpo asks for, but never so often that the machine
 /// loses more of its time than --overhead, or that an epoch waits for another. `epochfs status` shows each machine, the
@@ -31,15 +33,21 @@ use crate::vmm::agent::guard;
 /// remember an answer that the machine does not. Network traffic is not held back.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs protect web1 --qmp /run/web1.qmp --rpo 2s --overhead 0.05\n  epochfs protect web1 --qmp /run/web1.qmp --once\n  epochfs protect --config /etc/epochfs/protect.toml\n\nA file of machines:\n  overhead = 0.2                 # of all machines together\n  [machines.web1]\n  qmp = \"/run/web1.qmp\"\n  rpo = \"2s\"                     # or interval = \"1s\"\n  overhead = 0.05\n  weight = 4.0                   # its work is worth four times another's\n  store-rate = \"20MiB\"           # bytes a second"
+    after_help = "Examples:\n  epochfs protect web1 --qmp /run/web1.qmp --rpo 2s --overhead 0.05\n  epochfs protect web1 --qmp /run/web1.qmp --once\n  epochfs protect fc1 --firecracker /run/fc1.sock --interval 5s\n  epochfs protect --config /etc/epochfs/protect.toml\n\nA file of machines:\n  overhead = 0.2                 # of all machines together\n  [machines.web1]\n  qmp = \"/run/web1.qmp\"           # or firecracker, or cloud-hypervisor\n  rpo = \"2s\"                     # or interval = \"1s\"\n  overhead = 0.05\n  weight = 4.0                   # its work is worth four times another's\n  store-rate = \"20MiB\"           # bytes a second"
 )]
 pub struct Protect {
     /// The machine.
     #[arg(required_unless_present_any = ["config", "guard"], conflicts_with = "config")]
     machine: Option<String>,
     /// The socket of its QEMU's monitor.
-    #[arg(long, value_name = "PATH", required_unless_present = "config", conflicts_with = "config")]
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
     qmp: Option<PathBuf>,
+    /// The API socket of its Firecracker: snapshots of what changed go to its live.
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
+    firecracker: Option<PathBuf>,
+    /// The API socket of its Cloud Hypervisor: snapshots go to a directory of its live.
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
+    cloud_hypervisor: Option<PathBuf>,
     /// Which machines, and how.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -55,9 +63,10 @@ pub struct Protect {
     /// Bytes a second that may be stored, such as 20MiB.
     #[arg(long, value_name = "BYTES", conflicts_with = "config")]
     store_rate: Option<String>,
-    /// The stream that the state of the devices goes to.
-    #[arg(long, value_name = "STREAM", default_value = "vmstate")]
-    state: String,
+    /// The stream that the state of the devices goes to: `vmstate` unless given. For Cloud Hypervisor the directory of its
+    /// snapshot: `snapshot` unless given.
+    #[arg(long, value_name = "STREAM", conflicts_with = "config")]
+    state: Option<String>,
     /// Make one epoch, and end.
     #[arg(long, conflicts_with = "config")]
     once: bool,
@@ -71,8 +80,8 @@ pub struct Protect {
 
 impl Protect {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
-        if let (Some(patience), Some(monitor)) = (self.guard, &self.qmp) {
-            guard(monitor, Duration::from_millis(patience))?;
+        if let Some(patience) = self.guard {
+            guard(&self.described().monitor()?, Duration::from_millis(patience))?;
             return Ok(ExitCode::SUCCESS);
         }
         let config = self.config()?;
@@ -98,22 +107,28 @@ impl Protect {
         if let Some(path) = &self.config {
             return Config::read(path);
         }
-        let (Some(machine), Some(qmp)) = (&self.machine, &self.qmp) else {
+        let Some(machine) = &self.machine else {
             return Err(Error::usage("it is not said which machine").hint("give MACHINE --qmp PATH, or --config FILE"));
         };
         epochfs_format::check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
-        let described = MachineConfig {
-            qmp: qmp.clone(),
+        let described = self.described();
+        described.target()?;
+        // One machine alone is bounded by its own share.
+        Ok(Config { overhead: 1000.0, machines: [(machine.clone(), described)].into() })
+    }
+
+    fn described(&self) -> MachineConfig {
+        MachineConfig {
+            qmp: self.qmp.clone(),
+            firecracker: self.firecracker.clone(),
+            cloud_hypervisor: self.cloud_hypervisor.clone(),
             state: self.state.clone(),
             rpo: self.rpo.clone(),
             interval: self.interval.clone(),
             overhead: self.overhead,
             weight: 1.0,
             store_rate: self.store_rate.clone(),
-        };
-        described.target()?;
-        // One machine alone is bounded by its own share.
-        Ok(Config { overhead: 1000.0, machines: [(machine.clone(), described)].into() })
+        }
     }
 
     /// Tells of epochs until it is told to stop.

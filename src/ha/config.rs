@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::policy::Target;
 use crate::error::{Error, Result};
+use crate::vmm::agent::MonitorAt;
 
 /// What all machines of a host may lose together, where nothing is said.
 const OVERHEAD_OF_HOST: f64 = 1.0;
@@ -31,19 +32,16 @@ fn one() -> f64 {
     1.0
 }
 
-fn vmstate() -> String {
-    "vmstate".to_owned()
-}
-
 /// One machine.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct MachineConfig {
-    /// The socket of QEMU's monitor.
-    pub qmp: PathBuf,
-    /// The stream that the state of the devices goes to.
-    #[serde(default = "vmstate")]
-    pub state: String,
+    /// The socket of QEMU's monitor, of Firecracker's API, or of Cloud Hypervisor's: one of them.
+    pub qmp: Option<PathBuf>,
+    pub firecracker: Option<PathBuf>,
+    pub cloud_hypervisor: Option<PathBuf>,
+    /// The stream that the state of the devices goes to; for Cloud Hypervisor the directory of its snapshot.
+    pub state: Option<String>,
     /// At most so much work may be lost, such as `2s` or `500ms`.
     pub rpo: Option<String>,
     /// An epoch as often as this, whatever it costs.
@@ -77,6 +75,21 @@ impl Config {
 }
 
 impl MachineConfig {
+    pub fn monitor(&self) -> Result<MonitorAt> {
+        match (&self.qmp, &self.firecracker, &self.cloud_hypervisor) {
+            (Some(path), None, None) => Ok(MonitorAt::Qemu(path.clone())),
+            (None, Some(path), None) => Ok(MonitorAt::Firecracker(path.clone())),
+            (None, None, Some(path)) => Ok(MonitorAt::CloudHypervisor(path.clone())),
+            _ => Err(Error::usage("a machine has one monitor")
+                .hint("name its socket as qmp, as firecracker or as cloud-hypervisor")),
+        }
+    }
+
+    pub fn state(&self) -> &str {
+        let usual = if self.cloud_hypervisor.is_some() { "snapshot" } else { "vmstate" };
+        self.state.as_deref().unwrap_or(usual)
+    }
+
     pub fn target(&self) -> Result<Target> {
         if self.rpo.is_some() && self.interval.is_some() {
             return Err(Error::usage("rpo and interval do not go together")
@@ -85,8 +98,9 @@ impl MachineConfig {
         if !(self.weight > 0.0 && self.weight.is_finite()) {
             return Err(Error::usage(format!("a weight is more than 0, not {}", self.weight)));
         }
-        epochfs_format::check_stream_path(self.state.as_bytes())
-            .map_err(|error| Error::usage(format!("state = {:?}: {error}", self.state)))?;
+        self.monitor()?;
+        epochfs_format::check_stream_path(self.state().as_bytes())
+            .map_err(|error| Error::usage(format!("state = {:?}: {error}", self.state())))?;
         let duration = |text: &Option<String>| text.as_deref().map(parse_duration).transpose();
         let default = Target::default();
         let overhead = self.overhead.unwrap_or(default.overhead);
@@ -157,7 +171,7 @@ mod tests {
         assert_eq!(config.machines["web1"].target().unwrap(), expected);
         let db = config.machines["db"].target().unwrap();
         assert_eq!((db.fixed, db.overhead), (Some(Duration::from_millis(1500)), 0.05));
-        assert_eq!(config.machines["db"].state, "vmstate");
+        assert_eq!(config.machines["db"].state(), "vmstate");
         assert!(Config::parse("").unwrap().machines.is_empty());
     }
 
@@ -167,7 +181,8 @@ mod tests {
         for (text, part) in [
             ("overhed = 1".to_owned(), "overhed"),
             ("overhead = 0".to_owned(), "no share"),
-            ("[machines.web1]".to_owned(), "qmp"),
+            ("[machines.web1]".to_owned(), "one monitor"),
+            (format!("{machine}firecracker = \"/y\""), "one monitor"),
             ("[machines.\"a/b\"]\nqmp = \"/x\"".to_owned(), "a/b"),
             (format!("{machine}rpo = \"2\""), "web1"),
             (format!("{machine}rpo = \"2s\"\ninterval = \"1s\""), "do not go together"),

@@ -12,7 +12,7 @@ use super::control::{Client, CommitRequest};
 use crate::error::{Error, Kind, Result};
 use crate::ha::{Config, Epochs, Host, MachineConfig, Policy, Protection, ProtectionStatus, Stored, Ticket, protect};
 use crate::platform::clock::Stopwatch;
-use crate::vmm::agent::{QemuAgent, QemuPlace};
+use crate::vmm::agent::MachineAgent;
 
 /// How often it is tried to reach a machine that is not there.
 const RETRY: Duration = Duration::from_secs(2);
@@ -193,16 +193,13 @@ fn protection(
     policy: Policy,
     host: &Arc<Host>,
 ) -> Result<Protection> {
-    let place = QemuPlace {
-        monitor: config.qmp.clone(),
-        live: here.mountpoint.join(machine).join("live"),
-        state: config.state.clone(),
-    };
+    let live = here.mountpoint.join(machine).join("live");
+    let notes = here.socket.parent().unwrap_or(Path::new("/"));
     Ok(Protection {
         machine: machine.to_owned(),
         policy,
         weight: config.weight,
-        agent: Box::new(QemuAgent::new(place, &here.program)?),
+        agent: Box::new(MachineAgent::new(&config.monitor()?, &live, config.state(), notes, &here.program)?),
         epochs: Box::new(DaemonEpochs { socket: here.socket.clone(), machine: machine.to_owned() }),
         host: host.clone(),
     })

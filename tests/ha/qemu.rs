@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use epochfs::Error;
 use epochfs::platform::clock::Stopwatch;
-use epochfs::vmm::agent::{Agent, Health, QemuAgent, QemuPlace};
+use epochfs::vmm::agent::{Agent, Health, MachineAgent, MonitorAt};
 
 use crate::monitor::{FakeMonitor, Fault};
 
@@ -30,12 +30,13 @@ impl World {
         Self { _directory: directory, live, monitor }
     }
 
-    fn place(&self) -> QemuPlace {
-        QemuPlace { monitor: self.monitor.path.clone(), live: self.live.clone(), state: "vmstate".into() }
+    fn try_agent(&self) -> epochfs::Result<MachineAgent> {
+        let monitor = MonitorAt::Qemu(self.monitor.path.clone());
+        MachineAgent::new(&monitor, &self.live, "vmstate", self.live.parent().unwrap(), program())
     }
 
-    fn agent(&self) -> QemuAgent {
-        QemuAgent::new(self.place(), program()).unwrap()
+    fn agent(&self) -> MachineAgent {
+        self.try_agent().unwrap()
     }
 
     fn status(&self) -> &'static str {
@@ -59,7 +60,7 @@ fn a_capture_freezes_a_machine_that_stands_still_and_lets_it_go_on() {
         .unwrap();
     assert_eq!((frozen, world.status()), (1, "running"));
     let parts: Vec<&str> = capture.parts.iter().map(|(name, _)| *name).collect();
-    assert_eq!(parts, ["stop", "state", "sync", "freeze", "resume"]);
+    assert_eq!(parts, ["stop", "state", "memory", "freeze", "resume"]);
     assert_eq!(capture.parts.iter().map(|(_, time)| *time).sum::<Duration>(), capture.pause);
     assert_eq!(world.monitor.machine().told, ["migrate-set-capabilities", "stop", "migrate", "cont"]);
 }
@@ -129,7 +130,7 @@ fn memory_that_is_not_on_the_mount_is_refused() {
     let elsewhere = world.live.with_file_name("elsewhere");
     std::fs::write(&elsewhere, b"").unwrap();
     world.monitor.machine().memory = elsewhere;
-    let error = QemuAgent::new(world.place(), program()).err().unwrap();
+    let error = world.try_agent().err().unwrap();
     assert!(error.to_string().contains("backend ram") && error.next_step().unwrap().contains("mem-path="), "{error}");
 }
 

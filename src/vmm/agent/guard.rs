@@ -10,9 +10,8 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, getppid, kill_process};
-use serde_json::Value;
 
-use super::super::qmp::Monitor;
+use super::MonitorAt;
 use crate::error::{Error, Result};
 use crate::platform::clock::Stopwatch;
 
@@ -30,10 +29,10 @@ pub struct Guard {
 
 impl Guard {
     /// Starts the guard of the machine behind a monitor. An agent that stops it for longer than `patience` is killed.
-    pub fn start(program: &Path, monitor: &Path, patience: Duration) -> Result<Self> {
+    pub fn start(program: &Path, monitor: &MonitorAt, patience: Duration) -> Result<Self> {
         let failed = |error| Error::io(format!("cannot start {}", program.display()), error);
         let mut command = Command::new(program);
-        command.args(["protect", "--guard", &patience.as_millis().to_string(), "--qmp"]).arg(monitor);
+        command.args(["protect", "--guard", &patience.as_millis().to_string(), monitor.option()]).arg(monitor.path());
         // A terminal's signals are the agent's.
         command.stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0);
         let mut process = command.spawn().map_err(failed)?;
@@ -66,13 +65,13 @@ impl Drop for Guard {
 }
 
 /// The guard's process: heeds the agent at the other end of standard input until it is gone.
-pub fn guard(monitor: &Path, patience: Duration) -> Result<()> {
+pub fn guard(monitor: &MonitorAt, patience: Duration) -> Result<()> {
     let agent = getppid();
     let input = rustix::stdio::stdin();
     let mut is_stopped = false;
     loop {
         if !wait(input, is_stopped.then_some(patience))? {
-            tracing::error!(monitor = %monitor.display(), "the agent keeps a machine stopped for {} s: it is killed", patience.as_secs());
+            tracing::error!(monitor = %monitor.path().display(), "the agent keeps a machine stopped for {} s: it is killed", patience.as_secs());
             // Only a parent that is still the same: its number may be another's by now.
             if let Some(agent) = agent.filter(|agent| getppid() == Some(*agent)) {
                 end(agent);
@@ -113,25 +112,17 @@ fn wait(input: impl AsFd, longest: Option<Duration>) -> Result<bool> {
     }
 }
 
-/// Lets a machine go on that was stopped to be captured. One that somebody else stopped is left alone.
-pub fn go_on(path: &Path, wait: Duration) -> Result<()> {
+/// Lets a machine go on that was stopped to be captured.
+pub fn go_on(monitor: &MonitorAt, wait: Duration) -> Result<()> {
     let since = Stopwatch::start();
     loop {
         // The agent's connection may not be closed yet: QEMU answers one after the other.
-        let result = Monitor::connect(path, Duration::from_secs(1), || Ok(())).and_then(|monitor| {
-            let mut monitor = monitor.does_not_wait_for_the_end();
-            let status = monitor.run("query-status", Value::Null)?;
-            match status["status"].as_str() {
-                Some("running") => Ok(()),
-                _ => monitor.run("cont", Value::Null).map(|_| ()),
-            }
-        });
-        match result {
+        match monitor.run() {
             Ok(()) => {
-                tracing::warn!(monitor = %path.display(), "the machine goes on, although its agent ended while it was stopped");
+                tracing::warn!(monitor = %monitor.path().display(), "the machine goes on, although its capture broke off");
                 return Ok(());
             }
-            Err(error) if since.elapsed() >= wait => return Err(error.context(path.display())),
+            Err(error) if since.elapsed() >= wait => return Err(error.context(monitor.path().display())),
             Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
     }
