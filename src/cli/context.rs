@@ -7,6 +7,7 @@ use super::output;
 use super::progress::Progress;
 use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
+use crate::platform::store::Location;
 use crate::repo::state_dir;
 
 pub struct Context {
@@ -46,22 +47,12 @@ impl Context {
         }
     }
 
-    /// The directory that the repository's URL names.
-    pub fn repository_path(&self) -> Result<PathBuf> {
-        let Some(url) = self.global.repo.as_deref().filter(|url| !url.is_empty()) else {
-            return Err(Error::usage("no repository is named").hint("give --repo DIR, or set EPOCHFS_REPO"));
-        };
-        parse_url(url)
-    }
-
-    /// The repository's URL, as another process can be given it.
-    pub fn repository_url(&self) -> Result<String> {
-        let path = self.repository_path()?;
-        let absolute =
-            std::path::absolute(&path).map_err(|error| Error::io(format!("the path {}", path.display()), error))?;
-        match absolute.to_str() {
-            Some(text) => Ok(format!("file://{text}")),
-            None => Err(Error::usage(format!("the repository {}: its path is not text", absolute.display()))),
+    /// Where the repository is, as its URL says.
+    pub fn location(&self) -> Result<Location> {
+        match self.global.repo.as_deref().filter(|url| !url.is_empty()) {
+            Some(url) => Location::parse(url),
+            None => Err(Error::usage("no repository is named")
+                .hint("give --repo DIR or s3://BUCKET/PREFIX, or set EPOCHFS_REPO")),
         }
     }
 
@@ -72,7 +63,7 @@ impl Context {
 
     /// Opens the repository.
     pub fn open(&self) -> Result<EpochStore> {
-        Ok(EpochStore::open_directory(&self.repository_path()?)?.with_state(self.state_directory()))
+        Ok(EpochStore::open_at(&self.location()?)?.with_state(self.state_directory()))
     }
 
     /// Where this host keeps what belongs to an opened repository.
@@ -97,20 +88,4 @@ impl Context {
             self.notice(&format!("rebuilt the page index from {} objects: {}", rebuilt.objects, rebuilt.reason));
         }
     }
-}
-
-fn parse_url(url: &str) -> Result<PathBuf> {
-    let path = match url.split_once("://") {
-        Some(("file", path)) if path.starts_with('/') => path,
-        Some(("file", _)) => {
-            return Err(Error::usage(format!("{url}: a file:// URL has an absolute path behind it"))
-                .hint("for example file:///srv/epochs"));
-        }
-        Some((scheme, _)) => {
-            return Err(Error::usage(format!("{url}: repositories of the kind {scheme}:// are not supported"))
-                .hint("give a directory, or a file:// URL"));
-        }
-        None => url,
-    };
-    Ok(PathBuf::from(path))
 }

@@ -56,7 +56,8 @@ pub struct Cli {
 /// What every command takes.
 #[derive(Args, Clone)]
 pub struct Global {
-    /// The repository: a directory, or a file:// URL.
+    /// The repository: a directory, or a bucket as s3://BUCKET/PREFIX (gs:// and az:// too). How to reach the service, and
+    /// credentials, come from the environment and the usual files.
     #[arg(
         long,
         global = true,

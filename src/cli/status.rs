@@ -57,12 +57,7 @@ impl Status {
     /// Mounts whose daemons died, with their repositories; only those of the repository that is named, if one is.
     fn dead_mounts(&self, context: &Context) -> Result<Vec<(String, String)>> {
         let only = match context.names_repository() {
-            true => {
-                let path = context.repository_path()?;
-                let absolute = std::path::absolute(&path)
-                    .map_err(|error| Error::io(format!("the path {}", path.display()), error))?;
-                Some(absolute.display().to_string())
-            }
+            true => Some(context.location()?.absolute()?.to_string()),
             false => None,
         };
         Ok(mounts()?
@@ -107,6 +102,26 @@ fn render(status: &DaemonStatus) -> String {
         ),
     ));
     facts.push(("cache", format!("{} of trees and objects", size(filesystem.cached_bytes))));
+    let store = &filesystem.store;
+    if let Some(requests) = &store.requests {
+        facts.push((
+            "store",
+            format!(
+                "{} reads, {} writes, {} lists, {} deletes, {} failed; {} read, {} written",
+                requests.reads,
+                requests.writes,
+                requests.lists,
+                requests.deletes,
+                requests.failures,
+                size(store.read_bytes),
+                size(store.written_bytes)
+            ),
+        ));
+    }
+    if let Some(since) = store.unreachable_since_ns {
+        let why = store.last_failure.as_deref().unwrap_or("it does not answer");
+        facts.push(("unreachable", format!("since {} (UTC): {why}; commits wait for it", time(since))));
+    }
     let spooled = filesystem.machines.iter().map(|machine| machine.spool_bytes).fold(0, u64::saturating_add);
     facts.push(("spool", format!("{} of {}", size(spooled), size(status.spool_bytes_max))));
     if filesystem.waiting_bytes > 0 {

@@ -20,6 +20,7 @@ mod names;
 mod object;
 mod parked;
 mod restores;
+mod store_status;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -35,6 +36,7 @@ pub use fuse::{Mount, MountOptions, Unmounter, mount};
 pub use inodes::Line;
 pub use names::Found;
 pub use restores::PageCache;
+pub use store_status::StoreStatus;
 
 pub use crate::epoch::live::LiveCommit;
 use crate::epoch::live::{Answer, Budget, Live, LiveSettings, Refusal, machines_kept};
@@ -103,6 +105,8 @@ pub struct Status {
     /// What the daemon keeps of trees and objects. Pages are kept by the kernel.
     #[serde(default)]
     pub cached_bytes: u64,
+    #[serde(default)]
+    pub store: StoreStatus,
 }
 
 /// A machine whose live is in use.
@@ -281,6 +285,7 @@ impl FileSystem {
             written_bytes: self.written_bytes.load(Ordering::Relaxed),
             waiting_bytes: self.parked_bytes.load(Ordering::Relaxed).max(0).cast_unsigned(),
             cached_bytes: self.store.nodes().cached_len(),
+            store: StoreStatus::of(&**self.store.repository().objects().store()),
         }
     }
 

@@ -7,7 +7,7 @@ use epochfs_format::{Body, Hash, ObjectRef, Owner, RECORDS_A_SEGMENT, Record, en
 use super::log::Head;
 use super::objects::Objects;
 use super::packs::Inline;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::store::Put;
 use crate::platform::{clock, random};
 
@@ -89,10 +89,14 @@ pub(super) fn append(
             objects.store().settle(&record_key(machine, head.record.seq))?;
         }
         let parts: [&[u8]; 4] = [&encoded.header, &draft.inline.blocks, &encoded.block, &encoded.end];
-        let put = objects.store().put_if_absent(&record_key(machine, seq), &parts).map_err(|error| {
-            let hint =
+        let put = objects.put_until_known(&record_key(machine, seq), &parts).map_err(|error| {
+            let unknown =
                 format!("whether record {seq} of {machine} was written is not known; `epochfs log {machine}` tells");
-            if error.next_step().is_none() { error.hint(hint) } else { error }
+            match error.next_step().map(str::to_owned) {
+                None => error.hint(unknown),
+                Some(first) if error.kind() == Kind::Unavailable => error.hint(format!("{first}; {unknown}")),
+                Some(_) => error,
+            }
         })?;
         if put == Put::Created {
             return Ok(Head { record: encoded.record, digest: encoded.digest });

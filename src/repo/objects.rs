@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use epochfs_format::{
@@ -11,7 +12,7 @@ use epochfs_format::{
 
 use super::cache::TwoGenerations;
 use crate::error::{Error, Kind, Result};
-use crate::platform::store::{Store, Tail};
+use crate::platform::store::{Put, Store, Tail};
 
 /// The end of a record that is read first: enough for a small one, its roots included.
 const RECORD_TAIL_LEN: u64 = 32 << 10;
@@ -20,6 +21,10 @@ const TAIL_CACHE_LEN: usize = 4 << 20;
 
 /// So many pages of one object are confirmed by its footer, which costs as much as about as many blocks.
 const FOOTER_FROM_CLAIMS: usize = 256;
+
+/// A put of which a remote store does not say what became is tried so often.
+const PUT_TRIES: usize = 3;
+const PUT_PAUSE: Duration = Duration::from_millis(200);
 
 /// The key under which an object is stored.
 pub fn object_key(object: &ObjectRef) -> String {
@@ -93,7 +98,9 @@ impl Objects {
 
     /// Bytes of an object that will be read soon.
     pub fn will_need(&self, object: &ObjectRef, range: Range<u64>) {
-        self.store.will_need(&object_key(object), range);
+        if self.tail_range(object, &range).is_none() {
+            self.store.will_need(&object_key(object), range);
+        }
     }
 
     /// These bytes of a record that was read lately.
@@ -105,6 +112,21 @@ impl Objects {
         let tail_start = tail.object_len - tail.bytes.len() as u64;
         let within = range.start >= tail_start && range.end <= tail.object_len;
         within.then(|| tail.bytes.slice((range.start - tail_start) as usize..(range.end - tail_start) as usize))
+    }
+
+    /// Puts an object unless its key is taken. Where the store does not say what became of it, the same bytes are put
+    /// again: if an earlier try arrived after all, the key is taken, and whoever is told so reads back by whom.
+    pub fn put_until_known(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
+        for _ in 1..PUT_TRIES {
+            match self.store.put_if_absent(key, parts) {
+                Err(error) if error.kind() == Kind::Unavailable => {
+                    tracing::warn!("{error}: trying again");
+                    std::thread::sleep(PUT_PAUSE);
+                }
+                known => return known,
+            }
+        }
+        self.store.put_if_absent(key, parts)
     }
 
     /// A log record and its digest, or `None` when the log has no such record.
@@ -185,6 +207,11 @@ impl Objects {
         for group in order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object) {
             let object = &claims[group[0]].1.object;
             let by_footer = group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
+            if !by_footer && group.len() > 1 && self.store.is_remote() {
+                for Place { offset, len, .. } in group.iter().map(|claim| &claims[*claim].1) {
+                    self.will_need(object, u64::from(*offset)..u64::from(*offset) + u64::from(*len));
+                }
+            }
             for claim in group {
                 let (hash, place) = &claims[*claim];
                 answers[*claim] = if by_footer {

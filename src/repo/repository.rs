@@ -24,6 +24,10 @@ impl Repository {
         let descriptor = Descriptor { id: random::id16(), created_ns: clock::now_ns() };
         match store.put_if_absent(DESCRIPTOR_KEY, &[&descriptor.encode()])? {
             Put::Created => Ok(Self { objects: Arc::new(Objects::new(store, descriptor.id)) }),
+            // A store that repeats by itself may find its own first try in its way.
+            Put::Exists if store.get(DESCRIPTOR_KEY)? == descriptor.encode() => {
+                Ok(Self { objects: Arc::new(Objects::new(store, descriptor.id)) })
+            }
             Put::Exists => Err(Error::conflict(format!("{} already holds a repository", store.url()))
                 .hint("use it as it is, or choose an empty place")),
         }
