@@ -7,6 +7,7 @@ use super::output;
 use super::progress::Progress;
 use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
+use crate::ops::control::{Client, socket_path, sockets};
 use crate::platform::store::Location;
 use crate::repo::state_dir;
 
@@ -69,6 +70,21 @@ impl Context {
     /// Where this host keeps what belongs to an opened repository.
     pub fn local_directory(&self, store: &EpochStore) -> PathBuf {
         store.repository().local_directory(&self.state_directory())
+    }
+
+    /// The socket of the daemon that has the repository mounted here, or would be.
+    pub fn socket(&self) -> Result<PathBuf> {
+        let location = self.location()?.absolute()?;
+        if location.directory().is_none() {
+            // A daemon of a bucket is found without asking the bucket, which may be away.
+            let (url, state) = (location.to_string(), self.state_directory());
+            for path in sockets(&state) {
+                if Client::ask(&path, Client::ping)?.is_some_and(|who| who.repository == url) {
+                    return Ok(path);
+                }
+            }
+        }
+        Ok(socket_path(&self.local_directory(&self.open()?)))
     }
 
     /// Whether the logs that the user asked for are more, or fewer, than usual.

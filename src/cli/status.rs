@@ -8,7 +8,7 @@ use serde_json::json;
 use super::context::Context;
 use super::output::{plain, size, table, time};
 use crate::error::{Error, Result};
-use crate::ops::control::{Client, DaemonStatus, socket_path, sockets};
+use crate::ops::control::{Client, DaemonStatus, sockets};
 use crate::ops::mounts::{Liveness, liveness, mounts};
 
 /// Show what is mounted: each daemon with its machines, what they have written and not committed, and the kernel's
@@ -22,7 +22,7 @@ pub struct Status {}
 impl Status {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let paths: Vec<PathBuf> = match context.names_repository() {
-            true => vec![socket_path(&context.local_directory(&context.open()?))],
+            true => vec![context.socket()?],
             false => sockets(&context.state_directory()),
         };
         let mut daemons = Vec::new();

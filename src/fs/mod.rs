@@ -246,8 +246,15 @@ impl FileSystem {
     /// Commits what the machine's live holds; returns when the epoch is durable.
     pub fn commit(&self, machine: &str, options: LiveCommit) -> Result<Committed> {
         let machine: Arc<str> = machine.into();
-        self.store.repository().require(&machine)?;
+        if !self.owns(&machine) {
+            self.store.repository().require(&machine)?;
+        }
         self.live(&machine).map_err(Error::from)?.commit(options)?.wait()
+    }
+
+    /// Whether this host owns a machine. Then it is there, also while the store is away.
+    fn owns(&self, machine: &str) -> bool {
+        self.lives().get(machine).is_some_and(|live| live.is_owned())
     }
 
     /// So many more written-back bytes wait for room, or fewer.

@@ -20,6 +20,8 @@ pub struct Draft {
     pub body: Body,
     /// Blocks that the record carries.
     pub inline: Inline,
+    /// By what the record is known again if the store does not say whether it arrived; random unless given.
+    pub writer: Option<[u8; 16]>,
 }
 
 /// What to do when another record came first.
@@ -79,7 +81,7 @@ pub(super) fn append(
     mut draft: Draft,
     rebase: &mut dyn FnMut(&Record, &mut Draft) -> Result<Rebase>,
 ) -> Result<Head> {
-    let writer = random::id16();
+    let writer = draft.writer.unwrap_or_else(random::id16);
     loop {
         let encoded = draft.encode(objects, machine, head.as_ref(), writer)?;
         let seq = encoded.record.seq;

@@ -23,7 +23,7 @@ const TAIL_CACHE_LEN: usize = 4 << 20;
 const FOOTER_FROM_CLAIMS: usize = 256;
 
 /// A put of which a remote store does not say what became is tried so often.
-const PUT_TRIES: usize = 3;
+const PUT_TRIES: usize = 2;
 const PUT_PAUSE: Duration = Duration::from_millis(200);
 
 /// The key under which an object is stored.

@@ -10,6 +10,7 @@ mod commands;
 mod failures;
 mod hosts;
 mod kills;
+mod outages;
 mod proxy;
 mod races;
 mod refusals;

@@ -15,6 +15,8 @@ pub enum Fault {
     Cut,
     /// The service does it, and the answer is lost.
     Lost,
+    /// The same, and then nothing gets through any more.
+    LostThenDown,
     /// Half of the answer's body arrives.
     Half,
     /// One bit of the answer's body is wrong.
@@ -146,6 +148,10 @@ impl State {
         let answer = self.ask(&head, &body)?;
         let start = answer.windows(4).position(|four| four == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
         match fault {
+            Some(Fault::LostThenDown) => {
+                self.is_down.store(true, Ordering::SeqCst);
+                client.shutdown(Shutdown::Both)
+            }
             Some(Fault::Lost) => client.shutdown(Shutdown::Both),
             Some(Fault::Half) => client.write_all(&answer[..start + (answer.len() - start) / 2]),
             Some(Fault::Flip) => {

@@ -90,7 +90,8 @@ fn patience(variables: &Variables) -> Result<Duration> {
 }
 
 fn retries(patience: Duration) -> RetryConfig {
-    let (init_backoff, max_backoff) = PAUSES;
+    let init_backoff = PAUSES.0;
+    let max_backoff = PAUSES.1.min(patience / 8);
     RetryConfig {
         backoff: BackoffConfig { init_backoff, max_backoff, base: 2.0 },
         max_retries: 100,

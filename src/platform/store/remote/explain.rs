@@ -82,6 +82,9 @@ pub(super) fn explain(url: &str, verb: &str, key: &str, error: &RemoteError) -> 
             Kind::Io,
             "the service's certificate is not trusted: check the endpoint, or name its authority's in AWS_CA_BUNDLE",
         ),
+        (_, None) if message.contains("region") => {
+            failed(Kind::Io, "check the region: set AWS_REGION to that of the bucket")
+        }
         (_, None) if message.contains("range") => failed(Kind::Io, "the object is not as long as was expected"),
         (_, None) => failed(Kind::Unavailable, "check the endpoint and the network, and whether the service runs"),
     }

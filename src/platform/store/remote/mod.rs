@@ -62,7 +62,7 @@ impl Patience {
     /// For a store that is asked again for so long.
     pub fn of(patience: Duration) -> Self {
         // Whoever tried last is heard, for what it says is worth more than that time is up.
-        let answer = patience + patience / 4;
+        let answer = patience + patience / 4 + Duration::from_secs(1);
         Self { answer, part: answer * 2 }
     }
 }
