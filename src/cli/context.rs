@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use super::Global;
 use super::output;
 use super::progress::Progress;
-use crate::epoch::EpochStore;
+use crate::epoch::{EpochStore, open_store};
 use crate::error::{Error, Result};
 use crate::ops::control::{Client, socket_path, sockets};
-use crate::platform::store::Location;
-use crate::repo::state_dir;
+use crate::platform::store::{CacheSettings, Location};
+use crate::repo::{Repository, state_dir};
 
 pub struct Context {
     global: Global,
@@ -64,6 +64,18 @@ impl Context {
 
     /// Opens the repository.
     pub fn open(&self) -> Result<EpochStore> {
+        let (location, state) = (self.location()?, self.state_directory());
+        let mut repository = Repository::open(open_store(&location)?)?;
+        // What a bucket's service says travels far; what it said once need not travel again.
+        if location.directory().is_none() && self.global.cache_size > 0 {
+            let directory = repository.local_directory(&state).join("cache");
+            repository = repository.cached(CacheSettings { directory, len_max: self.global.cache_size });
+        }
+        Ok(EpochStore::new(repository).with_state(state))
+    }
+
+    /// Opens the repository to look at what the store has, and not at what was kept of it.
+    pub fn open_without_cache(&self) -> Result<EpochStore> {
         Ok(EpochStore::open_at(&self.location()?)?.with_state(self.state_directory()))
     }
 
@@ -85,6 +97,11 @@ impl Context {
             }
         }
         Ok(socket_path(&self.local_directory(&self.open()?)))
+    }
+
+    /// How much of a bucket may be kept on a local disk.
+    pub fn cache_size(&self) -> u64 {
+        self.global.cache_size
     }
 
     /// Whether the logs that the user asked for are more, or fewer, than usual.

@@ -124,6 +124,7 @@ impl Mount {
     fn arguments(&self, context: &Context, repository: &Location, state: &Path, at: &Path) -> Result<Vec<OsString>> {
         let mut arguments: Vec<OsString> = vec!["--repo".into(), repository.url()?.into()];
         arguments.extend(["--state-dir".into(), state.into(), "--json".into()]);
+        arguments.extend(["--cache-size".into(), context.cache_size().to_string().into()]);
         // A daemon's log tells more than a terminal.
         arguments.extend(match context.verbosity() {
             (_, true) => vec!["--quiet".into()],

@@ -118,6 +118,20 @@ fn render(status: &DaemonStatus) -> String {
             ),
         ));
     }
+    if let Some(cache) = &store.cache {
+        let percent = 100 * cache.hit_bytes / (cache.hit_bytes + cache.missed_bytes).max(1);
+        let mut text = format!(
+            "{} of {}; {} of {} reads were in it, {percent} % of the bytes",
+            size(cache.used_bytes),
+            size(cache.max_bytes),
+            cache.hits,
+            cache.hits + cache.misses
+        );
+        if let Some(why) = &cache.paused {
+            text += &format!("; not used for now: {why}");
+        }
+        facts.push(("disk cache", text));
+    }
     if let Some(since) = store.unreachable_since_ns {
         let why = store.last_failure.as_deref().unwrap_or("it does not answer");
         facts.push(("unreachable", format!("since {} (UTC): {why}; commits wait for it", time(since))));

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::platform::store::{Reach, Store, TrafficTotals};
+use crate::platform::store::{CacheTotals, Reach, Store, TrafficTotals};
 
 /// The store as this mount uses it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -14,6 +14,9 @@ pub struct StoreStatus {
     /// Since when the service has not answered, in nanoseconds since 1970, if it does not.
     pub unreachable_since_ns: Option<u64>,
     pub last_failure: Option<String>,
+    /// What is kept of a bucket on this host's disk.
+    #[serde(default)]
+    pub cache: Option<CacheTotals>,
 }
 
 impl StoreStatus {
@@ -26,6 +29,7 @@ impl StoreStatus {
             written_bytes: totals.bytes_written,
             unreachable_since_ns,
             last_failure,
+            cache: store.cache(),
         }
     }
 }

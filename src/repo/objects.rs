@@ -96,6 +96,11 @@ impl Objects {
         }
     }
 
+    /// Forgets what is kept of an object, whose bytes were found wrong; says whether it is worth while to read it again.
+    pub fn distrust(&self, object: &ObjectRef) -> bool {
+        self.store.distrust(&object_key(object))
+    }
+
     /// Bytes of an object that will be read soon.
     pub fn will_need(&self, object: &ObjectRef, range: Range<u64>) {
         if self.tail_range(object, &range).is_none() {
@@ -138,7 +143,15 @@ impl Objects {
             Err(error) if error.kind() == Kind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let decoded = self.decode_record(&object, &tail).map_err(|error| error.context(&key))?;
+        let (tail, decoded) = match self.decode_record(&object, &tail) {
+            Err(error) if error.kind() == Kind::Damaged && self.distrust(&object) => {
+                let tail = self.store.get_tail(&key, RECORD_TAIL_LEN)?;
+                let decoded = self.decode_record(&object, &tail);
+                (tail, decoded)
+            }
+            decoded => (tail, decoded),
+        };
+        let decoded = decoded.map_err(|error| error.context(&key))?;
         let weight = tail.bytes.len();
         lock(&self.tails).insert(object, tail, weight);
         Ok(Some(decoded))
@@ -170,7 +183,11 @@ impl Objects {
         if let Some(footer) = lock(&self.footers).get(object) {
             return Ok(footer);
         }
-        let footer = Arc::new(self.read_footer(object).map_err(|error| error.context(object_key(object)))?);
+        let read = match self.read_footer(object) {
+            Err(error) if error.kind() == Kind::Damaged && self.distrust(object) => self.read_footer(object),
+            read => read,
+        };
+        let footer = Arc::new(read.map_err(|error| error.context(object_key(object)))?);
         lock(&self.footers).insert(object.clone(), footer.clone(), footer.weight());
         Ok(footer)
     }

@@ -10,7 +10,7 @@ use super::cache::TwoGenerations;
 use super::log::{Edits, Head, MachineState, head, machines};
 use super::objects::Objects;
 use crate::error::{Error, Kind, Result};
-use crate::platform::store::{Put, Store};
+use crate::platform::store::{CacheSettings, CachedStore, Put, Store};
 use crate::platform::{clock, random};
 
 /// An open repository.
@@ -55,6 +55,13 @@ impl Repository {
         })?;
         let descriptor = Descriptor::decode(&bytes).map_err(|error| Error::from(error).context(&url))?;
         Ok(Self::of(Objects::new(store, descriptor.id)))
+    }
+
+    /// The same repository, with what is read of it kept on a local disk.
+    #[must_use]
+    pub fn cached(self, settings: CacheSettings) -> Self {
+        let store = CachedStore::new(self.objects.store().clone(), settings);
+        Self::of(Objects::new(Arc::new(store), *self.id()))
     }
 
     pub fn objects(&self) -> &Arc<Objects> {

@@ -6,6 +6,7 @@
 //!
 //! `EPOCHFS_LONG=1` runs more rounds, and the failures on three object servers and two gateways.
 
+mod caches;
 mod commands;
 mod failures;
 mod hosts;

@@ -6,6 +6,7 @@
 //! - an object is absent or whole, never half there;
 //! - what was written is never changed, only deleted.
 
+mod cached;
 mod cloud;
 #[cfg(test)]
 pub(crate) mod contract;
@@ -20,6 +21,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
+pub use cached::{CacheSettings, CacheTotals, CachedStore};
 pub use cloud::{Reach, TrafficTotals, Variables};
 pub use counters::{Counters, Totals};
 pub use faulty::FaultyStore;
@@ -73,6 +75,17 @@ pub trait Store: Send + Sync {
     /// Whether it answers, as far as requests told.
     fn reach(&self) -> Reach {
         Reach::default()
+    }
+
+    /// What is kept of it on a local disk, if anything is.
+    fn cache(&self) -> Option<CacheTotals> {
+        None
+    }
+
+    /// Forgets what is kept of an object, whose bytes were found wrong; says whether there was anything, so that it is
+    /// worth while to read it again.
+    fn distrust(&self, _key: &str) -> bool {
+        false
     }
 
     /// The whole object.

@@ -8,7 +8,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 /// Reads ahead that may wait or be done and not used yet, in bytes.
-const AHEAD_LEN_MAX: u64 = 64 << 20;
+pub(super) const AHEAD_LEN_MAX: u64 = 64 << 20;
 
 #[derive(Default)]
 pub(super) struct Flights {
@@ -117,13 +117,14 @@ impl Flights {
         self.landed.notify_all();
     }
 
-    /// Forgets an object's bytes: it was deleted.
-    pub fn forget(&self, key: &str) {
+    /// Forgets an object's bytes, and says whether there were any: it was deleted, or they are wrong.
+    pub fn forget(&self, key: &str) -> bool {
         let mut state = self.lock();
-        let Some(flights) = state.by_key.get(key) else { return };
+        let Some(flights) = state.by_key.get(key) else { return false };
         let is_here = |flight: &Flight| matches!(flight.progress, Progress::Landed(_));
         let here: Vec<Ticket> = flights.iter().filter(|(_, flight)| is_here(flight)).map(|(id, _)| *id).collect();
-        here.into_iter().for_each(|id| state.remove(key, id));
+        here.iter().for_each(|id| state.remove(key, *id));
+        !here.is_empty()
     }
 }
 

@@ -28,7 +28,7 @@ use tokio::time::timeout;
 
 use self::explain::{explain, missing};
 pub(super) use self::explain::{innermost, is_about_trust};
-use self::flights::{Demand, Flights};
+use self::flights::{AHEAD_LEN_MAX, Demand, Flights};
 use self::writer::RemoteWriter;
 use super::cloud::{Reach, Traffic};
 use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix, check_range};
@@ -322,6 +322,10 @@ impl Store for RemoteStore {
         self.shared.traffic.as_ref().map(|traffic| traffic.reach()).unwrap_or_default()
     }
 
+    fn distrust(&self, key: &str) -> bool {
+        self.shared.flights.forget(key)
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         let path = self.shared.path(key)?;
         match self.shared.wait(self.shared.body(key, &path, None))? {
@@ -339,6 +343,9 @@ impl Store for RemoteStore {
             shared.counters.get(0);
             return check_range(key, || shared.url.clone(), &range, len).map(|()| Bytes::new());
         }
+        if range.end - range.start > AHEAD_LEN_MAX {
+            return shared.wait(shared.fetch(key, range))?;
+        }
         match shared.flights.demand(key, &range) {
             Demand::Here(bytes) => Ok(bytes),
             Demand::Fetch(ticket) => {
@@ -350,7 +357,7 @@ impl Store for RemoteStore {
     }
 
     fn will_need(&self, key: &str, range: Range<u64>) {
-        if range.is_empty() {
+        if range.is_empty() || range.end - range.start > AHEAD_LEN_MAX {
             return;
         }
         let Some(ticket) = self.shared.flights.foresee(key, &range) else { return };
