@@ -245,9 +245,8 @@ impl Commit {
     fn commit_live(&self, context: &Context) -> Result<CommitSummary> {
         self.check_fit_for_live()?;
         let notes = self.notes()?;
-        let store = context.open()?;
-        let Some(mut client) = Client::connect(&socket_path(&context.local_directory(&store)))? else {
-            let repository = store.repository().url();
+        let Some(mut client) = Client::connect(&context.socket()?)? else {
+            let repository = context.location()?.absolute()?;
             return Err(Error::not_found(format!(
                 "no stream is named, and no daemon has {repository} mounted here, whose {} could be committed",
                 self.machine
@@ -257,7 +256,6 @@ impl Commit {
                 self.machine
             )));
         };
-        drop(store);
         let who = client.ping()?;
         who.check_seen()?;
         let started = Stopwatch::start();

@@ -13,7 +13,7 @@ use super::context::Context;
 use super::output::{print, size};
 use crate::error::{Error, Result};
 use crate::ha::{Config, MachineConfig, ProtectionStatus, parse_duration};
-use crate::ops::control::{Client, socket_path};
+use crate::ops::control::Client;
 use crate::ops::protect::{Here, Protector};
 use crate::vmm::agent::guard;
 
@@ -171,9 +171,7 @@ impl Protect {
 
 /// The daemon that has the repository mounted here.
 fn here(context: &Context) -> Result<Here> {
-    let store = context.open()?;
-    let socket = socket_path(&context.local_directory(&store));
-    let url = store.repository().url().to_owned();
+    let (socket, url) = (context.socket()?, context.location()?.absolute()?);
     let Some(mut client) = Client::connect(&socket)? else {
         return Err(Error::not_found(format!("no daemon has {url} mounted here"))
             .hint(format!("mount it: epochfs --repo {url} mount MOUNTPOINT --background")));

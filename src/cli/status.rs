@@ -8,7 +8,7 @@ use serde_json::json;
 use super::context::Context;
 use super::output::{plain, size, table, time};
 use crate::error::{Error, Result};
-use crate::ops::control::{Client, DaemonStatus, Protected, socket_path, sockets};
+use crate::ops::control::{Client, DaemonStatus, Protected, sockets};
 use crate::ops::mounts::{Liveness, liveness, mounts};
 
 /// Show what is mounted: each daemon with its machines, what they have written and not committed, and the kernel's
@@ -22,7 +22,7 @@ pub struct Status {}
 impl Status {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let paths: Vec<PathBuf> = match context.names_repository() {
-            true => vec![socket_path(&context.local_directory(&context.open()?))],
+            true => vec![context.socket()?],
             false => sockets(&context.state_directory()),
         };
         let mut daemons = Vec::new();
@@ -57,12 +57,7 @@ impl Status {
     /// Mounts whose daemons died, with their repositories; only those of the repository that is named, if one is.
     fn dead_mounts(&self, context: &Context) -> Result<Vec<(String, String)>> {
         let only = match context.names_repository() {
-            true => {
-                let path = context.repository_path()?;
-                let absolute = std::path::absolute(&path)
-                    .map_err(|error| Error::io(format!("the path {}", path.display()), error))?;
-                Some(absolute.display().to_string())
-            }
+            true => Some(context.location()?.absolute()?.to_string()),
             false => None,
         };
         Ok(mounts()?
@@ -135,6 +130,40 @@ fn render(status: &DaemonStatus) -> String {
         ),
     ));
     facts.push(("cache", format!("{} of trees and objects", size(filesystem.cached_bytes))));
+    let store = &filesystem.store;
+    if let Some(requests) = &store.requests {
+        facts.push((
+            "store",
+            format!(
+                "{} reads, {} writes, {} lists, {} deletes, {} failed; {} read, {} written",
+                requests.reads,
+                requests.writes,
+                requests.lists,
+                requests.deletes,
+                requests.failures,
+                size(store.read_bytes),
+                size(store.written_bytes)
+            ),
+        ));
+    }
+    if let Some(cache) = &store.cache {
+        let percent = 100 * cache.hit_bytes / (cache.hit_bytes + cache.missed_bytes).max(1);
+        let mut text = format!(
+            "{} of {}; {} of {} reads were in it, {percent} % of the bytes",
+            size(cache.used_bytes),
+            size(cache.max_bytes),
+            cache.hits,
+            cache.hits + cache.misses
+        );
+        if let Some(why) = &cache.paused {
+            text += &format!("; not used for now: {why}");
+        }
+        facts.push(("disk cache", text));
+    }
+    if let Some(since) = store.unreachable_since_ns {
+        let why = store.last_failure.as_deref().unwrap_or("it does not answer");
+        facts.push(("unreachable", format!("since {} (UTC): {why}; commits wait for it", time(since))));
+    }
     let spooled = filesystem.machines.iter().map(|machine| machine.spool_bytes).fold(0, u64::saturating_add);
     facts.push(("spool", format!("{} of {}", size(spooled), size(status.spool_bytes_max))));
     if filesystem.waiting_bytes > 0 {

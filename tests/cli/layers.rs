@@ -27,9 +27,12 @@ const LAYERS: [(&str, u32); 12] = [
 const TOP: [&str; 3] = ["cli", "main", "lib"];
 
 /// Foreign crates that belong in one place each.
-const CONFINED: [(&str, &[&str]); 5] = [
+const CONFINED: [(&str, &[&str]); 8] = [
     ("rocksdb", &["src/repo/index"]),
     ("object_store", &["src/platform"]),
+    ("async_trait", &["src/platform"]),
+    ("reqwest", &["src/platform"]),
+    ("rustls", &["src/platform"]),
     ("fuser", &["src/fs/fuse.rs"]),
     ("kvm_ioctls", &["src/capture", "src/vmm", "src/ops/doctor"]),
     ("libc", &["src/platform/flush.rs", "src/uffd/peer.rs"]),

@@ -108,6 +108,10 @@ pub struct Live {
     rebased: AtomicBool,
     pipeline: Mutex<Pipeline>,
     pipeline_moved: Condvar,
+    /// Commits that wait for the store are to end.
+    ending: AtomicBool,
+    /// Why a commit waits for the store, if one does.
+    waits_for: Mutex<Option<String>>,
     longest_freeze_ns: AtomicU64,
     wake: Wake,
 }
@@ -163,6 +167,8 @@ impl Live {
                 rebased: AtomicBool::new(false),
                 pipeline: Mutex::default(),
                 pipeline_moved: Condvar::new(),
+                ending: AtomicBool::new(false),
+                waits_for: Mutex::default(),
                 longest_freeze_ns: AtomicU64::new(0),
                 wake,
             })
@@ -591,14 +597,17 @@ impl Live {
             commits_in_flight: lock(&self.pipeline).len(),
             longest_freeze: Duration::from_nanos(self.longest_freeze_ns.load(Ordering::Relaxed)),
             files,
-            error: halt.map(|_| self.halted().to_string()),
+            error: match halt {
+                Some(_) => Some(self.halted().to_string()),
+                None => lock(&self.waits_for).as_ref().map(|why| format!("a commit waits for the store: {why}")),
+            },
         }
     }
 
     /// Ends the live: what is on its way is finished; what no epoch holds stays in the spool, and the machine stays
     /// this host's. A machine without such changes is given up.
     pub fn close(&self) -> Result<()> {
-        self.wait_for_commits();
+        self.end_commits();
         self.sync()?;
         {
             let _tree = self.exclusive();

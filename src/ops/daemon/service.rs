@@ -49,7 +49,7 @@ type Served = (Arc<EpochStore>, Arc<FileSystem>);
 enum Content {
     Served(Served),
     /// The daemon is done, and this is how it left the filesystem.
-    Done(fs::Status),
+    Done(Box<fs::Status>),
 }
 
 pub struct DaemonService {
@@ -106,7 +106,7 @@ impl DaemonService {
     /// Lets go of the filesystem and the store.
     pub fn release(&self) {
         let status = self.filesystem_status();
-        *self.content() = Content::Done(status);
+        *self.content() = Content::Done(Box::new(status));
     }
 
     fn content(&self) -> MutexGuard<'_, Content> {
@@ -116,7 +116,7 @@ impl DaemonService {
     fn filesystem_status(&self) -> fs::Status {
         match &*self.content() {
             Content::Served((_, filesystem)) => filesystem.status(),
-            Content::Done(status) => status.clone(),
+            Content::Done(status) => (**status).clone(),
         }
     }
 
