@@ -39,6 +39,15 @@ impl<K: Eq + Hash + Clone, V: Clone> TwoGenerations<K, V> {
         self.young_weight += weight;
     }
 
+    pub fn remove(&mut self, key: &K) {
+        if let Some((_, weight)) = self.young.remove(key) {
+            self.young_weight -= weight;
+        }
+        if let Some((_, weight)) = self.old.remove(key) {
+            self.old_weight -= weight;
+        }
+    }
+
     /// The weight of all there is.
     pub fn weight(&self) -> usize {
         self.young_weight + self.old_weight
@@ -59,5 +68,8 @@ mod tests {
             assert_eq!(cache.weight(), (cache.young.len() + cache.old.len()) * 10);
         }
         assert_eq!(cache.get(&500), None);
+        cache.remove(&0);
+        assert_eq!(cache.get(&0), None);
+        assert_eq!(cache.weight(), (cache.young.len() + cache.old.len()) * 10);
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, Record, check_machine, check_tag, hex};
 
 use super::append::{Draft, Rebase, append};
+use super::collector_log::{CollectorLog, put_barrier};
 use super::log::{Edits, Head, MachineState, head, machines};
 use super::objects::Objects;
 use crate::error::{Error, Kind, Result};
@@ -16,14 +17,18 @@ use crate::platform::{clock, random};
 #[derive(Clone)]
 pub struct Repository {
     objects: Arc<Objects>,
+    collector_log: Arc<CollectorLog>,
 }
+
+/// The term of a machine that nobody ever owned.
+pub const FIRST_TERM: u64 = 1;
 
 impl Repository {
     /// Makes a new repository in a store that holds none.
     pub fn create(store: Arc<dyn Store>) -> Result<Self> {
         let descriptor = Descriptor { id: random::id16(), created_ns: clock::now_ns() };
         match store.put_if_absent(DESCRIPTOR_KEY, &[&descriptor.encode()])? {
-            Put::Created => Ok(Self { objects: Arc::new(Objects::new(store, descriptor.id)) }),
+            Put::Created => Ok(Self::of(store, descriptor.id)),
             Put::Exists => Err(Error::conflict(format!("{} already holds a repository", store.url()))
                 .hint("use it as it is, or choose an empty place")),
         }
@@ -38,7 +43,24 @@ impl Repository {
             _ => error,
         })?;
         let descriptor = Descriptor::decode(&bytes).map_err(|error| Error::from(error).context(&url))?;
-        Ok(Self { objects: Arc::new(Objects::new(store, descriptor.id)) })
+        Ok(Self::of(store, descriptor.id))
+    }
+
+    fn of(store: Arc<dyn Store>, id: [u8; 16]) -> Self {
+        let objects = Arc::new(Objects::new(store, id));
+        Self { collector_log: Arc::new(CollectorLog::new(objects.clone())), objects }
+    }
+
+    /// The garbage collector's log.
+    pub fn collector_log(&self) -> &Arc<CollectorLog> {
+        &self.collector_log
+    }
+
+    /// Sees to it that every later record of a machine's log heeds this condemnation; returns the newest one, which does.
+    /// The machine need not exist.
+    pub fn put_barrier(&self, machine: &Arc<str>, generation: u64) -> Result<Head> {
+        let head = self.log_head(machine)?;
+        put_barrier(&self.objects, machine, head, generation, FIRST_TERM)
     }
 
     pub fn objects(&self) -> &Arc<Objects> {
@@ -71,7 +93,7 @@ impl Repository {
 
     /// The newest record of a machine's log, or `None` for one that does not exist (any more).
     pub fn head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
-        Ok(self.log_head(machine)?.filter(|head| head.record.body != Body::Remove))
+        Ok(self.log_head(machine)?.filter(|head| head.record.machine_exists()))
     }
 
     /// The newest record of a log, that of a removed machine too.

@@ -238,7 +238,19 @@ const DAMAGES: &[(&str, &str, &str, Damage)] = &[
         })
     }),
     ("record-term", "flipped", "Checksum", |b| flipped(b, 10)),
-    ("record-term", "unknown-kind", "Invalid", |b| resealed(RECORD, b, |record| record[RECORD_KIND] = 8)),
+    // A kind that came later, and one that has not come yet.
+    ("record-term", "unknown-kind", "Truncated", |b| resealed(RECORD, b, |record| record[RECORD_KIND] = 8)),
+    ("record-term", "kind-of-nothing", "Invalid", |b| resealed(RECORD, b, |record| record[RECORD_KIND] = 0x7f)),
+    ("record-barrier", "flipped", "Checksum", |b| flipped(b, 20)),
+    ("record-barrier", "no-generation", "Invalid", |b| {
+        resealed(RECORD, b, |record| {
+            record[RECORD_KIND] = 8;
+            record.drain(RECORD_KIND + 1..RECORD_KIND + 9);
+        })
+    }),
+    ("record-tag-heeding", "generation-0", "Invalid", |b| {
+        resealed(RECORD, b, |record| record[RECORD_KIND + 1..RECORD_KIND + 9].fill(0))
+    }),
     ("record-release", "flag", "Invalid", |b| resealed(RECORD, b, |record| record[21] = 2)),
     ("record-tag", "flipped", "Checksum", |b| flipped(b, 60)),
     ("record-tag", "bad-name", "Name", |b| {
