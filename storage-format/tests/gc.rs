@@ -148,3 +148,14 @@ fn announcements_are_read_as_what_they_mean_and_written_as_they_are() {
     let misnamed = resealed(&bytes, |body| *body.last_mut().unwrap() = b'/');
     assert!(Birth::decode(&misnamed, &REPOSITORY).is_err());
 }
+
+/// The sizes that FORMAT.md states.
+#[test]
+fn sizes_are_the_documented_ones() {
+    let empty = Lease { held: Vec::new(), ..lease() };
+    assert_eq!(empty.encode().len(), 82);
+    assert_eq!(lease().encode().len(), 82 + 2 * 9 + 4 + 4);
+    assert_eq!(Birth { repository: REPOSITORY, machine: "web1".into() }.encode().len(), 31 + 4);
+    let condemn = |packs: u8| GcBody::Condemn { objects: (0..packs).map(|id| ObjectRef::Pack([id; 16])).collect() };
+    assert_eq!(record(41, condemn(7)).encode().len() - record(41, condemn(0)).encode().len(), 7 * 17);
+}

@@ -398,5 +398,9 @@ fn sizes_are_the_documented_ones() {
     let mut footer = FooterBuilder::new();
     footer.push(BlockKind::Record, [0; 32], takeover);
     assert_eq!(footer.end() as usize + footer.finish().len(), 279);
+    let barrier = vectors::record(Body::Barrier { exists: true }).put_block(Some(&own), &mut bytes).0;
+    let mut footer = FooterBuilder::new();
+    footer.push(BlockKind::Record, [0; 32], barrier);
+    assert_eq!(footer.end() as usize + footer.finish().len(), 288);
     assert_eq!(HEADER_LEN + FooterBuilder::new().finish().len(), 104);
 }
