@@ -8,9 +8,11 @@ mod clone;
 mod commit;
 mod completions;
 mod context;
+mod copy;
 mod diff;
 mod doctor;
 mod export;
+mod gc;
 mod init;
 mod log;
 mod ls;
@@ -19,6 +21,7 @@ mod mount;
 mod output;
 mod progress;
 mod protect;
+mod prune;
 mod restore;
 mod rm;
 mod serve_uffd;
@@ -112,9 +115,12 @@ enum Command {
     Diff(diff::Diff),
     Export(export::Export),
     Clone(clone::Clone),
+    Copy(copy::Copy),
     Restore(restore::Restore),
     Tag(tag::Tag),
     Rm(rm::Rm),
+    Prune(prune::Prune),
+    Gc(gc::Gc),
     Verify(verify::Verify),
     Warm(warm::Warm),
     Stats(stats::Stats),
@@ -140,9 +146,12 @@ impl Command {
             Self::Diff(command) => command.run(context),
             Self::Export(command) => command.run(context),
             Self::Clone(command) => command.run(context),
+            Self::Copy(command) => command.run(context),
             Self::Restore(command) => command.run(context),
             Self::Tag(command) => command.run(context),
             Self::Rm(command) => command.run(context),
+            Self::Prune(command) => command.run(context),
+            Self::Gc(command) => command.run(context),
             Self::Verify(command) => command.run(context),
             Self::Warm(command) => command.run(context),
             Self::Stats(command) => command.run(context),

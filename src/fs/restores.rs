@@ -9,6 +9,7 @@ use epochfs_format::{Image, PAGE_SIZE, Page};
 use super::FileSystem;
 use super::mapped::used_pages;
 use super::object::{Stored, stream_number};
+use crate::epoch::{EpochName, Which};
 use crate::error::{Error, Result};
 use crate::restore::{Extent, Foreseen, Prefetch, PrefetchStatus, Prefetcher, Residency, Sink, Target};
 
@@ -118,8 +119,8 @@ impl FileSystem {
     }
 
     fn stored_stream(&self, machine: &str, epoch: u64, stream: &[u8]) -> Result<Stored> {
-        let record = self.store.repository().epoch_record(&machine.into(), epoch)?;
-        Ok(Stored { epoch: self.store.open(record)?, path: stream.into(), tag: None })
+        let name = EpochName { machine: machine.into(), which: Some(Which::Number(epoch)) };
+        Ok(Stored { epoch: self.store.epoch(&name)?, path: stream.into(), tag: None })
     }
 
     /// What a restore of a stream will need, in order.

@@ -7,6 +7,7 @@ use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, ManifestPlace, Record, ch
 
 use super::append::{Draft, Rebase, append};
 use super::cache::TwoGenerations;
+use super::collector_log::{CollectorLog, put_barrier};
 use super::log::{Edits, Head, MachineState, head, machines};
 use super::objects::Objects;
 use crate::error::{Error, Kind, Result};
@@ -18,6 +19,7 @@ use crate::platform::{clock, random};
 pub struct Repository {
     objects: Arc<Objects>,
     heads: Heads,
+    collector_log: Arc<CollectorLog>,
 }
 
 /// The newest records that this process appended, by machine.
@@ -25,9 +27,17 @@ type Heads = Arc<Mutex<TwoGenerations<Arc<str>, Head>>>;
 
 const HEADS_LEN: usize = 8 << 20;
 
+/// The term of a machine that nobody ever owned.
+pub const FIRST_TERM: u64 = 1;
+
 impl Repository {
     fn of(objects: Objects) -> Self {
-        Self { objects: Arc::new(objects), heads: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))) }
+        let objects = Arc::new(objects);
+        Self {
+            collector_log: Arc::new(CollectorLog::new(objects.clone())),
+            heads: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
+            objects,
+        }
     }
 
     /// Makes a new repository in a store that holds none.
@@ -64,6 +74,18 @@ impl Repository {
         Self::of(Objects::new(Arc::new(store), *self.id()))
     }
 
+    /// The garbage collector's log.
+    pub fn collector_log(&self) -> &Arc<CollectorLog> {
+        &self.collector_log
+    }
+
+    /// Sees to it that every later record of a machine's log heeds this condemnation; returns the newest one, which does.
+    /// The machine need not exist.
+    pub fn put_barrier(&self, machine: &Arc<str>, generation: u64) -> Result<Head> {
+        let head = self.log_head(machine)?;
+        put_barrier(&self.objects, machine, head, generation, FIRST_TERM)
+    }
+
     pub fn objects(&self) -> &Arc<Objects> {
         &self.objects
     }
@@ -94,7 +116,7 @@ impl Repository {
 
     /// The newest record of a machine's log, or `None` for one that does not exist (any more).
     pub fn head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
-        Ok(self.log_head(machine)?.filter(|head| head.record.body != Body::Remove))
+        Ok(self.log_head(machine)?.filter(|head| head.record.machine_exists()))
     }
 
     /// The newest record of a log, that of a removed machine too.

@@ -72,7 +72,8 @@ fn changes(store: &EpochStore, epoch: &Epoch, stream: &[u8], image: &Image) -> R
         if parent == 0 || count >= CHANGED_PAGES_MAX {
             break;
         }
-        let older = store.open(store.repository().epoch_record(newer.machine(), parent)?)?;
+        let opening = store.opening()?;
+        let older = store.open(store.repository().epoch_record(newer.machine(), parent)?, &opening)?;
         let Some(EntryKind::Stream(older_image)) = older.manifest().get(stream).map(|entry| entry.kind.clone()) else {
             break;
         };

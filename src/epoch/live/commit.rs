@@ -340,6 +340,7 @@ impl Live {
         {
             let mut tree = self.exclusive();
             tree.base = committed.epoch;
+            tree.held = Some(Arc::new(self.store.hold(&self.machine, committed.epoch)));
             self.rebased.store(true, Ordering::Release);
             for entry in &job.entries {
                 if let FrozenKind::File(FrozenFile { file, layer, .. }) = &entry.kind {

@@ -177,6 +177,9 @@ impl Live {
             let tree = newest_tree(&store, &machine, &settings, 0)?;
             return Ok(live(tree, OnceLock::new(), None));
         };
+        let mut tree = tree;
+        let _opening = store.opening()?;
+        tree.held = Some(Arc::new(store.hold(&machine, base.epoch)));
         let live = live(tree, OnceLock::from(spool), Some(journal));
         live.changes.store(1, Ordering::Relaxed);
         live.resume(&base)?;
@@ -247,7 +250,8 @@ impl Live {
         if newest == 0 {
             return Ok(tree.nodes().count() == 1 && tree.root_note() == self.default_root_note());
         }
-        let epoch = self.store.open(self.store.repository().epoch_record(&self.machine, newest)?)?;
+        let opening = self.store.opening()?;
+        let epoch = self.store.open(self.store.repository().epoch_record(&self.machine, newest)?, &opening)?;
         let mut notes = epoch.commit().notes.iter();
         let note = notes.find(|(name, _)| name == ROOT_NOTE).map(|(_, note)| note.clone());
         Ok(tree.is(epoch.manifest()) && tree.root_note() == note.unwrap_or_else(|| self.default_root_note()))
@@ -663,11 +667,13 @@ pub fn machines_kept(files: &dyn Files, directory: &Path) -> Result<Vec<Arc<str>
 /// The files of a machine's newest epoch.
 fn newest_tree(store: &EpochStore, machine: &Arc<str>, settings: &LiveSettings, next: u64) -> Result<Tree> {
     let (owner, group) = (settings.owner, settings.group);
+    let opening = store.opening()?;
     let head = store.repository().require(machine)?;
     match store.repository().latest_of(&head)? {
         Some(record) => {
-            let epoch = store.open(record)?;
+            let epoch = store.open(record, &opening)?;
             let mut tree = Tree::of_manifest(epoch.manifest(), epoch.number(), owner, group, next);
+            tree.held = Some(epoch.hold().clone());
             let notes = epoch.commit().notes.iter();
             notes.filter(|(name, _)| name == ROOT_NOTE).for_each(|(_, note)| tree.heed_root_note(note));
             Ok(tree)
