@@ -24,7 +24,10 @@ impl EpochPages {
         };
         if !image.length.is_multiple_of(PAGE) {
             let (name, len) = (epoch.name(), image.length);
-            return Err(Error::usage(format!("{} of {name} has {len} bytes, and is no guest's memory", stream.escape_ascii())));
+            return Err(Error::usage(format!(
+                "{} of {name} has {len} bytes, and is no guest's memory",
+                stream.escape_ascii()
+            )));
         }
         Ok(Self { epoch, image })
     }

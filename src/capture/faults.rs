@@ -110,7 +110,9 @@ impl Shared {
             },
             // A process may give up memory of a guest, which is zeros then.
             Message::Removed(_) | Message::Unmapped(_) => Ok(()),
-            Message::Foreign(what) => Err(Error::new(Kind::Io, format!("the guest waits for what cannot be served: {what}"))),
+            Message::Foreign(what) => {
+                Err(Error::new(Kind::Io, format!("the guest waits for what cannot be served: {what}")))
+            }
         }
     }
 

@@ -76,7 +76,11 @@ impl Frozen {
 
     fn set_protected(&self, page: u64, is: bool) {
         let (word, bit) = (&self.protected[(page / 64) as usize], 1 << (page % 64));
-        if is { word.fetch_or(bit, Ordering::Relaxed) } else { word.fetch_and(!bit, Ordering::Relaxed) };
+        if is {
+            word.fetch_or(bit, Ordering::Relaxed)
+        } else {
+            word.fetch_and(!bit, Ordering::Relaxed)
+        };
     }
 
     /// Copies pages, as long as `left` slots stay free; returns how many that were, from the first on. Copies that are

@@ -213,13 +213,21 @@ impl Mapping {
     pub fn put_page(&self, at: u64, page: &Page) {
         assert!((at + 1) * PAGE <= self.len as u64, "the page lies in the mapping");
         // SAFETY: within the mapping; nobody refers to it.
-        unsafe { std::ptr::copy_nonoverlapping(page.as_ptr(), self.start.as_ptr().add(at as usize * PAGE_SIZE), PAGE_SIZE) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(page.as_ptr(), self.start.as_ptr().add(at as usize * PAGE_SIZE), PAGE_SIZE)
+        };
     }
 
     pub fn get_page(&self, at: u64, page: &mut Page) {
         assert!((at + 1) * PAGE <= self.len as u64, "the page lies in the mapping");
         // SAFETY: as above.
-        unsafe { std::ptr::copy_nonoverlapping(self.start.as_ptr().add(at as usize * PAGE_SIZE), page.as_mut_ptr(), PAGE_SIZE) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.start.as_ptr().add(at as usize * PAGE_SIZE),
+                page.as_mut_ptr(),
+                PAGE_SIZE,
+            )
+        };
     }
 }
 

@@ -85,8 +85,10 @@ impl Moment {
             Some(base) if commit.parent() == base => commit.add_stream(stream, attributes, self, Some(&self.dirty())),
             Some(base) => {
                 let newest = commit.parent();
-                Err(Error::conflict(format!("the guest is as in epoch {base} but for dirty pages, and not as in {newest}"))
-                    .hint("nothing was committed: what changed since another epoch would be missed"))
+                Err(Error::conflict(format!(
+                    "the guest is as in epoch {base} but for dirty pages, and not as in {newest}"
+                ))
+                .hint("nothing was committed: what changed since another epoch would be missed"))
             }
         }
     }

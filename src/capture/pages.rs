@@ -164,7 +164,9 @@ mod tests {
                     2 => {
                         let bits = dice.next() & dice.next() & dice.next();
                         set.insert_word(page, bits);
-                        plain.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| page + bit).filter(|p| *p < limit));
+                        plain.extend(
+                            (0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| page + bit).filter(|p| *p < limit),
+                        );
                     }
                     _ => {
                         set.insert(page);

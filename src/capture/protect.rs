@@ -115,7 +115,8 @@ impl Protection {
         let mut since = Stopwatch::start();
         loop {
             let interval = pace.interval(last.as_ref());
-            let shortest = if last.as_ref().is_some_and(|last| last.error.is_some()) { RETRY_WAIT } else { Duration::ZERO };
+            let shortest =
+                if last.as_ref().is_some_and(|last| last.error.is_some()) { RETRY_WAIT } else { Duration::ZERO };
             if stop.wait(interval.saturating_sub(since.elapsed()).max(shortest)) {
                 return Ok(());
             }
@@ -155,7 +156,12 @@ impl Protection {
         }
     }
 
-    fn make(&self, capture: &mut Capture, vm: &mut dyn Vm, checkpoint: &mut Checkpoint) -> std::result::Result<(), Failed> {
+    fn make(
+        &self,
+        capture: &mut Capture,
+        vm: &mut dyn Vm,
+        checkpoint: &mut Checkpoint,
+    ) -> std::result::Result<(), Failed> {
         let us = |since: &Stopwatch| since.elapsed().as_micros() as u64;
         let pause = Stopwatch::start();
         let paused = vm.pause();

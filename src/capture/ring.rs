@@ -2,12 +2,16 @@
 //!
 //! What is read costs as much as pages were written to, however large the guest is. A processor whose ring is full stops
 //! until it is read: whoever runs it then calls [`DirtyRing::relieve`].
+//!
+//! A KVM that emulates many instructions between two looks at the ring can write past its end, which loses pages. That is
+//! seen, as such a ring is dirty from end to end, and from then on nothing can be collected any more.
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use rustix::io::Errno;
 use rustix::ioctl::{NoArg, Opcode, ioctl, opcode};
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -46,6 +50,9 @@ struct State {
     rings: Vec<Ring>,
     /// What was read, and nobody collected yet.
     read: PageSet,
+    /// Entries that were read, and not taken back by KVM yet.
+    untaken: u32,
+    has_overflowed: bool,
 }
 
 impl DirtyRing {
@@ -65,7 +72,7 @@ impl DirtyRing {
             let error = std::io::Error::from_raw_os_error(error.errno());
             Error::io("cannot turn dirty rings on", error).hint("do it before the first processor is made")
         })?;
-        let state = State { rings: Vec::new(), read: PageSet::new(memory.pages()) };
+        let state = State { rings: Vec::new(), read: PageSet::new(memory.pages()), untaken: 0, has_overflowed: false };
         let shared = Shared { vm: vm.clone(), regions: memory.regions().to_vec(), entries, state: Mutex::new(state) };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -84,24 +91,43 @@ impl DirtyRing {
     }
 
     fn read(&self, state: &mut State) -> Result<()> {
-        let State { rings, read } = state;
-        let mut count = 0;
-        for ring in rings {
+        let State { rings, read, untaken, has_overflowed } = state;
+        for ring in rings.iter_mut() {
             while let Some((slot, offset)) = ring.take() {
-                count += 1;
+                *untaken += 1;
                 // The upper half of the number tells address spaces apart, of which there is one.
                 let region = self.shared.regions.iter().find(|region| region.slot == slot & 0xffff);
                 if let Some(region) = region {
                     read.insert(region.pages().start + offset);
                 }
             }
+            *has_overflowed |= ring.since_reset >= ring.entries;
         }
-        if count == 0 {
+        if *has_overflowed {
+            let all = 0..read.limit();
+            read.insert_range(all);
+            return Err(Error::new(
+                Kind::Unsupported,
+                "a processor wrote past the end of its dirty ring: pages are lost",
+            )
+            .hint("use larger rings, or the dirty log"));
+        }
+        if *untaken == 0 {
             return Ok(());
         }
-        // SAFETY: the file is a VM's, as long as the borrow lasts. The call has no argument, and touches no memory here.
-        let result = unsafe { ioctl(BorrowedFd::borrow_raw(self.shared.vm.as_raw_fd()), NoArg::<RESET_DIRTY_RINGS>::new()) };
-        result.map_err(|error| Error::io("KVM does not take the dirty rings back", error.into()))
+        loop {
+            // SAFETY: the file is a VM's, as long as the borrow lasts. The call has no argument, and touches no memory here.
+            let taken =
+                unsafe { ioctl(BorrowedFd::borrow_raw(self.shared.vm.as_raw_fd()), NoArg::<RESET_DIRTY_RINGS>::new()) };
+            match taken {
+                Ok(()) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(Error::io("KVM does not take the dirty rings back", error.into())),
+            }
+        }
+        *untaken = 0;
+        rings.iter_mut().for_each(|ring| ring.since_reset = 0);
+        Ok(())
     }
 }
 
@@ -126,6 +152,8 @@ struct Ring {
     start: *mut u32,
     entries: u32,
     next: u32,
+    /// How many were read since KVM took the ring back.
+    since_reset: u32,
 }
 
 // SAFETY: the mapping belongs to the value, and is only read and written atomically.
@@ -145,7 +173,7 @@ impl Ring {
             )
         };
         let start = start.map_err(|error| Error::io("cannot map a dirty ring", error.into()))?;
-        Ok(Self { start: start.cast(), entries, next: 0 })
+        Ok(Self { start: start.cast(), entries, next: 0, since_reset: 0 })
     }
 
     /// The next page that was written to, by its slot and its number in it.
@@ -160,6 +188,7 @@ impl Ring {
         let found = (load(1), u64::from(load(2)) | u64::from(load(3)) << 32);
         word(0).store(FLAG_RESET, Ordering::Release);
         self.next = self.next.wrapping_add(1);
+        self.since_reset = self.since_reset.saturating_add(1);
         Some(found)
     }
 }

@@ -20,6 +20,7 @@ mod output;
 mod progress;
 mod restore;
 mod rm;
+mod run;
 mod serve_uffd;
 mod show;
 mod stats;
@@ -100,6 +101,7 @@ enum Command {
     Restore(restore::Restore),
     Tag(tag::Tag),
     Rm(rm::Rm),
+    Run(run::Run),
     Verify(verify::Verify),
     Stats(stats::Stats),
     Mount(mount::Mount),
@@ -126,6 +128,7 @@ impl Command {
             Self::Restore(command) => command.run(context),
             Self::Tag(command) => command.run(context),
             Self::Rm(command) => command.run(context),
+            Self::Run(command) => command.run(context),
             Self::Verify(command) => command.run(context),
             Self::Stats(command) => command.run(context),
             Self::Mount(command) => command.run(context),

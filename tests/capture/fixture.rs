@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,7 +13,8 @@ use epochfs::platform::store::faulty::Rates;
 use epochfs::platform::store::{FaultyStore, LocalStore};
 use epochfs::repo::Repository;
 use epochfs::vmm::kvm::{
-    Event, Guest, MEMORY, Machine, Made, MemoryShape, Part, Report, Runner, STATE, Spec, Tracking, Wrap, own, read_state,
+    Event, Guest, MEMORY, Machine, Made, MemoryShape, Part, Report, Runner, STATE, Spec, Tracking, Wrap, own,
+    read_state,
 };
 use epochfs::{CommitOptions, Owner};
 use tempfile::TempDir;
@@ -103,7 +103,7 @@ pub fn wait_finished(machine: &Machine, processors: usize, patience: Duration) {
 
 /// A repository of one's own, on a store that fails once it is told to.
 pub struct World {
-    pub directory: TempDir,
+    _directory: TempDir,
     pub store: Arc<EpochStore>,
     pub faulty: FaultyStore,
 }
@@ -125,11 +125,7 @@ impl World {
         let faulty = FaultyStore::new(Arc::new(local), seed, rates);
         faulty.set_enabled(false);
         let store = Arc::new(EpochStore::new(Repository::create(Arc::new(faulty.clone())).unwrap()));
-        Self { directory, store, faulty }
-    }
-
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
+        Self { _directory: directory, store, faulty }
     }
 
     pub fn owner() -> Owner {
@@ -158,9 +154,8 @@ impl World {
     #[track_caller]
     pub fn boot_with(&self, machine: &str, spec: &Spec, guest: &Guest, settings: Settings, wrap: Wrap<'_>) -> Run {
         let (protection, _) = self.protection(machine, None, &settings);
-        let printed = Printed::default();
-        let runner = Runner::boot(spec, guest, printed.output(), settings, wrap).unwrap();
-        Run { runner, protection, printed }
+        let runner = Runner::boot(spec, guest, Printed::default().output(), settings, wrap).unwrap();
+        Run { runner, protection }
     }
 
     /// A guest from an epoch, that does not run yet, protected as this machine.
@@ -169,9 +164,8 @@ impl World {
         let from = self.store.epoch(&epoch.parse().unwrap()).unwrap();
         let (protection, base) = self.protection(machine, Some(&from), &settings);
         let base = self.store.epoch(&format!("{machine}@{base}").parse().unwrap()).unwrap();
-        let printed = Printed::default();
-        let runner = Runner::restore(&base, tracking, printed.output(), settings, &honest).unwrap();
-        Run { runner, protection, printed }
+        let runner = Runner::restore(&base, tracking, Printed::default().output(), settings, &honest).unwrap();
+        Run { runner, protection }
     }
 
     /// The counts of an epoch's processors, and its memory.
@@ -196,7 +190,6 @@ impl World {
 pub struct Run {
     pub runner: Runner,
     pub protection: Protection,
-    pub printed: Printed,
 }
 
 impl Run {

@@ -16,8 +16,7 @@ fn a_counter_counts_to_its_end_on_two_processors_past_a_hole() {
         return;
     }
     let shape = shape(8, 4);
-    let guest =
-        Guest::Counter(Counter { target: 20_000, sweep_bits: Some(13), print_bits: Some(13), has_timer: true });
+    let guest = Guest::Counter(Counter { target: 20_000, sweep_bits: Some(13), print_bits: Some(13), has_timer: true });
     let (mut made, _, printed) = boot(&spec(shape, 2), &guest);
     made.machine.resume().unwrap();
     wait_finished(&made.machine, 2, MINUTE);

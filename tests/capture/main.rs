@@ -3,7 +3,9 @@
 //! `EPOCHFS_TEST_BINARY` names another program to test, `EPOCHFS_SEED` repeats a random run, and `EPOCHFS_LONG=1` makes the
 //! random runs long.
 
+mod canaries;
 mod checkpoints;
+mod failures;
 mod fixture;
 mod guests;
 mod oracle;

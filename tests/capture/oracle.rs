@@ -86,7 +86,11 @@ impl Oracle {
             for at in (0..PAGE as usize).filter(|at| expected[*at] != found[*at]) {
                 let offset = start + number * PAGE as usize + at;
                 let is_in_doubt = doubts.iter().any(|doubt| (*doubt..*doubt + 16).contains(&offset));
-                assert!(is_in_doubt, "after {counts:?} counts, byte {offset:#x} is {} and not {}", found[at], expected[at]);
+                assert!(
+                    is_in_doubt,
+                    "after {counts:?} counts, byte {offset:#x} is {} and not {}",
+                    found[at], expected[at]
+                );
             }
         }
     }

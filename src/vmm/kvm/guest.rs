@@ -8,9 +8,7 @@
 //! holds follows from its count alone, so that tests can say what every byte of an epoch must be.
 //! [`Load`] writes to pages at a rate and with a locality that are chosen.
 
-use super::assembler::Reg::{
-    R8, R9, R10, R11, R12, R13, R14, R15, Rax, Rbp, Rbx, Rcx, Rdi, Rdx, Rsi,
-};
+use super::assembler::Reg::{R8, R9, R10, R11, R12, R13, R14, R15, Rax, Rbp, Rbx, Rcx, Rdi, Rdx, Rsi};
 use super::assembler::{Assembler, Label, When};
 use super::shape::MemoryShape;
 use crate::error::{Error, Result};
@@ -63,7 +61,8 @@ pub enum Report {
 
 impl Report {
     pub fn of(number: u32) -> Self {
-        let known = [Self::Finished, Self::WrongPair, Self::WrongSum, Self::WrongVector, Self::WrongDebug, Self::WrongModel];
+        let known =
+            [Self::Finished, Self::WrongPair, Self::WrongSum, Self::WrongVector, Self::WrongDebug, Self::WrongModel];
         known.into_iter().find(|report| report.number() == number).unwrap_or(Self::Unknown(number))
     }
 
@@ -171,8 +170,11 @@ impl Guest {
     pub fn start(&self, shape: &MemoryShape, processor: u64, processors: u64) -> Result<Start> {
         let (pages, first) = self.share(shape, processor, processors);
         if pages == 0 {
-            return Err(Error::usage(format!("{} bytes of memory leave no page for the guest to work on", shape.len()))
-                .hint("give it at least 4M"));
+            return Err(Error::usage(format!(
+                "{} bytes of memory leave no page for the guest to work on",
+                shape.len()
+            ))
+            .hint("give it at least 4M"));
         }
         let mut registers = [0; 16];
         let mut set = |register: super::assembler::Reg, value| registers[register as usize] = value;

@@ -144,9 +144,10 @@ impl Machine {
 
     /// What a state says of its machine.
     pub fn spec_of(state: &VmState, tracking: Tracking) -> Result<Spec> {
-        let bytes: &[u8; 20] = state.get(None, Part::Shape)?.try_into().map_err(|_| {
-            Error::damaged("the state of the VM is damaged: Shape has another length")
-        })?;
+        let bytes: &[u8; 20] = state
+            .get(None, Part::Shape)?
+            .try_into()
+            .map_err(|_| Error::damaged("the state of the VM is damaged: Shape has another length"))?;
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
         let processors = u32::from_le_bytes(bytes[16..].try_into().expect("four bytes"));
         let shape = MemoryShape::new(word(0), word(8)).map_err(|error| Error::damaged(error.to_string()))?;
@@ -213,10 +214,14 @@ impl Vm for Machine {
     }
 }
 
+/// How fast the time stamp of this host's processors runs, as KVM has it.
+pub fn time_stamp_khz() -> Option<u32> {
+    Kvm::new().ok()?.create_vm().ok()?.create_vcpu(0).ok()?.get_tsc_khz().ok()
+}
+
 fn open_kvm() -> Result<Kvm> {
-    Kvm::new().map_err(|error| {
-        kvm_error("/dev/kvm cannot be opened")(error).hint("`epochfs doctor` says what is missing")
-    })
+    Kvm::new()
+        .map_err(|error| kvm_error("/dev/kvm cannot be opened")(error).hint("`epochfs doctor` says what is missing"))
 }
 
 /// 64-bit mode, with everything mapped at its own address.
@@ -326,7 +331,8 @@ pub(super) fn set_vectors(processor: &VcpuFd, vm: &VmFd, bytes: &[u8]) -> Result
             .hint("restore it on a host with the same processor features"));
     }
     let mut xsave = vectors_buffer(len)?;
-    let words: Vec<u32> = fits.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("four bytes"))).collect();
+    let words: Vec<u32> =
+        fits.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("four bytes"))).collect();
     // SAFETY: the length of what follows the structure is not changed.
     let inner = unsafe { xsave.as_mut_fam_struct() };
     inner.xsave.region.copy_from_slice(&words[..base / 4]);

@@ -119,7 +119,9 @@ impl Processor {
     /// Waits until it has stopped.
     pub fn wait_stopped(&self) {
         let status = self.shared.lock();
-        drop(self.shared.changed.wait_while(status, |status| !status.is_stopped).unwrap_or_else(PoisonError::into_inner));
+        drop(
+            self.shared.changed.wait_while(status, |status| !status.is_stopped).unwrap_or_else(PoisonError::into_inner),
+        );
     }
 
     /// Its state, which it saves when it stops.
@@ -134,10 +136,8 @@ impl Processor {
     }
 
     pub fn resume(&self) {
-        let mut status = self.shared.lock();
-        status.order = Order::Run;
-        status.is_stopped = false;
-        status.saved = None;
+        // It has stopped, and its state is what it is, until it really runs again.
+        self.shared.lock().order = Order::Run;
         self.shared.changed.notify_all();
     }
 }
@@ -235,7 +235,9 @@ impl Thread {
                     return Err(Error::new(Kind::Io, format!("processor {} stopped at {at:#x}: {exit}", self.number))
                         .hint("the guest did something that this host's KVM cannot do, or ended badly"));
                 }
-                Err(error) if [Errno::INTR, Errno::AGAIN].map(|errno| errno.raw_os_error()).contains(&error.errno()) => {
+                Err(error)
+                    if [Errno::INTR, Errno::AGAIN].map(|errno| errno.raw_os_error()).contains(&error.errno()) =>
+                {
                     if self.shared.lock().order != Order::Run {
                         return Ok(());
                     }

@@ -39,13 +39,22 @@ impl Runner {
     }
 
     /// A guest as an epoch has it: its memory is read when it is touched. Whoever protects it goes on from this epoch.
-    pub fn restore(epoch: &Epoch, tracking: Tracking, output: Output, settings: Settings, wrap: Wrap<'_>) -> Result<Self> {
+    pub fn restore(
+        epoch: &Epoch,
+        tracking: Tracking,
+        output: Output,
+        settings: Settings,
+        wrap: Wrap<'_>,
+    ) -> Result<Self> {
         let state = read_state(epoch)?;
         let pages = EpochPages::new(epoch.clone(), MEMORY.as_bytes())?;
         let len = Machine::spec_of(&state, tracking)?.shape.len();
         if pages.len() != len {
             let name = epoch.name();
-            return Err(Error::damaged(format!("the guest of {name} has {len} bytes of memory, and its stream {}", pages.len())));
+            return Err(Error::damaged(format!(
+                "the guest of {name} has {len} bytes of memory, and its stream {}",
+                pages.len()
+            )));
         }
         let made = Machine::restore(&state, tracking, output).map_err(|error| error.context(epoch.name()))?;
         Self::of(made, Base::Lazy(epoch.number(), Arc::new(pages)), settings, wrap)
@@ -135,12 +144,16 @@ pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
                     }
                 }
                 Some(Event::Report(processor, report)) => {
-                    break Err(Error::damaged(format!("the guest found its processor {processor} or memory wrong: {report}")));
+                    break Err(Error::damaged(format!(
+                        "the guest found its processor {processor} or memory wrong: {report}"
+                    )));
                 }
                 Some(Event::Failed(_, error)) => break Err(error),
                 None if stop.wait(Duration::ZERO) => break Ok(Ended::Stopped),
                 None if time.is_some_and(|time| since.elapsed() >= time) => break Ok(Ended::Stopped),
-                None if thread.as_ref().is_some_and(std::thread::ScopedJoinHandle::is_finished) => break Ok(Ended::Stopped),
+                None if thread.as_ref().is_some_and(std::thread::ScopedJoinHandle::is_finished) => {
+                    break Ok(Ended::Stopped);
+                }
                 None => {}
             }
         };
@@ -155,7 +168,12 @@ pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
 
 /// A machine to be protected as: made if it is not there, and owned. With an epoch to go on from, the newest of a machine of
 /// that name must be that, or the machine is made of it.
-pub fn own(store: &EpochStore, machine: &str, owner: epochfs_format::Owner, from: Option<&Epoch>) -> Result<(Ownership, u64)> {
+pub fn own(
+    store: &EpochStore,
+    machine: &str,
+    owner: epochfs_format::Owner,
+    from: Option<&Epoch>,
+) -> Result<(Ownership, u64)> {
     let name: Arc<str> = machine.into();
     let newest = match store.repository().latest_record(&name) {
         Ok(record) => Some(record.seq),

@@ -161,8 +161,11 @@ fn set_msr(processor: &VcpuFd, entry: kvm_msr_entry) -> Result<()> {
     // Some can be read and not written, and have the right value by themselves.
     match read_msrs(processor, &[entry.index])?.first() {
         Some(now) if now.data == entry.data => Ok(()),
-        _ => Err(Error::usage(format!("this host does not take {:#x} as model-specific register {:#x}", entry.data, entry.index))
-            .hint("restore the VM on a host with the same processor features")),
+        _ => Err(Error::usage(format!(
+            "this host does not take {:#x} as model-specific register {:#x}",
+            entry.data, entry.index
+        ))
+        .hint("restore the VM on a host with the same processor features")),
     }
 }
 
