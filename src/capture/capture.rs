@@ -48,8 +48,8 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            buffer_pages: 6144,
-            reserve_pages: 1024,
+            buffer_pages: 4096,
+            reserve_pages: 512,
             protect_run: 16,
             copied_max: 2048,
             fault_threads: 2,
@@ -63,7 +63,7 @@ impl Default for Settings {
 pub struct Facts {
     /// Pages of the moment.
     pub pages: u64,
-    /// Copied while the guest ran.
+    /// Copied or protected while the guest ran; some were written to again.
     pub ahead: u64,
     /// Copied in the pause; some of them a second time.
     pub copied: u64,
@@ -176,8 +176,9 @@ impl Capture {
         state.base = None;
     }
 
-    /// Copies what is dirty so far while the guest runs, so that the pause need not: only what is written to again is
-    /// copied in the pause. Returns how many pages that were.
+    /// Copies what is dirty so far while the guest runs, so that the pause need not, and protects what there is no room for:
+    /// only what is written to again costs time in the pause. Returns how many pages that were. Worth repeating as long as
+    /// these become much fewer.
     pub fn copy_ahead(&mut self) -> Result<u64> {
         if lock(&self.state).is_out {
             return Ok(0);
@@ -188,14 +189,18 @@ impl Capture {
         for run in self.ahead.and(&self.fresh).runs() {
             copied += self.frozen.copy(run, 0);
         }
-        let new = lock(&self.state).pending.without(&self.ahead);
+        let new = lock(&self.state).pending.without(&self.ahead).without(&self.frozen.protected());
+        let mut is_full = false;
         for run in new.runs() {
-            let count = self.frozen.copy(run.clone(), self.settings.reserve_pages);
+            // A long run is protected in one go.
+            let is_copied = !is_full && run.end - run.start < self.settings.protect_run;
+            let count = if is_copied { self.frozen.copy(run.clone(), self.settings.reserve_pages) } else { 0 };
             self.ahead.insert_range(run.start..run.start + count);
-            copied += count;
             if count < run.end - run.start {
-                break;
+                is_full |= is_copied;
+                self.frozen.protect(run.start + count..run.end)?;
             }
+            copied += run.end - run.start;
         }
         Ok(copied)
     }
@@ -255,16 +260,19 @@ impl Capture {
 
     /// Sees to it that each page of the moment is copied or protected.
     fn fill(&self, taken: &PageSet, facts: &mut Facts) -> Result<()> {
-        facts.pages = taken.count();
+        self.frozen.begin_moment();
+        let protected = self.frozen.protected();
         let copied = taken.and(&self.ahead);
-        facts.ahead = copied.count();
+        facts.pages = taken.count();
+        facts.ahead = copied.count() + protected.count();
+        facts.protected = protected.count();
         for run in copied.and(&self.fresh).runs() {
             facts.copied += self.frozen.copy(run, 0);
         }
-        for run in taken.without(&self.ahead).runs() {
+        for run in taken.without(&self.ahead).without(&protected).runs() {
             let len = run.end - run.start;
             let is_copied = len < self.settings.protect_run && facts.copied + len <= self.settings.copied_max;
-            let count = if is_copied { self.frozen.copy(run.clone(), self.settings.reserve_pages) } else { 0 };
+            let count = if is_copied { self.frozen.copy(run.clone(), 0) } else { 0 };
             facts.copied += count;
             if count < len {
                 self.frozen.protect(run.start + count..run.end)?;

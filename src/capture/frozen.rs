@@ -2,16 +2,20 @@
 //!
 //! A protected page that the guest writes to is copied first, if there is room; if not, the guest waits until the page is
 //! read in place. So memory is bounded, and whoever reads never waits for the guest.
+//!
+//! Before the moment pages are copied and protected ahead, while the guest runs. A page that it writes to then is let go, and
+//! dealt with in the pause; one that is still protected in the pause is as it is.
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use epochfs_format::{PAGE_SIZE, Page};
 
 use super::buffer::CopyBuffer;
 use super::memory::{GuestMemory, PAGE};
+use super::pages::PageSet;
 use crate::error::{Error, Kind, Result};
 use crate::uffd::{Filled, Missing, Userfaultfd};
 
@@ -45,6 +49,8 @@ pub(super) struct Frozen {
     pub buffer: CopyBuffer,
     pub counters: Counters,
     shards: Vec<Mutex<Shard>>,
+    /// There is a moment: what is protected must not be lost. Looked at with a shard's lock held.
+    is_moment: AtomicBool,
     /// A bit for each page, changed with its shard's lock held.
     protected: Vec<AtomicU64>,
 }
@@ -59,6 +65,7 @@ impl Frozen {
             buffer: CopyBuffer::new(buffer_pages)?,
             counters: Counters::default(),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            is_moment: AtomicBool::new(false),
             protected: (0..memory.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             memory,
             uffd,
@@ -111,14 +118,36 @@ impl Frozen {
         pages.end - pages.start
     }
 
-    /// Protects pages, which are read in place from now on. The guest does not run.
+    /// From now on protected pages are copied before they are written to. The guest does not run.
+    pub fn begin_moment(&self) {
+        self.is_moment.store(true, Ordering::SeqCst);
+        // Whoever is about to let a page go has done so after this.
+        self.shards.iter().for_each(|shard| drop(shard.lock().unwrap_or_else(PoisonError::into_inner)));
+    }
+
+    /// The pages that are protected now.
+    pub fn protected(&self) -> PageSet {
+        let mut set = PageSet::new(self.memory.pages());
+        for (first, word) in (0..).step_by(64).zip(&self.protected) {
+            set.insert_word(first, word.load(Ordering::Relaxed));
+        }
+        set
+    }
+
+    /// Protects pages. Those that stay so until the moment are read in place.
     pub fn protect(&self, pages: Range<u64>) -> Result<()> {
-        for (part, address) in self.memory.parts(pages) {
-            // First what says so: a write that is seen must find it.
-            part.clone().for_each(|page| self.set_protected(page, true));
-            self.uffd.protect(address, (part.end - part.start) * PAGE).map_err(|error| {
-                Error::io(format!("cannot protect {} pages of the guest", part.end - part.start), error.into())
-            })?;
+        let mut page = pages.start;
+        while page < pages.end {
+            let end = pages.end.min((page / SHARD_PAGES + 1) * SHARD_PAGES);
+            let _shard = self.shard(page);
+            for (part, address) in self.memory.parts(page..end) {
+                // First what says so: a write that is seen must find it.
+                part.clone().for_each(|page| self.set_protected(page, true));
+                self.uffd.protect(address, (part.end - part.start) * PAGE).map_err(|error| {
+                    Error::io(format!("cannot protect {} pages of the guest", part.end - part.start), error.into())
+                })?;
+            }
+            page = end;
         }
         Ok(())
     }
@@ -178,6 +207,10 @@ impl Frozen {
             self.wake(page);
             return true;
         }
+        if !self.is_moment.load(Ordering::SeqCst) {
+            self.unprotect(page..page + 1);
+            return true;
+        }
         let Some(slot) = self.buffer.take_one() else {
             self.counters.waits.fetch_add(1, Ordering::Relaxed);
             return false;
@@ -222,8 +255,9 @@ impl Frozen {
         Ok(())
     }
 
-    /// Lets everything of a moment go, read or not.
+    /// Lets everything go, read or not: what is of a moment, and what was prepared for one.
     pub fn release(&self) {
+        self.is_moment.store(false, Ordering::SeqCst);
         for (number, shard) in self.shards.iter().enumerate() {
             let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
             let slots: Vec<u32> = shard.copies.drain().map(|(_, slot)| slot).collect();

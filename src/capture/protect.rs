@@ -96,6 +96,22 @@ impl Stop {
     }
 }
 
+/// Copying ahead is worth another round if the last one had more pages than this, and half of what the one before had.
+const ANOTHER_ROUND: u64 = 64;
+const ROUNDS_MAX: u32 = 6;
+
+fn copy_ahead(capture: &mut Capture) -> Result<()> {
+    let mut last = u64::MAX;
+    for _ in 0..ROUNDS_MAX {
+        let copied = capture.copy_ahead()?;
+        if copied < ANOTHER_ROUND || copied > last / 2 {
+            break;
+        }
+        last = copied;
+    }
+    Ok(())
+}
+
 /// The shortest wait before a checkpoint is tried again that failed.
 const RETRY_WAIT: Duration = Duration::from_millis(100);
 
@@ -137,10 +153,10 @@ impl Protection {
         let mut checkpoint = Checkpoint::default();
         let (conflicts, waits, _) = capture.counts();
         let since = Stopwatch::start();
-        let made = capture.copy_ahead();
+        let made = copy_ahead(capture);
         checkpoint.ahead_us = since.elapsed().as_micros() as u64;
         let made = match made {
-            Ok(_) => self.make(capture, vm, &mut checkpoint),
+            Ok(()) => self.make(capture, vm, &mut checkpoint),
             Err(error) => Err(Failed::Checkpoint(error)),
         };
         let counts = capture.counts();

@@ -88,7 +88,7 @@ pub struct Run {
     #[arg(long, value_name = "N", default_value_t = 65536)]
     ring_entries: u32,
     /// Room for copies of pages.
-    #[arg(long, value_name = "SIZE", default_value = "24M", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
     copy_buffer: u64,
     /// The counter's end.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
@@ -115,6 +115,9 @@ pub struct Run {
     #[arg(long, value_name = "FILE", requires = "protect")]
     checkpoints: Option<PathBuf>,
 }
+
+/// Tree nodes that are kept: those of two epochs of a guest of 1 GiB.
+const NODE_CACHE_LEN: usize = 24 << 20;
 
 /// How many of the newest checkpoints the figures at the end are about.
 const KEPT: usize = 100_000;
@@ -161,12 +164,15 @@ impl Run {
         let since = Stopwatch::start();
         let settings = Settings {
             buffer_pages: u32::try_from(self.copy_buffer / 4096).unwrap_or(u32::MAX),
-            reserve_pages: u32::try_from(self.copy_buffer / 4096 / 6).unwrap_or(u32::MAX),
+            reserve_pages: u32::try_from(self.copy_buffer / 4096 / 8).unwrap_or(u32::MAX),
             is_audited: self.audit,
             ..Settings::default()
         };
         let needs_store = self.protect.is_some() || self.from.is_some();
-        let store = if needs_store { Some(Arc::new(context.open()?)) } else { None };
+        // Without the index, which takes longer to open than the guest to start: pages are compared with the last epoch's.
+        let open =
+            || Ok::<_, Error>(EpochStore::open_directory(&context.repository_path()?)?.with_node_cache(NODE_CACHE_LEN));
+        let store = if needs_store { Some(Arc::new(open()?)) } else { None };
         let output = output(context.json());
         let (mut runner, processors, protection) = match (&self.from, &store) {
             (Some(from), Some(store)) => {

@@ -9,3 +9,4 @@ mod failures;
 mod fixture;
 mod guests;
 mod oracle;
+mod program;
