@@ -34,7 +34,7 @@
 mod audit;
 mod backing;
 mod buffer;
-mod capture;
+mod capturing;
 mod faults;
 mod frozen;
 mod memory;
@@ -46,7 +46,7 @@ mod tracker;
 
 pub use audit::Expected;
 pub use backing::EpochPages;
-pub use capture::{Base, Capture, Facts, Settings};
+pub use capturing::{Base, Capture, Facts, Settings};
 pub use faults::Backing;
 pub use memory::{GuestMemory, Region};
 pub use moment::Moment;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use epochfs_format::{Attributes, PAGE_SIZE};
 
 use super::audit::Expected;
-use super::capture::{Facts, SharedState, lock};
+use super::capturing::{Facts, SharedState, lock};
 use super::frozen::Frozen;
 use super::memory::PAGE;
 use super::pages::PageSet;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::capture::{Capture, Facts};
+use super::capturing::{Capture, Facts};
 use super::moment::Moment;
 use crate::epoch::{CommitOptions, Committed, EpochStore, Ownership};
 use crate::error::{Error, Kind, Result};

@@ -116,8 +116,9 @@ pub struct Run {
     checkpoints: Option<PathBuf>,
 }
 
-/// Tree nodes that are kept: those of two epochs of a guest of 1 GiB.
-const NODE_CACHE_LEN: usize = 24 << 20;
+/// Tree nodes that are kept. A commit reads each node of the last epoch once, from a file that is in memory: keeping more saves
+/// little, and takes memory for each guest.
+const NODE_CACHE_LEN: usize = 2 << 20;
 
 /// How many of the newest checkpoints the figures at the end are about.
 const KEPT: usize = 100_000;
@@ -150,7 +151,7 @@ impl Run {
                 has_timer: true,
             }),
             Program::Load => Guest::Load(Load {
-                period: time_stamp_hz() * u64::from(self.processors) / self.rate.max(1) * u64::from(self.rate > 0),
+                period: (time_stamp_hz() * u64::from(self.processors)).checked_div(self.rate).unwrap_or(0),
                 hot_share: (u32::from(self.hot_share) * 256 / 100) as u8,
                 hot_pages: self.hot_pages,
                 work: self.work,

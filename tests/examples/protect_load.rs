@@ -56,7 +56,7 @@ struct Arguments {
     #[arg(long, default_value_t = 2048)]
     copied_max: u64,
     /// MiB of tree nodes that are kept.
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 2)]
     node_cache: usize,
 }
 
@@ -174,7 +174,7 @@ fn main() -> Result<()> {
     let spec = Spec { shape, processors: 1, tracking: Tracking::Log };
     let hz = u64::from(time_stamp_khz().unwrap_or(1_000_000)) * 1000;
     let guest = Guest::Load(Load {
-        period: if arguments.rate > 0 { hz / arguments.rate } else { 0 },
+        period: hz.checked_div(arguments.rate).unwrap_or(0),
         work: arguments.work,
         is_same: arguments.same,
         pages: arguments.pages,

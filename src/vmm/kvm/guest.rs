@@ -217,9 +217,9 @@ fn page_tables(shape: &MemoryShape) -> Result<Vec<u8>> {
         return Err(Error::usage(format!("a guest's memory ends at 46 GiB at most, and not at {:#x}", shape.end())));
     }
     let mut tables = vec![0_u64; (2 + gigabytes as usize) * 512];
-    tables[0] = PAGE_TABLES + PAGE | PRESENT_WRITABLE;
+    tables[0] = (PAGE_TABLES + PAGE) | PRESENT_WRITABLE;
     for gigabyte in 0..gigabytes {
-        tables[512 + gigabyte as usize] = PAGE_TABLES + (2 + gigabyte) * PAGE | PRESENT_WRITABLE;
+        tables[512 + gigabyte as usize] = (PAGE_TABLES + (2 + gigabyte) * PAGE) | PRESENT_WRITABLE;
     }
     for (at, entry) in tables[1024..].iter_mut().enumerate() {
         *entry = (at as u64) << 21 | PRESENT_WRITABLE | LARGE;
