@@ -15,7 +15,7 @@ fn torture(test: &str, spec: Spec, settings: Settings, checkpoints: usize, seed:
     if !can_run(test) {
         return;
     }
-    println!("{test}: EPOCHFS_SEED={seed}");
+    eprintln!("{test}: EPOCHFS_SEED={seed}");
     let mut dice = Seeded::of(seed, 5);
     let world = World::new();
     let guest = Guest::Counter(Counter { sweep_bits: Some(14), has_timer: true, ..Counter::default() });
@@ -43,7 +43,7 @@ fn torture(test: &str, spec: Spec, settings: Settings, checkpoints: usize, seed:
             std::thread::sleep(Duration::from_micros(dice.below(15_000)));
         }
     }
-    println!("{test}: {made} epochs, {kills} kills, {} pages an epoch", pages / made as u64);
+    eprintln!("{test}: {made} epochs, {kills} kills, {} pages an epoch", pages / made as u64);
     assert!(kills > 0 && pages > made as u64);
 }
 
@@ -91,7 +91,7 @@ fn a_ring_that_is_too_small_loses_nothing() {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    println!("{TEST}: {failed} of 20 checkpoints were refused");
+    eprintln!("{TEST}: {failed} of 20 checkpoints were refused");
 }
 
 /// Nearly no room for copies: pages are protected, copied before the guest writes to them, and waited for.

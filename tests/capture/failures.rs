@@ -61,7 +61,7 @@ fn a_store_that_fails_stops_no_guest_and_loses_no_page() {
     let last = run.checkpoint().epoch.unwrap();
     let (counts, memory) = world.epoch("web1", last);
     oracle.check(&counts, &memory);
-    println!("{TEST}: {made} epochs, {failed} failed");
+    eprintln!("{TEST}: {made} epochs, {failed} failed");
     assert!(failed > tries / 10 && made > tries / 10, "{made} made, {failed} failed");
 }
 
@@ -161,7 +161,7 @@ fn a_log_that_fails_loses_no_page() {
         std::thread::sleep(Duration::from_millis(5));
         run.must_be_well();
     }
-    println!("{TEST}: {made} epochs, {failed} failed");
+    eprintln!("{TEST}: {made} epochs, {failed} failed");
     assert!(made > 10 && failed > 10, "{made} made, {failed} failed");
 }
 

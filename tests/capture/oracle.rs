@@ -22,8 +22,8 @@ impl Counter {
     /// Where the next pair lies: its address, and its offset in the stream.
     fn next(&self) -> (u64, u64, u64) {
         let state = self.state.wrapping_mul(MULTIPLIER).wrapping_add(INCREMENT as u64);
-        let page = ((state >> 33) * self.pages >> 31) + self.first;
-        let within = (state >> 20 & 3) << 10;
+        let page = (((state >> 33) * self.pages) >> 31) + self.first;
+        let within = ((state >> 20) & 3) << 10;
         let offset = WORK_START + page * PAGE + within;
         let address = if offset < self.shape.low_len() { offset } else { offset + self.shape.hole_len() };
         (state, address, offset)

@@ -106,7 +106,7 @@ fn a_guest_that_is_killed_again_and_again_counts_to_its_end() {
         (Some("finished"), Some(120_000)),
         "{finished}"
     );
-    println!("{TEST}: {kills} kills, {} epochs", host.epochs("web1"));
+    eprintln!("{TEST}: {kills} kills, {} epochs", host.epochs("web1"));
     assert!(kills > 0);
     assert_eq!(host.run(&["verify"]).status.code(), Some(0));
 }
