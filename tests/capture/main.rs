@@ -10,3 +10,4 @@ mod fixture;
 mod guests;
 mod oracle;
 mod program;
+mod state;
