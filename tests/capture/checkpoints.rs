@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use epochfs::capture::{Settings, Vm};
 use epochfs::platform::random::Seeded;
-use epochfs::vmm::kvm::{Counter, Guest, Spec, Tracking};
+use epochfs::vmm::kvm::{Counter, Guest, Load, Spec, Tracking};
 
 use crate::fixture::{World, can_run, is_long, seed, shape};
 use crate::oracle::Oracle;
@@ -108,4 +108,28 @@ fn epochs_are_exact_when_everything_is_protected() {
     let spec = Spec { shape: shape(6, 4), processors: 2, tracking: Tracking::Log };
     let settings = Settings { buffer_pages: 64, reserve_pages: 64, copied_max: 0, ..audited() };
     torture("epochs_are_exact_when_everything_is_protected", spec, settings, count(), seed() + 3);
+}
+
+/// Pages that are written with what they had are dirty, and cost nothing but being looked at.
+#[test]
+fn what_is_written_and_unchanged_is_not_stored() {
+    if !can_run("what_is_written_and_unchanged_is_not_stored") {
+        return;
+    }
+    let world = World::new();
+    let spec = Spec { shape: shape(8, 4), processors: 1, tracking: Tracking::Log };
+    let guest = Guest::Load(Load { is_same: true, pages: 40, ..Load::default() });
+    let mut run = world.boot("web1", &spec, &guest, audited());
+    run.checkpoint();
+    let mut last = run.checkpoint();
+    for _ in 0..100 {
+        std::thread::sleep(Duration::from_millis(20));
+        last = run.checkpoint();
+        assert!(last.wrong.is_empty() && last.missed.is_empty());
+        // Once each page was written to, only what the guest counts and its registers change.
+        if last.frozen.pages > 30 && last.changed_pages < 10 {
+            break;
+        }
+    }
+    assert!(last.frozen.pages > 30 && last.changed_pages < 10 && last.stored_bytes < 16 << 10, "{last:?}");
 }

@@ -535,13 +535,17 @@ impl Load {
         code.shift_right(Rax, 31);
         code.add(Rax, R11);
         locate(code);
-        code.copy(Rcx, R8);
-        code.shift_right(Rcx, 20);
-        code.and_number(Rcx, 0xff8);
-        code.add(Rdi, Rcx);
         code.add_number(Rbx, 1);
-        // Where the content is to stay the same, it is what every page has everywhere after its first write.
-        code.store(Rdi, 0, if self.is_same { R9 } else { Rbx });
+        if self.is_same {
+            // What the page has there after its first write.
+            code.store(Rdi, 0, R9);
+        } else {
+            code.copy(Rcx, R8);
+            code.shift_right(Rcx, 20);
+            code.and_number(Rcx, 0xff8);
+            code.add(Rdi, Rcx);
+            code.store(Rdi, 0, Rbx);
+        }
         code.store(Rbp, 0, Rbx);
         code.store(Rbp, 8, R12);
         code.jump(again);

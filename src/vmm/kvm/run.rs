@@ -107,16 +107,17 @@ pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
     let Orders { time, stop, processors, protection, mut told } = orders;
     let Runner { machine, capture } = runner;
     let board = machine.board();
-    if let Some((protection, _)) = &protection {
-        // What the guest does is only known to the world once it can be restored from an epoch.
-        let first = protection.checkpoint(capture, machine)?;
-        told(&first);
-        if let Some(error) = first.error {
-            return Err(Error::new(Kind::Io, format!("the first epoch could not be made: {error}"))
-                .hint("the guest was not started"));
+    match &protection {
+        // A guest at its beginning: what it does is only known to the world once it can be restored from an epoch.
+        Some((protection, _)) if capture.base().is_none() => {
+            let first = protection.checkpoint(capture, machine)?;
+            told(&first);
+            if let Some(error) = first.error {
+                return Err(Error::new(Kind::Io, format!("the first epoch could not be made: {error}"))
+                    .hint("the guest was not started"));
+            }
         }
-    } else {
-        machine.resume()?;
+        _ => machine.resume()?,
     }
     let since = Stopwatch::start();
     let ending = Stop::default();
