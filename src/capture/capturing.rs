@@ -59,16 +59,16 @@ impl Default for Settings {
 }
 
 /// What a pause did, and how long its parts took.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Facts {
     /// Pages of the moment.
     pub pages: u64,
     /// Copied or protected while the guest ran; some were written to again.
-    pub ahead: u64,
+    pub pages_ahead: u64,
     /// Copied in the pause; some of them a second time.
-    pub copied: u64,
+    pub pages_copied: u64,
     /// Protected, to be read while the guest runs.
-    pub protected: u64,
+    pub pages_protected: u64,
     pub collect_us: u64,
     pub freeze_us: u64,
     pub audit_us: u64,
@@ -264,19 +264,19 @@ impl Capture {
         let protected = self.frozen.protected();
         let copied = taken.and(&self.ahead);
         facts.pages = taken.count();
-        facts.ahead = copied.count() + protected.count();
-        facts.protected = protected.count();
+        facts.pages_ahead = copied.count() + protected.count();
+        facts.pages_protected = protected.count();
         for run in copied.and(&self.fresh).runs() {
-            facts.copied += self.frozen.copy(run, 0);
+            facts.pages_copied += self.frozen.copy(run, 0);
         }
         for run in taken.without(&self.ahead).without(&protected).runs() {
             let len = run.end - run.start;
-            let is_copied = len < self.settings.protect_run && facts.copied + len <= self.settings.copied_max;
+            let is_copied = len < self.settings.protect_run && facts.pages_copied + len <= self.settings.copied_max;
             let count = if is_copied { self.frozen.copy(run.clone(), 0) } else { 0 };
-            facts.copied += count;
+            facts.pages_copied += count;
             if count < len {
                 self.frozen.protect(run.start + count..run.end)?;
-                facts.protected += len - count;
+                facts.pages_protected += len - count;
             }
         }
         Ok(())

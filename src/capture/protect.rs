@@ -37,7 +37,7 @@ impl Pace for Fixed {
 }
 
 /// What came of one checkpoint, and how long its parts took.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Checkpoint {
     /// None if it failed: its pages are in the next one.
     pub epoch: Option<u64>,
@@ -55,6 +55,7 @@ pub struct Checkpoint {
     pub resume_us: u64,
     /// Making the epoch, while the guest ran.
     pub commit_us: u64,
+    #[serde(flatten)]
     pub frozen: Facts,
     pub stored_bytes: u64,
     pub changed_pages: u64,

@@ -218,7 +218,8 @@ impl Run {
         let told = |checkpoint: &Checkpoint| {
             if let Some(file) = &mut file {
                 // Figures are no reason to stop a guest.
-                let _ = writeln!(file, "{}", document(checkpoint));
+                let line = serde_json::to_string(checkpoint).unwrap_or_default();
+                let _ = writeln!(file, "{line}");
             }
             if !checkpoint.missed.is_empty() || !checkpoint.wrong.is_empty() {
                 tracing::error!(missed = ?checkpoint.missed, wrong = ?checkpoint.wrong, "the audit found pages that were missed");
@@ -312,33 +313,6 @@ fn output(is_to_stderr: bool) -> Output {
 /// How fast the time stamp runs, measured.
 fn time_stamp_hz() -> u64 {
     crate::vmm::kvm::time_stamp_khz().map_or(1_000_000_000, |khz| u64::from(khz) * 1000)
-}
-
-fn document(checkpoint: &Checkpoint) -> Value {
-    json!({
-        "epoch": checkpoint.epoch,
-        "error": checkpoint.error,
-        "interval_us": checkpoint.interval_us,
-        "ahead_us": checkpoint.ahead_us,
-        "pause_us": checkpoint.pause_us,
-        "stop_us": checkpoint.stop_us,
-        "collect_us": checkpoint.frozen.collect_us,
-        "freeze_us": checkpoint.frozen.freeze_us,
-        "audit_us": checkpoint.frozen.audit_us,
-        "state_us": checkpoint.state_us,
-        "resume_us": checkpoint.resume_us,
-        "commit_us": checkpoint.commit_us,
-        "pages": checkpoint.frozen.pages,
-        "pages_ahead": checkpoint.frozen.ahead,
-        "pages_copied": checkpoint.frozen.copied,
-        "pages_protected": checkpoint.frozen.protected,
-        "changed_pages": checkpoint.changed_pages,
-        "stored_bytes": checkpoint.stored_bytes,
-        "conflicts": checkpoint.conflicts,
-        "waits": checkpoint.waits,
-        "missed": checkpoint.missed,
-        "wrong": checkpoint.wrong,
-    })
 }
 
 /// What came of all checkpoints.

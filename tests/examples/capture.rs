@@ -52,7 +52,7 @@ fn main() -> Result<()> {
             committed.epoch,
             paused.as_secs_f64() * 1e3,
             facts.pages,
-            facts.ahead
+            facts.pages_ahead
         );
         std::thread::sleep(Duration::from_millis(100));
     }

@@ -207,26 +207,7 @@ fn main() -> Result<()> {
             let (all, guest) = resident(arguments.memory << 20);
             beyond_kib_max = beyond_kib_max.max(all - guest);
         }
-        checkpoints.push(json!({
-            "epoch": checkpoint.epoch,
-            "interval_us": checkpoint.interval_us,
-            "ahead_us": checkpoint.ahead_us,
-            "pause_us": checkpoint.pause_us,
-            "stop_us": checkpoint.stop_us,
-            "collect_us": checkpoint.frozen.collect_us,
-            "freeze_us": checkpoint.frozen.freeze_us,
-            "state_us": checkpoint.state_us,
-            "resume_us": checkpoint.resume_us,
-            "commit_us": checkpoint.commit_us,
-            "pages": checkpoint.frozen.pages,
-            "pages_ahead": checkpoint.frozen.ahead,
-            "pages_copied": checkpoint.frozen.copied,
-            "pages_protected": checkpoint.frozen.protected,
-            "changed_pages": checkpoint.changed_pages,
-            "stored_bytes": checkpoint.stored_bytes,
-            "conflicts": checkpoint.conflicts,
-            "waits": checkpoint.waits,
-        }));
+        checkpoints.push(json!(checkpoint));
     };
     let orders = Orders {
         time: Some(Duration::from_secs(arguments.time)),
