@@ -44,6 +44,7 @@
 //!
 //! `src/ARCHITECTURE.md` maps the code; `storage-format/FORMAT.md` defines every stored byte.
 
+pub mod capture;
 pub mod cli;
 pub mod epoch;
 pub mod error;

@@ -64,6 +64,11 @@ impl Context {
 
     /// Opens the repository.
     pub fn open(&self) -> Result<EpochStore> {
+        Ok(self.open_without_index()?.with_state(self.state_directory()))
+    }
+
+    /// Opens the repository for whoever need not find pages of other epochs.
+    pub fn open_without_index(&self) -> Result<EpochStore> {
         let (location, state) = (self.location()?, self.state_directory());
         let mut repository = Repository::open(open_store(&location)?)?;
         // What a bucket's service says travels far; what it said once need not travel again.
@@ -71,7 +76,7 @@ impl Context {
             let directory = repository.local_directory(&state).join("cache");
             repository = repository.cached(CacheSettings { directory, len_max: self.global.cache_size });
         }
-        Ok(EpochStore::new(repository).with_state(state))
+        Ok(EpochStore::new(repository))
     }
 
     /// Opens the repository to look at what the store has, and not at what was kept of it.

@@ -24,6 +24,7 @@ mod protect;
 mod prune;
 mod restore;
 mod rm;
+mod run;
 mod serve_uffd;
 mod show;
 mod stats;
@@ -121,6 +122,7 @@ enum Command {
     Rm(rm::Rm),
     Prune(prune::Prune),
     Gc(gc::Gc),
+    Run(run::Run),
     Verify(verify::Verify),
     Warm(warm::Warm),
     Stats(stats::Stats),
@@ -152,6 +154,7 @@ impl Command {
             Self::Rm(command) => command.run(context),
             Self::Prune(command) => command.run(context),
             Self::Gc(command) => command.run(context),
+            Self::Run(command) => command.run(context),
             Self::Verify(command) => command.run(context),
             Self::Warm(command) => command.run(context),
             Self::Stats(command) => command.run(context),

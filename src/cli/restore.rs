@@ -255,8 +255,10 @@ impl Restore {
         };
         request.load(api)?;
         if let Some(clone) = &self.clone {
-            // Its first snapshot by an agent need not hold all memory then.
-            Base::of(&context.local_directory(&work.store), clone).note(api)?;
+            // Its first snapshot by an agent need not hold all memory then. Without the note it does.
+            if let Err(error) = Base::of(&context.local_directory(&work.store), clone).note(api) {
+                tracing::info!("{error}");
+            }
         }
         feed.note(|moments, now| moments.loaded = Some(now));
         self.runs(&feed);

@@ -38,7 +38,12 @@ pub struct Nodes {
 
 impl Nodes {
     pub fn new(objects: Arc<Objects>) -> Self {
-        Self { objects, cache: Mutex::new(TwoGenerations::new(CACHE_LEN)) }
+        Self::with_cache(objects, CACHE_LEN)
+    }
+
+    /// Keeps so many bytes of nodes at most.
+    pub fn with_cache(objects: Arc<Objects>, len: usize) -> Self {
+        Self { objects, cache: Mutex::new(TwoGenerations::new(len)) }
     }
 
     /// Bytes of all that is kept for the next time.

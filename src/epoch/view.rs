@@ -108,6 +108,13 @@ impl EpochStore {
         Self { index: OnceLock::from((index, None)), ..self }
     }
 
+    /// Keeps so many bytes of tree nodes at most for the next time, instead of what suits a daemon.
+    #[must_use]
+    pub fn with_node_cache(mut self, len: usize) -> Self {
+        self.nodes = Arc::new(Nodes::with_cache(self.repository.objects().clone(), len));
+        self
+    }
+
     /// Keeps the page index under this directory, opened when it is first needed.
     #[must_use]
     pub fn with_state(mut self, state: impl Into<PathBuf>) -> Self {

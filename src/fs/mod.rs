@@ -128,6 +128,15 @@ pub struct MachineStatus {
     pub error: Option<String>,
 }
 
+/// This host, as the owner of machines of the repository for which it keeps this directory.
+pub fn this_host(directory: &std::path::Path) -> Result<Owner> {
+    host(&RealFiles, directory)
+}
+
+fn host(files: &dyn Files, directory: &std::path::Path) -> Result<Owner> {
+    Ok(Owner { host: host_id(files, directory)?, name: host_name(), lease_ms: 0 })
+}
+
 /// This host's id, made the first time it is asked for.
 fn host_id(files: &dyn Files, state: &std::path::Path) -> Result<[u8; 16]> {
     let path = state.join("host-id");
@@ -165,7 +174,7 @@ impl FileSystem {
     /// Makes the filesystem of a repository, and goes on with what this host kept of machines' lives.
     pub fn new(store: Arc<EpochStore>, settings: Settings) -> Result<Arc<Self>> {
         let files: Arc<dyn Files> = Arc::new(RealFiles);
-        let host = Owner { host: host_id(&*files, &settings.state)?, name: host_name(), lease_ms: 0 };
+        let host = host(&*files, &settings.state)?;
         let (owner, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         let live_settings = LiveSettings {
             files,

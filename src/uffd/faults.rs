@@ -153,6 +153,7 @@ impl FaultThread {
                 }
             }
             Message::Removed(_) | Message::Unmapped(_) => {}
+            Message::Protected(_) => *foreign = Some("a fault of write protection".to_owned()),
             Message::Foreign(what) => *foreign = Some(what.to_owned()),
         })
     }

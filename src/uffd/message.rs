@@ -7,6 +7,8 @@ use std::ops::Range;
 pub enum Message {
     /// A thread waits for the page that holds this address.
     Fault(u64),
+    /// A thread waits to write to the page that holds this address, which is protected.
+    Protected(u64),
     /// The process gave this range up: what is touched there again is zeros.
     Removed(Range<u64>),
     /// The process took the mapping itself away.
@@ -21,8 +23,11 @@ const REMAP: u8 = 0x14;
 const REMOVE: u8 = 0x15;
 const UNMAP: u8 = 0x16;
 
-/// A fault on a page that is there: of write protection, or of memory that others share.
-const OF_PRESENT_PAGE: u64 = 2 | 4;
+/// A fault on a page that is there, by write protection.
+const OF_PROTECTION: u64 = 2;
+
+/// A fault on a page that is there, in memory that others share.
+const OF_SHARED_PAGE: u64 = 4;
 
 impl Message {
     /// Nothing where no message is: the kernel numbers none with zero.
@@ -30,7 +35,8 @@ impl Message {
         let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
         Some(match bytes[0] {
             0 => return None,
-            FAULT if word(8) & OF_PRESENT_PAGE != 0 => Self::Foreign("a fault on a page that is there"),
+            FAULT if word(8) & OF_PROTECTION != 0 => Self::Protected(word(16)),
+            FAULT if word(8) & OF_SHARED_PAGE != 0 => Self::Foreign("a fault on a page that is there"),
             FAULT => Self::Fault(word(16)),
             REMOVE => Self::Removed(word(8)..word(16)),
             UNMAP => Self::Unmapped(word(8)..word(16)),
@@ -60,8 +66,9 @@ mod tests {
         assert_eq!(Message::decode(&message(FAULT, [1, 0x7000, 0])), Some(Message::Fault(0x7000)));
         assert_eq!(Message::decode(&message(REMOVE, [0x1000, 0x3000, 0])), Some(Message::Removed(0x1000..0x3000)));
         assert_eq!(Message::decode(&message(UNMAP, [0x1000, 0x3000, 0])), Some(Message::Unmapped(0x1000..0x3000)));
+        assert_eq!(Message::decode(&message(FAULT, [3, 0x7008, 0])), Some(Message::Protected(0x7008)));
         for foreign in
-            [message(FAULT, [2, 0, 0]), message(FORK, [3, 0, 0]), message(REMAP, [0; 3]), message(99, [0; 3])]
+            [message(FAULT, [4, 0, 0]), message(FORK, [3, 0, 0]), message(REMAP, [0; 3]), message(99, [0; 3])]
         {
             assert!(matches!(Message::decode(&foreign), Some(Message::Foreign(_))));
         }

@@ -26,11 +26,12 @@ mod vm;
 mod worker;
 
 pub use channel::{Channel, FromWorker, Ready};
-pub use descriptor::{Filled, Userfaultfd};
+pub use descriptor::{Filled, Missing, Userfaultfd};
 pub use image::Image;
 pub use layout::{Layout, Region};
 pub use ledger::Ledger;
 pub use lobby::Lobby;
+pub use message::Message;
 pub use offload::{Offload, Served};
 pub use peer::Peer;
 pub use populate::Outcome;

@@ -9,6 +9,7 @@ mod cloud_hypervisor;
 mod feed;
 mod firecracker;
 mod http;
+pub mod kvm;
 mod place;
 mod qemu;
 mod qemu_command;

@@ -1,0 +1,421 @@
+//! `epochfs run`
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use serde_json::{Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::context::Context;
+use super::output::{parse_size, size};
+use crate::capture::{Checkpoint, Fixed, Pace, Protection, Settings, Stop};
+use crate::epoch::{CommitOptions, EpochName, EpochStore};
+use crate::error::{Error, Result};
+use crate::fs::this_host;
+use crate::platform::clock::Stopwatch;
+use crate::vmm::kvm::{
+    BOARD, BOARD_LEN, Counter, Ended, Guest, Load, MEMORY, Machine, MemoryShape, Orders, Output, Runner, STATE, Spec,
+    Tracking, own, read_state, run,
+};
+
+/// Which guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Program {
+    /// Counts in its memory, and proves all of it again and again.
+    Counter,
+    /// Writes to pages at a rate and with a locality.
+    Load,
+}
+
+/// What tells which pages the guest writes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Tracker {
+    Log,
+    Ring,
+}
+
+/// Run a small guest on KVM, and protect it.
+///
+/// A guest of epochfs's own runs in a real virtual machine: to try out what protection costs on a host, and to show what it
+/// keeps. With --protect its memory and state become an epoch of the machine at each interval, while it runs on; the last one
+/// is made when it stops. With --from it goes on from an epoch exactly where it was, and its memory is read when it touches
+/// it. What it writes to its serial port goes to standard output; with --json to standard error.
+///
+/// Runs until the guest is finished, --time is over, or SIGINT or SIGTERM comes. A guest that finds its memory or registers
+/// wrong ends it with exit code 3.
+#[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  epochfs run --guest counter --memory 256M --protect demo --interval 100ms --time 10s\n  epochfs run --from demo --protect demo --time 10s\n  epochfs run --from demo@3 --protect copy\n  epochfs run --guest load --memory 1G --rate 10000 --protect load --interval 100ms --time 30s --json"
+)]
+pub struct Run {
+    /// The guest.
+    #[arg(long, value_enum, value_name = "WHICH", default_value_t = Program::Counter, conflicts_with = "from")]
+    guest: Program,
+    /// Go on from an epoch that `epochfs run` made.
+    #[arg(long, value_name = "MACHINE[@EPOCH]")]
+    from: Option<EpochName>,
+    /// Make epochs of this machine, which comes into being if it is not there.
+    #[arg(long, value_name = "MACHINE")]
+    protect: Option<String>,
+    /// How long after each other epochs begin; a slow store makes it longer.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_time, requires = "protect")]
+    interval: Duration,
+    /// Compare what the dirty log says with the memory's content at each epoch, and each epoch with the memory. Slow.
+    #[arg(long)]
+    audit: bool,
+    /// Stop after so long.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    time: Option<Duration>,
+    /// The guest's memory.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size, conflicts_with = "from")]
+    memory: u64,
+    /// Where in its addresses the memory has a hole of 1 GiB, if it reaches as far.
+    #[arg(long, value_name = "SIZE", default_value = "3G", value_parser = parse_size, conflicts_with = "from")]
+    hole: u64,
+    /// Its processors.
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "from")]
+    processors: u16,
+    /// What tells which pages it writes to: KVM's dirty log, or its dirty rings.
+    #[arg(long, value_enum, value_name = "WHICH", default_value_t = Tracker::Log)]
+    tracker: Tracker,
+    /// Entries of a dirty ring.
+    #[arg(long, value_name = "N", default_value_t = 65536)]
+    ring_entries: u32,
+    /// Room for copies of pages.
+    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size)]
+    copy_buffer: u64,
+    /// The counter's end.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    count: u64,
+    /// Pages that the load writes to in a second, all processors together; as many as it can if 0.
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    rate: u64,
+    /// The pages that the load uses; all if 0.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pages: u64,
+    /// How much of the load's writes go to its hot pages, in percent.
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, hide_default_value = true, value_parser = clap::value_parser!(u8).range(0..100))]
+    hot_share: u8,
+    /// The load's hot pages.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    hot_pages: u64,
+    /// Rounds of a loop before each write of the load.
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    work: u32,
+    /// The load writes what is there already.
+    #[arg(long)]
+    same: bool,
+    /// Write a line of JSON for each epoch there.
+    #[arg(long, value_name = "FILE", requires = "protect")]
+    checkpoints: Option<PathBuf>,
+}
+
+/// Tree nodes that are kept. A commit reads each node of the last epoch once, from a file that is in memory: keeping more saves
+/// little, and takes memory for each guest.
+const NODE_CACHE_LEN: usize = 2 << 20;
+
+/// How many of the newest checkpoints the figures at the end are about.
+const KEPT: usize = 100_000;
+
+impl Run {
+    pub fn run(&self, context: &Context) -> Result<ExitCode> {
+        let stop = Stop::default();
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| Error::io("cannot handle signals", error))?;
+        let (handle, told) = (signals.handle(), stop.clone());
+        let thread = std::thread::spawn(move || signals.forever().for_each(|_| told.stop()));
+        let result = self.run_guest(context, stop);
+        handle.close();
+        let _ = thread.join();
+        result
+    }
+
+    fn tracking(&self) -> Tracking {
+        match self.tracker {
+            Tracker::Log => Tracking::Log,
+            Tracker::Ring => Tracking::Ring(self.ring_entries),
+        }
+    }
+
+    fn guest(&self) -> Guest {
+        match self.guest {
+            Program::Counter => Guest::Counter(Counter {
+                target: self.count,
+                sweep_bits: Some(16),
+                print_bits: Some(14),
+                has_timer: true,
+            }),
+            Program::Load => Guest::Load(Load {
+                period: (time_stamp_hz() * u64::from(self.processors)).checked_div(self.rate).unwrap_or(0),
+                hot_share: (u32::from(self.hot_share) * 256 / 100) as u8,
+                hot_pages: self.hot_pages,
+                work: self.work,
+                is_same: self.same,
+                pages: self.pages,
+            }),
+        }
+    }
+
+    fn run_guest(&self, context: &Context, stop: Stop) -> Result<ExitCode> {
+        let since = Stopwatch::start();
+        let settings = Settings {
+            buffer_pages: u32::try_from(self.copy_buffer / 4096).unwrap_or(u32::MAX),
+            reserve_pages: u32::try_from(self.copy_buffer / 4096 / 8).unwrap_or(u32::MAX),
+            is_audited: self.audit,
+            ..Settings::default()
+        };
+        let needs_store = self.protect.is_some() || self.from.is_some();
+        // Without the index, which takes longer to open than the guest to start: pages are compared with the last epoch's.
+        let open = || Ok::<_, Error>(context.open_without_index()?.with_node_cache(NODE_CACHE_LEN));
+        let store = if needs_store { Some(Arc::new(open()?)) } else { None };
+        let output = output(context.json());
+        let (mut runner, processors, protection) = match (&self.from, &store) {
+            (Some(from), Some(store)) => {
+                let mut epoch = store.epoch(from)?;
+                let protection = match &self.protect {
+                    Some(machine) => {
+                        let (protection, base) = self.protection(context, store, machine, Some(&epoch))?;
+                        epoch = store.epoch(&format!("{machine}@{base}").parse()?)?;
+                        Some(protection)
+                    }
+                    None => None,
+                };
+                let spec = Machine::spec_of(&read_state(&epoch)?, self.tracking())?;
+                let runner = Runner::restore(&epoch, self.tracking(), output, settings, &|tracker| tracker)?;
+                context.notice(&format!("{} goes on", epoch.name()));
+                (runner, spec.processors, protection)
+            }
+            _ => {
+                let shape = MemoryShape::new(self.memory, self.hole)?;
+                let spec = Spec { shape, processors: self.processors, tracking: self.tracking() };
+                let runner = Runner::boot(&spec, &self.guest(), output, settings, &|tracker| tracker)?;
+                let protection = match (&self.protect, &store) {
+                    (Some(machine), Some(store)) => Some(self.protection(context, store, machine, None)?.0),
+                    _ => None,
+                };
+                (runner, self.processors, protection)
+            }
+        };
+        let mut figures = Figures::default();
+        let mut file = match &self.checkpoints {
+            Some(path) => Some(
+                std::fs::File::create(path)
+                    .map_err(|error| Error::io(format!("cannot make {}", path.display()), error))?,
+            ),
+            None => None,
+        };
+        let started = Stopwatch::start();
+        let began = counts(&runner, processors)?;
+        let machine = protection.as_ref().map(|protection| protection.ownership.clone());
+        let protection = protection.map(|protection| (protection, Box::new(Fixed(self.interval)) as Box<dyn Pace>));
+        let ready_ms = since.elapsed().as_millis() as u64;
+        let told = |checkpoint: &Checkpoint| {
+            if let Some(file) = &mut file {
+                // Figures are no reason to stop a guest.
+                let line = serde_json::to_string(checkpoint).unwrap_or_default();
+                let _ = writeln!(file, "{line}");
+            }
+            if !checkpoint.missed.is_empty() || !checkpoint.wrong.is_empty() {
+                tracing::error!(missed = ?checkpoint.missed, wrong = ?checkpoint.wrong, "the audit found pages that were missed");
+            }
+            figures.add(checkpoint);
+        };
+        let orders =
+            Orders { time: self.time, stop, processors: usize::from(processors), protection, told: Box::new(told) };
+        let result = run(&mut runner, orders);
+        let elapsed = started.elapsed();
+        if let (Some(ownership), Some(store)) = (&machine, &store)
+            && let Err(error) = store.release(ownership)
+        {
+            tracing::warn!(%error, "{} stays owned by this host", ownership.machine);
+        }
+        let ended = result?;
+        let now = counts(&runner, processors)?;
+        let (conflicts, waits, filled) = runner.capture.counts();
+        let mut document = json!({
+            "machine": machine.map(|ownership| ownership.machine.to_string()),
+            "ended": if ended == Ended::Finished { "finished" } else { "stopped" },
+            "ready_ms": ready_ms,
+            "elapsed_ms": elapsed.as_millis() as u64,
+            "counts": now.0,
+            "counts_here": now.0 - began.0,
+            "spins_here": now.1 - began.1,
+            "conflicts": conflicts,
+            "waits": waits,
+            "pages_brought": filled,
+        });
+        figures.put(&mut document);
+        let is_wrong = figures.missed > 0 || figures.wrong > 0;
+        context.print(&document, || figures.sentence(&document))?;
+        if is_wrong {
+            return Err(Error::damaged(format!(
+                "the audit found {} pages missed and {} wrong",
+                figures.missed, figures.wrong
+            )));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn protection(
+        &self,
+        context: &Context,
+        store: &Arc<EpochStore>,
+        machine: &str,
+        from: Option<&crate::epoch::Epoch>,
+    ) -> Result<(Protection, u64)> {
+        let (ownership, base) = own(store, machine, this_host(&context.local_directory(store))?, from)?;
+        let protection = Protection {
+            store: store.clone(),
+            ownership,
+            memory: MEMORY.to_owned(),
+            state: STATE.to_owned(),
+            // The guest has the other processors.
+            options: CommitOptions { threads: 1, ..CommitOptions::default() },
+            is_audited: self.audit,
+        };
+        Ok((protection, base))
+    }
+}
+
+/// Counts and spins of all processors.
+fn counts(runner: &Runner, processors: u16) -> Result<(u64, u64)> {
+    let (mut counts, mut spins) = (0, 0);
+    for processor in 0..u64::from(processors) {
+        counts += runner.capture.memory().word(BOARD + processor * BOARD_LEN)?;
+        spins += runner.capture.memory().word(BOARD + processor * BOARD_LEN + 8)?;
+    }
+    Ok((counts, spins))
+}
+
+/// Lines of the guest go out whole.
+fn output(is_to_stderr: bool) -> Output {
+    let mut line = Vec::new();
+    Box::new(move |byte| {
+        line.push(byte);
+        if byte == b'\n' || line.len() >= 1024 {
+            let text = String::from_utf8_lossy(&line).into_owned();
+            // A guest does not stop because nobody reads.
+            let _ = match is_to_stderr {
+                true => std::io::stderr().lock().write_all(text.as_bytes()).map_err(|error| Error::io("stderr", error)),
+                false => super::output::print(&text),
+            };
+            line.clear();
+        }
+    })
+}
+
+/// How fast the time stamp runs, measured.
+fn time_stamp_hz() -> u64 {
+    crate::vmm::kvm::time_stamp_khz().map_or(1_000_000_000, |khz| u64::from(khz) * 1000)
+}
+
+/// What came of all checkpoints.
+#[derive(Default)]
+struct Figures {
+    epochs: u64,
+    failed: u64,
+    missed: u64,
+    wrong: u64,
+    pages: u64,
+    changed_pages: u64,
+    stored_bytes: u64,
+    pauses_us: VecDeque<u64>,
+    last: Option<u64>,
+}
+
+impl Figures {
+    fn add(&mut self, checkpoint: &Checkpoint) {
+        self.epochs += u64::from(checkpoint.epoch.is_some());
+        self.failed += u64::from(checkpoint.epoch.is_none());
+        self.missed += checkpoint.missed.len() as u64;
+        self.wrong += checkpoint.wrong.len() as u64;
+        self.pages += checkpoint.frozen.pages;
+        self.changed_pages += checkpoint.changed_pages;
+        self.stored_bytes += checkpoint.stored_bytes;
+        self.last = checkpoint.epoch.or(self.last);
+        self.pauses_us.push_back(checkpoint.pause_us);
+        if self.pauses_us.len() > KEPT {
+            self.pauses_us.pop_front();
+        }
+    }
+
+    fn put(&self, document: &mut Value) {
+        let mut pauses: Vec<u64> = self.pauses_us.iter().copied().collect();
+        pauses.sort_unstable();
+        let at =
+            |share: f64| pauses.get(((pauses.len() as f64 * share) as usize).min(pauses.len().max(1) - 1)).copied();
+        let fields = json!({
+            "epochs": self.epochs,
+            "failed": self.failed,
+            "last_epoch": self.last,
+            "pages": self.pages,
+            "changed_pages": self.changed_pages,
+            "stored_bytes": self.stored_bytes,
+            "pause_p50_us": at(0.5),
+            "pause_p99_us": at(0.99),
+            "pause_max_us": pauses.last(),
+            "missed": self.missed,
+            "wrong": self.wrong,
+        });
+        if let (Some(document), Value::Object(fields)) = (document.as_object_mut(), fields) {
+            document.extend(fields);
+        }
+    }
+
+    fn sentence(&self, document: &Value) -> String {
+        let number = |field: &str| document[field].as_u64().unwrap_or_default();
+        let mut text = format!(
+            "{} after {:.1} s: {} counts",
+            document["ended"].as_str().unwrap_or_default(),
+            number("elapsed_ms") as f64 / 1e3,
+            number("counts")
+        );
+        if let (Some(machine), Some(last)) = (document["machine"].as_str(), self.last) {
+            let pause = |field: &str| number(field) as f64 / 1e3;
+            text += &format!(
+                ", {} epochs up to {machine}@{last}, {} stored\npauses: median {:.1} ms, 99th percentile {:.1} ms, longest {:.1} ms",
+                self.epochs,
+                size(self.stored_bytes),
+                pause("pause_p50_us"),
+                pause("pause_p99_us"),
+                pause("pause_max_us")
+            );
+        }
+        text + "\n"
+    }
+}
+
+/// Reads a time: a number with ms, s, m or h behind it.
+fn parse_time(text: &str) -> std::result::Result<Duration, String> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let wrong = || "a time is a whole number with ms, s, m or h behind it, like 100ms".to_owned();
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    let unit = match &text[digits.len()..] {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(unit).map(Duration::from_millis).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_understood() {
+        for (text, ms) in [("100ms", 100), ("2s", 2000), ("1m", 60_000), ("3h", 10_800_000)] {
+            assert_eq!(parse_time(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "1", "s", "-1s", "1.5s", "1 s", "18446744073709551615h"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Planted bugs, which the audit and the oracle must catch.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use epochfs::Result;
+use epochfs::capture::{PageSet, Settings, Tracker};
+use epochfs::vmm::kvm::{Counter, Guest, Spec, Tracking};
+
+use crate::fixture::{World, can_run, shape};
+use crate::oracle::Oracle;
+
+/// A tracker that keeps one page in so many to itself.
+struct Forgetful {
+    inner: Box<dyn Tracker>,
+    seen: u64,
+    every: u64,
+}
+
+impl Tracker for Forgetful {
+    fn collect(&mut self, into: &mut PageSet) -> Result<()> {
+        let mut told = PageSet::new(into.limit());
+        self.inner.collect(&mut told)?;
+        // The guest's own pages: nobody misses its board.
+        for page in told.iter().filter(|page| *page >= 512) {
+            self.seen += 1;
+            if self.seen.is_multiple_of(self.every) {
+                continue;
+            }
+            into.insert(page);
+        }
+        told.iter().filter(|page| *page < 512).for_each(|page| into.insert(page));
+        Ok(())
+    }
+}
+
+const MEGABYTES: u64 = 8;
+
+fn run_forgetful(is_audited: bool) -> (usize, bool) {
+    let world = World::new();
+    let spec = Spec { shape: shape(MEGABYTES, 4), processors: 1, tracking: Tracking::Log };
+    let wrap = |inner| Box::new(Forgetful { inner, seen: 0, every: 50 }) as Box<dyn Tracker>;
+    let settings = Settings { is_audited, ..Settings::default() };
+    let mut run = world.boot_with("web1", &spec, &Guest::Counter(Counter::default()), settings, &wrap);
+    let (mut missed, mut last) = (0, 0);
+    for _ in 0..12 {
+        let checkpoint = run.checkpoint();
+        missed += checkpoint.missed.len();
+        assert!(checkpoint.wrong.is_empty(), "what the audit finds is in the epoch");
+        last = checkpoint.epoch.unwrap();
+        std::thread::sleep(Duration::from_millis(15));
+    }
+    let (counts, memory) = world.epoch("web1", last);
+    let is_right = catch_unwind(AssertUnwindSafe(|| Oracle::new(spec.shape, 1).check(&counts, &memory))).is_ok();
+    (missed, is_right)
+}
+
+#[test]
+fn a_tracker_that_drops_pages_is_caught_by_the_audit_which_saves_the_epoch() {
+    if !can_run("a_tracker_that_drops_pages_is_caught_by_the_audit_which_saves_the_epoch") {
+        return;
+    }
+    let (missed, is_right) = run_forgetful(true);
+    assert!(missed > 0, "the audit finds what was dropped");
+    assert!(is_right, "and the epoch has it");
+}
+
+#[test]
+fn a_tracker_that_drops_pages_is_caught_by_the_oracle() {
+    if !can_run("a_tracker_that_drops_pages_is_caught_by_the_oracle") {
+        return;
+    }
+    let (missed, is_right) = run_forgetful(false);
+    assert!(missed == 0 && !is_right, "without an audit the epoch is wrong, and the oracle says so");
+}
