@@ -30,7 +30,7 @@ pub struct Repository {
 type LookedUp = Arc<Mutex<TwoGenerations<Arc<str>, (Stopwatch, Option<Head>)>>>;
 
 /// So long may somebody who walks a path go by what its first step found, where each look-up travels.
-const LOOKED_UP_FOR: Duration = Duration::from_millis(300);
+const LOOKED_UP_FOR: Duration = Duration::from_millis(500);
 
 /// The newest records that this process appended, by machine.
 type Heads = Arc<Mutex<TwoGenerations<Arc<str>, Head>>>;
