@@ -130,6 +130,14 @@ impl Error {
         self.hint.as_deref()
     }
 
+    /// Whether nothing can be written there, by whomever: no room, no permission, or mounted read-only.
+    pub fn is_unwritable(&self) -> bool {
+        use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+        let source = self.source.as_ref().and_then(|source| source.downcast_ref::<std::io::Error>());
+        self.kind == Kind::NoSpace
+            || source.is_some_and(|source| matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem))
+    }
+
     /// The process exit code for this error.
     pub fn exit_code(&self) -> u8 {
         match self.kind {

@@ -48,6 +48,8 @@ pub mod cli;
 pub mod epoch;
 pub mod error;
 pub mod fs;
+pub mod gc;
+pub mod ha;
 pub mod ops;
 pub mod platform;
 pub mod repo;

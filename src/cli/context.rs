@@ -79,6 +79,11 @@ impl Context {
         Ok(EpochStore::open_at(&self.location()?)?.with_state(self.state_directory()))
     }
 
+    /// Opens another repository, with this host's state of it.
+    pub fn open_other(&self, url: &str) -> Result<EpochStore> {
+        Ok(EpochStore::open_at(&Location::parse(url)?)?.with_state(self.state_directory()))
+    }
+
     /// Where this host keeps what belongs to an opened repository.
     pub fn local_directory(&self, store: &EpochStore) -> PathBuf {
         store.repository().local_directory(&self.state_directory())

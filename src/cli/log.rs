@@ -119,6 +119,7 @@ fn detail(record: &Record) -> String {
     use epochfs_format::Body;
     match &record.body {
         Body::Create | Body::Term | Body::Remove => String::new(),
+        Body::Barrier { .. } => format!("of condemnation {}", record.generation),
         Body::Commit(commit) => first_line(&commit.message),
         Body::Tag { epoch, name } => format!("{name} names epoch {epoch}"),
         Body::Untag { name } => name.clone(),

@@ -8,9 +8,11 @@ mod clone;
 mod commit;
 mod completions;
 mod context;
+mod copy;
 mod diff;
 mod doctor;
 mod export;
+mod gc;
 mod init;
 mod log;
 mod ls;
@@ -18,6 +20,8 @@ mod man;
 mod mount;
 mod output;
 mod progress;
+mod protect;
+mod prune;
 mod restore;
 mod rm;
 mod serve_uffd;
@@ -111,9 +115,12 @@ enum Command {
     Diff(diff::Diff),
     Export(export::Export),
     Clone(clone::Clone),
+    Copy(copy::Copy),
     Restore(restore::Restore),
     Tag(tag::Tag),
     Rm(rm::Rm),
+    Prune(prune::Prune),
+    Gc(gc::Gc),
     Verify(verify::Verify),
     Warm(warm::Warm),
     Stats(stats::Stats),
@@ -121,6 +128,7 @@ enum Command {
     Umount(umount::Umount),
     Status(status::Status),
     ServeUffd(serve_uffd::ServeUffd),
+    Protect(protect::Protect),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Completions(completions::Completions),
@@ -138,9 +146,12 @@ impl Command {
             Self::Diff(command) => command.run(context),
             Self::Export(command) => command.run(context),
             Self::Clone(command) => command.run(context),
+            Self::Copy(command) => command.run(context),
             Self::Restore(command) => command.run(context),
             Self::Tag(command) => command.run(context),
             Self::Rm(command) => command.run(context),
+            Self::Prune(command) => command.run(context),
+            Self::Gc(command) => command.run(context),
             Self::Verify(command) => command.run(context),
             Self::Warm(command) => command.run(context),
             Self::Stats(command) => command.run(context),
@@ -148,6 +159,7 @@ impl Command {
             Self::Umount(command) => command.run(context),
             Self::Status(command) => command.run(context),
             Self::ServeUffd(command) => command.run(context),
+            Self::Protect(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
             Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::context::Context;
 use super::output::{plain, size, table, time};
 use crate::error::{Error, Result};
-use crate::ops::control::{Client, DaemonStatus, sockets};
+use crate::ops::control::{Client, DaemonStatus, Protected, sockets};
 use crate::ops::mounts::{Liveness, liveness, mounts};
 
 /// Show what is mounted: each daemon with its machines, what they have written and not committed, and the kernel's
@@ -67,6 +67,34 @@ impl Status {
             .map(|mount| (mount.at.display().to_string(), mount.repository()))
             .collect())
     }
+}
+
+/// An agent that has said nothing for so long is gone, or hangs.
+const SILENT_MS: f64 = 5000.0;
+
+fn protected_row(protected: &Protected) -> Vec<String> {
+    let Protected { status, said_ms_ago } = protected;
+    let is_silent = *said_ms_ago > SILENT_MS && status.state != "ended";
+    let state = if is_silent { "agent silent".to_owned() } else { status.state.clone() };
+    let ms = |ms: f64| if ms < 100.0 { format!("{ms:.1} ms") } else { format!("{ms:.0} ms") };
+    let age = status.age_ms.map_or("-".to_owned(), |age| format!("{:.1} s", (age + said_ms_ago) / 1000.0));
+    let why = match (&status.why, status.meets_rpo) {
+        (Some(why), _) => why.clone(),
+        (None, Some(false)) => format!("{}; misses its target", status.reason),
+        (None, _) => status.reason.clone(),
+    };
+    vec![
+        status.machine.clone(),
+        state,
+        status.newest_epoch.map_or("-".to_owned(), |epoch| epoch.to_string()),
+        age,
+        ms(status.interval_ms),
+        ms(status.pause_p50_ms),
+        ms(status.pause_p99_ms),
+        ms(status.durable_ms),
+        format!("{:.1} %", status.overhead * 100.0),
+        plain(&why).replace('\n', " "),
+    ]
 }
 
 fn render(status: &DaemonStatus) -> String {
@@ -169,6 +197,22 @@ fn render(status: &DaemonStatus) -> String {
     if !rows.is_empty() {
         let headings =
             ["machine", ">base", "state", ">dirty", ">spooled", ">commits", ">longest freeze", ">files", "error"];
+        text += &format!("\n{}", table(&headings, &rows));
+    }
+    let rows: Vec<Vec<String>> = status.protected.iter().map(protected_row).collect();
+    if !rows.is_empty() {
+        let headings = [
+            "protected",
+            "state",
+            ">newest",
+            ">age",
+            ">interval",
+            ">pause p50",
+            ">p99",
+            ">durable",
+            ">overhead",
+            "set by",
+        ];
         text += &format!("\n{}", table(&headings, &rows));
     }
     let rows: Vec<Vec<String>> = filesystem

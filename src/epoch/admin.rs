@@ -7,10 +7,9 @@ use epochfs_format::{
     Body, Commit, ManifestPlace, Owner, Record, check_machine, check_tag, machine_traces_prefix, record_key,
 };
 
-use super::commit::FIRST_TERM;
 use super::view::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
-use crate::repo::{Draft, Head, Inline, Rebase};
+use crate::repo::{Draft, FIRST_TERM, Head, Inline, Rebase};
 
 /// What a machine's owner holds. Every record it appends names this term; a later term ends it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +23,7 @@ fn draft(record: Option<&Record>, body: Body) -> Draft {
         term: record.map_or(FIRST_TERM, |record| record.term),
         owner: record.and_then(|record| record.owner.clone()),
         latest_epoch: record.map_or(0, |record| record.latest_epoch),
+        generation: 0,
         body,
         inline: Inline::empty(),
         writer: None,
@@ -52,12 +52,14 @@ impl EpochStore {
         let machine: Arc<str> = name.into();
         let taken = || Error::conflict(format!("the machine {machine} exists already"));
         let head = self.repository().log_head(&machine)?;
-        if head.as_ref().is_some_and(|head| head.record.body != Body::Remove) {
+        if head.as_ref().is_some_and(|head| head.record.machine_exists()) {
             return Err(taken());
         }
         let term = head.as_ref().map_or(FIRST_TERM, |head| head.record.term);
         let draft = Draft { term, ..draft(None, Body::Create) };
-        self.repository().append(&machine, head, draft, &mut |_, _| Ok(Rebase::Refuse(taken())))
+        self.repository().append(&machine, head, draft, &mut |record, _| {
+            Ok(if record.machine_exists() { Rebase::Refuse(taken()) } else { Rebase::After })
+        })
     }
 
     /// Makes a new machine whose first epoch is an epoch of another: nothing is copied.
@@ -69,9 +71,16 @@ impl EpochStore {
                 .hint("clone to another name; a machine in use is never replaced")
         };
         let head = self.repository().log_head(&machine)?;
-        if head.as_ref().is_some_and(|head| head.record.body != Body::Remove) {
+        if head.as_ref().is_some_and(|head| head.record.machine_exists()) {
             return Err(taken());
         }
+        // Without a log there is nothing to put a barrier in: the collector is told, and then asked.
+        let birth = head.is_none().then(|| self.repository().collector_log().announce_birth(&machine)).transpose()?;
+        let generation = match &head {
+            Some(head) => head.record.generation,
+            None => self.repository().collector_log().heed_newest()?,
+        };
+        self.require_safe(from, generation)?;
         let source = commit_of(from)?;
         self.repository().objects().store().settle(&record_key(&from.machine, from.seq))?;
         // The manifest refers to the blocks of the source's record by that record's name, here as there.
@@ -91,8 +100,29 @@ impl EpochStore {
             manifest,
         };
         let term = head.as_ref().map_or(FIRST_TERM, |head| head.record.term);
-        let draft = Draft { term, ..draft(None, Body::Commit(commit)) };
-        self.repository().append(&machine, head, draft, &mut |_, _| Ok(Rebase::Refuse(taken())))
+        let draft = Draft { term, generation, ..draft(None, Body::Commit(commit)) };
+        let mut heeded = generation;
+        let cloned = self.repository().append(&machine, head, draft, &mut |record, _| {
+            if record.machine_exists() {
+                return Ok(Rebase::Refuse(taken()));
+            }
+            if record.generation > heeded {
+                self.require_safe(from, record.generation)?;
+                heeded = record.generation;
+            }
+            Ok(Rebase::After)
+        });
+        drop(birth);
+        cloned
+    }
+
+    /// Makes sure that no condemnation up to this generation takes away what an epoch refers to: the epoch exists behind
+    /// its own log's barrier.
+    fn require_safe(&self, epoch: &Record, generation: u64) -> Result<()> {
+        if self.repository().require(&epoch.machine)?.record.generation < generation {
+            self.repository().put_barrier(&epoch.machine, generation)?;
+        }
+        self.repository().epoch_record(&epoch.machine, epoch.seq).map(|_| ())
     }
 
     /// Names an epoch. A tag that names another epoch moves only if `move_it` says so.
@@ -146,6 +176,10 @@ impl EpochStore {
 
     /// Drops epochs. Their bytes stay until they are collected.
     pub fn drop_epochs(&self, machine: &Arc<str>, epochs: &BTreeSet<u64>) -> Result<Head> {
+        self.repository().with_reserve(&mut || self.drop_once(machine, epochs))
+    }
+
+    fn drop_once(&self, machine: &Arc<str>, epochs: &BTreeSet<u64>) -> Result<Head> {
         loop {
             let head = self.repository().require(machine)?;
             let state = self.repository().state(&head, &mut |_, _| {})?;
@@ -173,6 +207,10 @@ impl EpochStore {
 
     /// Removes a machine with all its epochs. An owned one only if `forced`.
     pub fn remove_machine(&self, machine: &Arc<str>, forced: bool) -> Result<Head> {
+        self.repository().with_reserve(&mut || self.remove_once(machine, forced))
+    }
+
+    fn remove_once(&self, machine: &Arc<str>, forced: bool) -> Result<Head> {
         let head = self.repository().require(machine)?;
         if let (Some(owner), false) = (&head.record.owner, forced) {
             return Err(owned_by(machine, owner));

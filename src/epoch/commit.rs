@@ -1,11 +1,11 @@
 //! Committing: streams in, an epoch out.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, RwLock};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use epochfs_format::{
     Attributes, BLOCK_HEADER_LEN, Body, Commit, EntryKind, HEADER_LEN, IMAGE_LEN_MAX, INLINE_MANIFEST_LEN_MAX, Image,
-    Manifest, ManifestEntry, ManifestPlace, Owner, Place, Record, Root, check_stream_path, check_tag,
+    Manifest, ManifestEntry, ManifestPlace, ObjectRef, Owner, Place, Record, Root, check_stream_path, check_tag,
 };
 
 use super::edit::NewRoot;
@@ -16,10 +16,9 @@ use super::ranges::Ranges;
 use super::source::{BytesSource, Source};
 use super::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
-use crate::repo::{Draft, Head, Index, Inline, PackWriter, Rebase, Repository, object_key};
-
-/// The term of a machine that nobody ever owned.
-pub const FIRST_TERM: u64 = 1;
+use crate::repo::{
+    Birth, Draft, FIRST_TERM, Head, INLINE_LEN_MAX, Index, Inline, PackWriter, Rebase, Repository, object_key,
+};
 
 /// How to commit. Plain data.
 #[derive(Clone, Debug)]
@@ -36,6 +35,8 @@ pub struct CommitOptions {
     pub parent: Option<u64>,
     /// The term under which the caller owns the machine.
     pub term: Option<u64>,
+    /// A commit with at most this many bytes of blocks is carried by its record, and has no packs.
+    pub inline_len_max: usize,
     /// Ends another owner's term. Only right when that owner is known to be dead.
     pub take_over: bool,
     /// What the record says its writer is, for a caller who may have to find out later whether it arrived.
@@ -52,6 +53,7 @@ impl Default for CommitOptions {
             threads: 0,
             parent: None,
             term: None,
+            inline_len_max: INLINE_LEN_MAX,
             take_over: false,
             writer: None,
         }
@@ -99,6 +101,12 @@ pub struct CommitBuilder {
     machine: Arc<str>,
     options: CommitOptions,
     head: Option<Head>,
+    /// The newest condemnation that it heeds: nothing that was condemned until then is referred to.
+    heeded: u64,
+    /// Tells the collector of this commit where there is no log yet that could hold a barrier.
+    birth: Option<Birth>,
+    /// Objects that the index led to.
+    found_in: Mutex<HashSet<ObjectRef>>,
     parent: Option<(Record, Arc<Manifest>)>,
     packs: PackWriter<'static>,
     workers: Vec<Worker>,
@@ -136,6 +144,7 @@ impl CommitBuilder {
         if options.message.len() > 64 << 10 || options.notes.len() > 1000 || options.tags.len() > 1000 {
             return Err(Error::usage("an epoch takes a message of at most 64 KiB, and at most 1,000 tags and notes"));
         }
+        repository.check_room()?;
         // The owner knows its machine's newest record. Should another have come, the put of the next one will show it.
         let known = options.term.and_then(|term| repository.known_head(&machine, term));
         let head = match known {
@@ -145,7 +154,13 @@ impl CommitBuilder {
         if let Some(head) = &head {
             check_ownership(&head.record, &options)?;
         }
-        let exists = head.as_ref().filter(|head| head.record.body != Body::Remove);
+        let log = repository.collector_log();
+        let birth = head.is_none().then(|| log.announce_birth(&machine)).transpose()?;
+        let heeded = match &head {
+            Some(head) => log.heed(head.record.generation)?,
+            None => log.heed_newest()?,
+        };
+        let exists = head.as_ref().filter(|head| head.record.machine_exists());
         let parent = match exists.map(|head| repository.latest_of(head)).transpose()?.flatten() {
             Some(record) => {
                 let manifest = load_manifest(&nodes, commit_of(&record)?)
@@ -171,7 +186,8 @@ impl CommitBuilder {
                 learner.learn(object, footer);
                 Ok(())
             }),
-        );
+        )
+        .with_inline_len_max(options.inline_len_max);
         Ok(Self {
             workers: (0..threads).map(|_| Worker::new(options.compression_level)).collect(),
             recent: RwLock::new(Recent::default()),
@@ -188,6 +204,9 @@ impl CommitBuilder {
             machine,
             options,
             head,
+            heeded,
+            birth,
+            found_in: Mutex::default(),
             parent,
             packs,
         })
@@ -256,7 +275,14 @@ impl CommitBuilder {
             .hint("ranges are OFFSET LENGTH in bytes"));
         }
         let job = StreamJob { source, dirty, parent };
-        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
+        let shared = Shared {
+            nodes: &self.nodes,
+            index: &self.index,
+            condemned: self.repository.collector_log(),
+            found_in: &self.found_in,
+            recent: &self.recent,
+            spare: &self.spare,
+        };
         let root =
             commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut self.counts, &mut self.on_read)
                 .map_err(|error| error.context(format!("stream {}", path.escape_ascii())))?;
@@ -392,7 +418,14 @@ impl CommitBuilder {
             ManifestPlace::Inline(_) => None,
         });
         let job = StreamJob { source: &source, dirty: None, parent: parent.as_ref() };
-        let shared = Shared { nodes: &self.nodes, index: &self.index, recent: &self.recent, spare: &self.spare };
+        let shared = Shared {
+            nodes: &self.nodes,
+            index: &self.index,
+            condemned: self.repository.collector_log(),
+            found_in: &self.found_in,
+            recent: &self.recent,
+            spare: &self.spare,
+        };
         let mut ignored = CommitCounts::default();
         let root = commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut ignored, &mut |_| {})?;
         let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
@@ -403,7 +436,7 @@ impl CommitBuilder {
     }
 
     fn append(
-        self,
+        mut self,
         packs: Vec<([u8; 16], u64)>,
         inline: Inline,
         manifest_place: ManifestPlace,
@@ -427,11 +460,33 @@ impl CommitBuilder {
             manifest: manifest_place,
         };
         let footer = inline.footer.clone();
-        let draft =
-            Draft { term, owner, latest_epoch: 0, body: Body::Commit(commit), inline, writer: self.options.writer };
-        let (machine, options) = (&self.machine, &self.options);
+        let mut referred = std::mem::take(&mut *self.found_in.lock().unwrap_or_else(PoisonError::into_inner));
+        referred.extend(commit.packs.iter().map(|(id, _)| ObjectRef::Pack(*id)));
+        let draft = Draft {
+            term,
+            owner,
+            latest_epoch: 0,
+            generation: self.heeded,
+            body: Body::Commit(commit),
+            inline,
+            writer: self.options.writer,
+        };
+        let (machine, options, parent) = (&self.machine, &self.options, self.parent());
+        let begun_in = self.head.as_ref().map_or(0, |head| head.record.generation);
+        let (mut heeded, mut parent_is_dropped) = (self.heeded, false);
         let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, draft| {
             let rebase = after_other(record, base_term, machine, options);
+            parent_is_dropped |= matches!(&record.body, Body::Drop { epochs } if epochs.contains(&parent));
+            if matches!(rebase, Rebase::After) {
+                let log = self.repository.collector_log();
+                // What the parent refers to was in use at a barrier if the parent still was an epoch then.
+                if (parent_is_dropped && record.generation > begun_in)
+                    || log.condemned_between(heeded, record.generation, &referred)?
+                {
+                    return Ok(Rebase::Refuse(condemned(machine)));
+                }
+                heeded = heeded.max(record.generation);
+            }
             // An owner that gave the machine up meanwhile does not get it back by this.
             if record.owner.is_none() {
                 draft.owner = None;
@@ -439,6 +494,7 @@ impl CommitBuilder {
             Ok(rebase)
         })?;
         tracing::debug!(epoch = head.record.seq, "record is durable");
+        drop(self.birth.take());
         if footer.block_count() > 0 {
             let object = epochfs_format::ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
             self.index.learn(&object, &footer);
@@ -499,6 +555,11 @@ fn not_the_parent(machine: &str, newest: u64, expected: u64) -> Error {
 fn lost_race(machine: &str, newest: u64) -> Error {
     Error::conflict(format!("another writer committed to {machine} first: its newest epoch is {newest}"))
         .hint("nothing was committed; look at the new epoch and repeat")
+}
+
+fn condemned(machine: &str) -> Error {
+    Error::conflict(format!("what this commit to {machine} refers to was condemned as garbage while it was made"))
+        .hint("nothing was committed; repeat")
 }
 
 /// Whether these options may commit after this record.

@@ -1,16 +1,16 @@
 //! One leaf's worth of a commit: read, hash, compare with the parent, look up, compress. Runs on a worker thread.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use epochfs_format::{Hash, PAGE_SIZE, Page, PageEncoder, Place, Root, hash_pages, is_zero};
+use epochfs_format::{Hash, ObjectRef, PAGE_SIZE, Page, PageEncoder, Place, Root, hash_pages, is_zero};
 
 use super::nodes::{LoadedNode, Nodes};
 use super::source::Source;
 use super::tree::LEAF_PAGES;
 use crate::error::Result;
-use crate::repo::Index;
+use crate::repo::{CollectorLog, Index};
 
 /// Bytes that a leaf covers.
 pub const LEAF_LEN: u64 = LEAF_PAGES * PAGE_SIZE as u64;
@@ -78,6 +78,9 @@ impl Recent {
 pub struct Shared<'a> {
     pub nodes: &'a Nodes,
     pub index: &'a Index,
+    pub condemned: &'a CollectorLog,
+    /// The objects in which the index found pages: should one be condemned meanwhile, the commit must not be made.
+    pub found_in: &'a Mutex<HashSet<ObjectRef>>,
     pub recent: &'a RwLock<Recent>,
     pub spare: &'a SpareBuffers,
 }
@@ -187,7 +190,20 @@ fn find_known(changed: &[(usize, &Page, Hash)], shared: &Shared<'_>) -> Vec<Opti
     };
     let missing: Vec<usize> = (0..changed.len()).filter(|at| known[*at].is_none()).collect();
     let hashes: Vec<Hash> = missing.iter().map(|at| changed[*at].2).collect();
-    for (at, found) in missing.into_iter().zip(shared.index.find(&hashes, shared.nodes.objects())) {
+    let mut found = shared.index.find(&hashes, shared.nodes.objects());
+    for place in &mut found {
+        if place.as_ref().is_some_and(|place| shared.condemned.is_dead(&place.object)) {
+            *place = None;
+        }
+    }
+    let mut found_in = shared.found_in.lock().unwrap_or_else(PoisonError::into_inner);
+    for place in found.iter().flatten() {
+        if !found_in.contains(&place.object) {
+            found_in.insert(place.object.clone());
+        }
+    }
+    drop(found_in);
+    for (at, found) in missing.into_iter().zip(found) {
         known[at] = found;
     }
     known

@@ -3,6 +3,7 @@
 
 mod admin;
 mod commit;
+mod copy;
 mod diff;
 mod edit;
 mod export;
@@ -22,16 +23,19 @@ mod window;
 
 pub use admin::Ownership;
 pub use commit::{CommitBuilder, CommitOptions, Committed};
-pub(crate) use diff::changed_pages_of;
+pub use copy::{COPY_NOTE, Copied, CopiedEpoch, CopyOf};
+pub(crate) use diff::changed_pages;
 pub use diff::{Change, FileDiff, diff};
 pub use export::{Exported, export};
+pub(crate) use nodes::{Nodes, Stored};
 pub use pipeline::CommitCounts;
 pub use ranges::Ranges;
 pub(crate) use reader::SharedImage;
 pub use reader::{Epoch, StreamReader};
 pub use source::{BytesSource, FileSource, PagesSource, Source};
 pub use stats::Stats;
-pub(crate) use tree::{LEAF_PAGES, page_count};
-pub use verify::{BrokenEpoch, Problem, Verified};
+pub(crate) use tree::{LEAF_PAGES, child, page_count};
+pub use verify::{BrokenEpoch, PageRange, Problem, Verified};
+pub(crate) use view::load_manifest;
 pub use view::{EpochName, EpochStore, Which, commit_of, open_store};
 pub(crate) use window::Window;

@@ -13,6 +13,7 @@ use super::tree::{LEAF_PAGES, leaf, leaf_root, next_leaf, page_count};
 use super::view::commit_of;
 use super::window::Window;
 use crate::error::{Error, Result};
+use crate::repo::Hold;
 
 /// An open epoch. Immutable; cheap to clone.
 #[derive(Clone)]
@@ -20,11 +21,18 @@ pub struct Epoch {
     nodes: Arc<Nodes>,
     record: Arc<Record>,
     manifest: Arc<Manifest>,
+    /// Keeps what it refers to from being collected.
+    hold: Arc<Hold>,
 }
 
 impl Epoch {
-    pub(super) fn new(nodes: Arc<Nodes>, record: Arc<Record>, manifest: Arc<Manifest>) -> Self {
-        Self { nodes, record, manifest }
+    pub(super) fn new(nodes: Arc<Nodes>, record: Arc<Record>, manifest: Arc<Manifest>, hold: Arc<Hold>) -> Self {
+        Self { nodes, record, manifest, hold }
+    }
+
+    /// What keeps it readable, for whoever goes on reading its streams without it.
+    pub(crate) fn hold(&self) -> &Arc<Hold> {
+        &self.hold
     }
 
     pub fn machine(&self) -> &Arc<str> {
@@ -67,7 +75,8 @@ impl Epoch {
     }
 
     pub(crate) fn reader(&self, image: &Image) -> StreamReader {
-        StreamReader { nodes: self.nodes.clone(), image: image.clone(), fetcher: Fetcher::default() }
+        let hold = Some(self.hold.clone());
+        StreamReader { nodes: self.nodes.clone(), image: image.clone(), fetcher: Fetcher::default(), _hold: hold }
     }
 }
 
@@ -76,6 +85,8 @@ pub struct StreamReader {
     nodes: Arc<Nodes>,
     image: Image,
     fetcher: Fetcher,
+    /// Keeps the epoch readable for as long as this is.
+    _hold: Option<Arc<Hold>>,
 }
 
 impl StreamReader {
@@ -271,7 +282,8 @@ pub(super) fn read_image(nodes: &Arc<Nodes>, image: &Image) -> Result<Vec<u8>> {
     if image.length > MANIFEST_LEN_MAX {
         return Err(Error::damaged(format!("a manifest of {} bytes", image.length)));
     }
-    let mut reader = StreamReader { nodes: nodes.clone(), image: image.clone(), fetcher: Fetcher::default() };
+    let mut reader =
+        StreamReader { nodes: nodes.clone(), image: image.clone(), fetcher: Fetcher::default(), _hold: None };
     let mut bytes = vec![0; image.length as usize];
     reader.read_at(0, &mut bytes)?;
     Ok(bytes)

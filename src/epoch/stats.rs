@@ -96,8 +96,12 @@ impl EpochStore {
             Walk { nodes, seen_nodes: Default::default(), seen_pages: HashSet::new(), stats: Stats::default() };
         let machines = if only.is_empty() { self.repository().machines()? } else { only.to_vec() };
         for machine in machines {
+            let opening = self.opening()?;
             let head = self.repository().require(&machine)?;
             let state: MachineState = self.repository().state(&head, &mut |_, _| {})?;
+            // Nothing of these is collected while it is counted, though it be dropped.
+            let _holds: Vec<_> = state.epochs.keys().map(|epoch| self.hold(&machine, *epoch)).collect();
+            drop(opening);
             walk.stats.machines += 1;
             for record in state.epochs.values() {
                 let manifest = load_manifest(nodes, super::view::commit_of(record)?)?;

@@ -5,16 +5,17 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use epochfs_format::{
-    Block, BlockKind, Body, DESCRIPTOR_KEY, Descriptor, HEADER_LEN, Hash, ObjectRef, PAGE_SIZE, PageDecoder, Place,
-    Root, TRAILER_LEN, Trailer, check_header, hash_page, levels_for, log_prefix, parse_id, record_seq,
+    BIRTHS_PREFIX, Birth, Block, BlockKind, DESCRIPTOR_KEY, Descriptor, FANOUT, GC_LOG_PREFIX, GcRecord, HEADER_LEN,
+    Hash, Lease, ObjectRef, PAGE_SIZE, PageDecoder, Place, RESERVE_KEY, Root, TRAILER_LEN, Trailer, check_header,
+    gc_record_key, hash_page, level_span, levels_for, log_prefix, parse_id, parse_lease_key, record_seq,
 };
 
 use super::nodes::{Stored, describe};
-use super::tree::child;
+use super::tree::{child, page_count};
 use super::view::{EpochStore, commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::store::ObjectInfo;
-use crate::repo::{MachineState, machines, object_key};
+use crate::repo::{Head, MachineState, machines, object_key};
 
 /// Something wrong.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -33,8 +34,19 @@ pub struct BrokenEpoch {
     pub stream: Option<String>,
     /// Pages of the stream that cannot be read, as far as they were reached.
     pub pages: u64,
+    /// Where they are, as far as they fit in a thousand ranges.
+    pub ranges: Vec<PageRange>,
     pub problem: String,
 }
+
+/// Pages in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PageRange {
+    pub first: u64,
+    pub pages: u64,
+}
+
+const RANGES_MAX: usize = 1000;
 
 /// What a verification found.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -90,8 +102,13 @@ impl EpochStore {
             on_bytes,
             total: 0,
         };
+        // The logs first: whatever an epoch refers to that is in one now is in the listing that follows.
+        let mut heads = Vec::new();
+        for machine in machines(self.repository().objects())? {
+            heads.push((machine.clone(), self.repository().log_head(&machine)));
+        }
         verifier.check_objects()?;
-        verifier.check_machines()?;
+        verifier.check_machines(heads)?;
         Ok(verifier.verified)
     }
 }
@@ -110,6 +127,7 @@ impl Verifier<'_> {
             let checked = match name_of(&info.key) {
                 Named::Descriptor => self.check_descriptor(),
                 Named::Trace => Ok(()),
+                Named::OfCollector => self.check_of_collector(&info.key),
                 Named::Object(object) => self.check_object(&object, &info.key),
                 Named::Unknown => {
                     self.verified.unknown_objects.push(info.key.clone());
@@ -117,6 +135,8 @@ impl Verifier<'_> {
                 }
             };
             match checked {
+                // Collected since it was listed. An epoch that needs it is found broken.
+                Err(error) if error.kind() == Kind::NotFound && info.key.starts_with("packs/") => {}
                 Err(error) if is_damage(&error) => self.verified.problem(&info.key, error),
                 other => other?,
             }
@@ -131,6 +151,27 @@ impl Verifier<'_> {
         let descriptor = Descriptor::decode(&bytes)?;
         if descriptor.id != *self.store.repository().id() {
             return Err(Error::damaged("the descriptor changed while the repository was open"));
+        }
+        Ok(())
+    }
+
+    fn check_of_collector(&self, key: &str) -> Result<()> {
+        let objects = self.store.repository().objects();
+        let bytes = match objects.store().get(key) {
+            Ok(bytes) => bytes,
+            // Leases come and go.
+            Err(error) if error.kind() == Kind::NotFound && !key.starts_with(GC_LOG_PREFIX) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if let Some(named) = parse_lease_key(key) {
+            let lease = Lease::decode(&bytes, objects.repository())?;
+            if (lease.reader, lease.number) != named {
+                return Err(Error::damaged("it is another reader's lease"));
+            }
+        } else if key.starts_with(BIRTHS_PREFIX) {
+            Birth::decode(&bytes, objects.repository())?;
+        } else {
+            GcRecord::decode(&bytes, objects.repository(), record_seq(key).unwrap_or(0))?;
         }
         Ok(())
     }
@@ -185,9 +226,10 @@ impl Verifier<'_> {
         Ok(())
     }
 
-    fn check_machines(&mut self) -> Result<()> {
-        for machine in machines(self.store.repository().objects())? {
-            match self.check_machine(&machine) {
+    fn check_machines(&mut self, heads: Vec<(Arc<str>, Result<Option<Head>>)>) -> Result<()> {
+        for (machine, head) in heads {
+            let checked = head.and_then(|head| head.map_or(Ok(()), |head| self.check_machine(&machine, &head)));
+            match checked {
                 Err(error) if is_damage(&error) => {
                     self.verified.problem(log_prefix(&machine), error);
                 }
@@ -197,13 +239,12 @@ impl Verifier<'_> {
         Ok(())
     }
 
-    fn check_machine(&mut self, machine: &Arc<str>) -> Result<()> {
+    fn check_machine(&mut self, machine: &Arc<str>, head: &Head) -> Result<()> {
         let repository = self.store.repository();
-        let Some(head) = repository.log_head(machine)? else { return Ok(()) };
-        if head.record.body != Body::Remove {
+        if head.record.machine_exists() {
             self.verified.machines += 1;
         }
-        let state = match repository.state(&head, &mut |_, _| {}) {
+        let state = match repository.state(head, &mut |_, _| {}) {
             Ok(state) => state,
             Err(error) if is_damage(&error) => {
                 self.verified.problem(log_prefix(machine), &error);
@@ -217,22 +258,23 @@ impl Verifier<'_> {
             let manifest = match load_manifest(self.store.nodes(), commit) {
                 Ok(manifest) => manifest,
                 Err(error) if is_damage(&error) => {
-                    self.broken(machine, epoch, None, 0, &error);
+                    self.broken(machine, epoch, None, Vec::new(), &error);
                     continue;
                 }
                 Err(error) => return Err(error),
             };
             for (path, image) in manifest.streams() {
                 let Some(root) = &image.root else { continue };
-                match self.walk(root, levels_for(image.length) - 1) {
-                    Ok(0) => {}
-                    Ok(pages) => {
-                        let error = Error::damaged(format!("{pages} pages cannot be read"));
-                        self.broken(machine, epoch, Some(path), pages, &error);
-                    }
-                    Err(error) if is_damage(&error) => self.broken(machine, epoch, Some(path), 0, &error),
+                let level = levels_for(image.length) - 1;
+                let error = match self.walk(root, level) {
+                    Ok(0) => continue,
+                    Ok(pages) => Error::damaged(format!("{pages} pages cannot be read")),
+                    Err(error) if is_damage(&error) => error,
                     Err(error) => return Err(error),
-                }
+                };
+                let mut ranges = Vec::new();
+                self.find_unreadable(root, level, 0, page_count(image.length), &mut ranges)?;
+                self.broken(machine, epoch, Some(path), ranges, &error);
             }
         }
         Ok(())
@@ -246,7 +288,7 @@ impl Verifier<'_> {
                 Ok(record) => {
                     state.epochs.insert(seq, record);
                 }
-                Err(error) if error.kind() == Kind::Damaged => self.broken(machine, seq, None, 0, &error),
+                Err(error) if error.kind() == Kind::Damaged => self.broken(machine, seq, None, Vec::new(), &error),
                 Err(error) if is_damage(&error) => {}
                 Err(error) => return Err(error),
             }
@@ -254,12 +296,18 @@ impl Verifier<'_> {
         Ok(state)
     }
 
-    fn broken(&mut self, machine: &str, epoch: u64, stream: Option<&[u8]>, pages: u64, error: &Error) {
+    fn broken(&mut self, machine: &Arc<str>, epoch: u64, stream: Option<&[u8]>, ranges: Vec<PageRange>, error: &Error) {
+        // One that was dropped meanwhile may have been collected.
+        let found = self.store.repository().epoch_record(machine, epoch);
+        if found.is_err_and(|error| error.kind() == Kind::NotFound) {
+            return;
+        }
         self.verified.broken_epochs.push(BrokenEpoch {
-            machine: machine.to_owned(),
+            machine: machine.to_string(),
             epoch,
             stream: stream.map(|path| path.escape_ascii().to_string()),
-            pages,
+            pages: ranges.iter().map(|range| range.pages).sum(),
+            ranges,
             problem: error.to_string(),
         });
     }
@@ -295,6 +343,48 @@ impl Verifier<'_> {
         Ok(unreadable)
     }
 
+    /// Where in a stream of so many pages a subtree that begins at page `first` cannot be read. Below a node that cannot
+    /// be read nothing can.
+    fn find_unreadable(
+        &mut self,
+        root: &Root,
+        level: u8,
+        first: u64,
+        end: u64,
+        ranges: &mut Vec<PageRange>,
+    ) -> Result<()> {
+        let span = level_span(level);
+        let loaded = match self.store.nodes().load(root, level) {
+            Ok(loaded) => loaded,
+            Err(error) if is_damage(&error) => {
+                add_range(ranges, first, (first + span * FANOUT as u64).min(end));
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        if level == 0 {
+            let claims: Vec<(Hash, Place)> = loaded.node.iter().map(|slot| (*slot.hash, slot.place())).collect();
+            let answers = self.store.repository().objects().confirm_all(&claims);
+            for ((slot, (_, place)), answer) in loaded.node.iter().zip(&claims).zip(answers) {
+                if !self.page_is_whole(place, answer)? {
+                    let page = first + slot.slot as u64;
+                    add_range(ranges, page, page + 1);
+                }
+            }
+            return Ok(());
+        }
+        let slots: Vec<usize> = loaded.node.iter().map(|slot| slot.slot).collect();
+        for slot in slots {
+            let below = child(&loaded, slot).expect("the slot is full");
+            match self.walk(&below, level - 1) {
+                Ok(0) => {}
+                Err(error) if !is_damage(&error) => return Err(error),
+                _ => self.find_unreadable(&below, level - 1, first + slot as u64 * span, end, ranges)?,
+            }
+        }
+        Ok(())
+    }
+
     /// A node was read and proven; its object's footer must know it as well.
     fn check_node_block(&mut self, place: &Place) -> Result<()> {
         let footer = self.store.repository().objects().footer(&place.object)?;
@@ -316,12 +406,29 @@ impl Verifier<'_> {
     }
 }
 
+fn add_range(ranges: &mut Vec<PageRange>, from: u64, to: u64) {
+    let is_full = ranges.len() >= RANGES_MAX;
+    match ranges.last_mut() {
+        Some(last) if last.first + last.pages == from => last.pages += to - from,
+        _ if is_full => {}
+        _ => ranges.push(PageRange { first: from, pages: to - from }),
+    }
+}
+
 enum Named {
     Descriptor,
     Object(ObjectRef),
-    /// A hint: it makes no difference to any epoch.
+    /// A hint, or room kept free: it makes no difference to any epoch.
     Trace,
+    /// A record of the collector's log, or what readers and writers tell it.
+    OfCollector,
     Unknown,
+}
+
+fn is_of_collector(key: &str) -> bool {
+    let is_birth = key.strip_prefix(BIRTHS_PREFIX).is_some_and(|name| parse_id(name).is_some());
+    let is_record = key.starts_with(GC_LOG_PREFIX) && record_seq(key).is_some_and(|seq| gc_record_key(seq) == key);
+    is_birth || is_record || parse_lease_key(key).is_some()
 }
 
 /// What an object's key says that it is.
@@ -331,6 +438,12 @@ fn name_of(key: &str) -> Named {
     }
     if key.starts_with("traces/") && epochfs_format::trace_seq(key).is_some() {
         return Named::Trace;
+    }
+    if key == RESERVE_KEY {
+        return Named::Trace;
+    }
+    if is_of_collector(key) {
+        return Named::OfCollector;
     }
     let object = if key.starts_with("packs/") {
         key.rsplit('/').next().and_then(parse_id).map(ObjectRef::Pack)

@@ -13,7 +13,7 @@ use super::reader::{Epoch, read_image};
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::RealFiles;
 use crate::platform::store::{LocalStore, Location, Store};
-use crate::repo::{Index, Rebuilt, Repository};
+use crate::repo::{Hold, Index, LeaseSettings, Opening, Readers, Rebuilt, Repository};
 
 /// Which epoch of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +59,7 @@ type Progress = Box<dyn FnMut(u64, u64) + Send>;
 pub struct EpochStore {
     repository: Repository,
     nodes: Arc<Nodes>,
+    readers: Readers,
     index: OnceLock<(Arc<Index>, Option<Rebuilt>)>,
     index_directory: Option<PathBuf>,
 }
@@ -90,7 +91,21 @@ impl EpochStore {
     /// Works without an index: pages are compared with the parent epoch only.
     pub fn new(repository: Repository) -> Self {
         let nodes = Arc::new(Nodes::new(repository.objects().clone()));
-        Self { repository, nodes, index: OnceLock::new(), index_directory: None }
+        let readers = readers_of(&repository, LeaseSettings::default());
+        Self { repository, nodes, readers, index: OnceLock::new(), index_directory: None }
+    }
+
+    /// Keeps its leases in another way than usual. Comes before anything is read.
+    #[must_use]
+    pub fn with_leases(mut self, settings: LeaseSettings) -> Self {
+        self.readers = readers_of(&self.repository, settings);
+        self
+    }
+
+    /// Finds pages by this index.
+    #[must_use]
+    pub fn with_index(self, index: Arc<Index>) -> Self {
+        Self { index: OnceLock::from((index, None)), ..self }
     }
 
     /// Keeps the page index under this directory, opened when it is first needed.
@@ -134,19 +149,40 @@ impl EpochStore {
     /// Opens an epoch for reading.
     pub fn epoch(&self, name: &EpochName) -> Result<Epoch> {
         let machine = &name.machine;
+        let opening = self.opening()?;
         let record = match &name.which {
             None | Some(Which::Latest) => self.repository.latest_record(machine)?,
             Some(Which::Number(number)) => self.repository.epoch_record(machine, *number)?,
             Some(Which::Tag(tag)) => self.repository.tagged_record(machine, tag)?,
         };
-        self.open(record)
+        self.open(record, &opening)
     }
 
-    /// Opens the epoch that a commit record is.
-    pub fn open(&self, record: Record) -> Result<Epoch> {
-        let manifest = Arc::new(load_manifest(&self.nodes, commit_of(&record)?)?);
-        Ok(Epoch::new(self.nodes.clone(), Arc::new(record), manifest))
+    /// Begins to look for an epoch: one that is found to exist from here on can be opened, and then stays readable.
+    pub fn opening(&self) -> Result<Opening> {
+        self.readers.opening()
     }
+
+    /// Opens the epoch that a commit record is, which was found during this opening.
+    pub fn open(&self, record: Record, _opening: &Opening) -> Result<Epoch> {
+        let hold = self.hold(&record.machine, record.seq);
+        let manifest = Arc::new(load_manifest(&self.nodes, commit_of(&record)?)?);
+        Ok(Epoch::new(self.nodes.clone(), Arc::new(record), manifest, Arc::new(hold)))
+    }
+
+    /// Keeps an epoch readable that is so already: it was just committed, or is open.
+    pub(crate) fn hold(&self, machine: &Arc<str>, epoch: u64) -> Hold {
+        self.readers.hold(machine, epoch)
+    }
+
+    /// What this process reads.
+    pub fn readers(&self) -> &Readers {
+        &self.readers
+    }
+}
+
+fn readers_of(repository: &Repository, settings: LeaseSettings) -> Readers {
+    Readers::new(repository.objects().clone(), repository.collector_log().clone(), settings)
 }
 
 /// A temporary file that nobody has written to for so long is nobody's.

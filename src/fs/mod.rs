@@ -39,7 +39,7 @@ pub use restores::PageCache;
 pub use store_status::StoreStatus;
 
 pub use crate::epoch::live::LiveCommit;
-use crate::epoch::live::{Answer, Budget, Live, LiveSettings, Refusal, machines_kept};
+use crate::epoch::live::{Answer, Budget, CommitTicket, Live, LiveSettings, Refusal, machines_kept};
 use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
@@ -245,11 +245,16 @@ impl FileSystem {
 
     /// Commits what the machine's live holds; returns when the epoch is durable.
     pub fn commit(&self, machine: &str, options: LiveCommit) -> Result<Committed> {
+        self.freeze(machine, options)?.wait()
+    }
+
+    /// Freezes what the machine's live holds, and begins to make an epoch of it.
+    pub fn freeze(&self, machine: &str, options: LiveCommit) -> Result<CommitTicket> {
         let machine: Arc<str> = machine.into();
         if !self.owns(&machine) {
             self.store.repository().require(&machine)?;
         }
-        self.live(&machine).map_err(Error::from)?.commit(options)?.wait()
+        self.live(&machine).map_err(Error::from)?.commit(options)
     }
 
     /// Whether this host owns a machine. Then it is there, also while the store is away.

@@ -11,6 +11,7 @@ use super::inodes::{Handle, Line};
 use super::object::{Object, Stored, epoch_number};
 use crate::epoch::live::{self, Answer, Creator, LiveCommit, NodeKind, Refusal};
 use crate::error::{Error, Kind};
+use crate::repo::Opening;
 
 const LIVE: &[u8] = b"live";
 const EPOCHS: &[u8] = b"epochs";
@@ -92,6 +93,7 @@ impl FileSystem {
         let name = std::str::from_utf8(name).map_err(|_| Refusal::NotFound)?;
         let repository = self.store.repository();
         let is_number = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
+        let opening = self.store.opening()?;
         let (record, tag) = if is_number {
             // One way to write a number, so that an epoch has one name.
             if name.starts_with('0') {
@@ -103,17 +105,17 @@ impl FileSystem {
             check_tag(name).map_err(|_| Refusal::NotFound)?;
             (repository.tagged_record(machine, name)?, Some(Arc::from(name)))
         };
-        self.stored(record, tag)
+        self.stored(record, tag, &opening)
     }
 
-    fn stored(&self, record: epochfs_format::Record, tag: Option<Arc<str>>) -> Answer<Stored> {
+    fn stored(&self, record: epochfs_format::Record, tag: Option<Arc<str>>, opening: &Opening) -> Answer<Stored> {
         let number = record.seq;
         let machine = record.machine.clone();
         // One that the kernel knows is open already.
         if let Some(Object::Stored(known)) = self.inodes.get(epoch_number(&machine, number, tag.as_deref())) {
             return Ok(known);
         }
-        let epoch = self.store.open(record).map_err(|error| error.context(format!("{machine}@{number}")))?;
+        let epoch = self.store.open(record, opening).map_err(|error| error.context(format!("{machine}@{number}")))?;
         Ok(Stored { epoch, path: [].into(), tag })
     }
 
@@ -196,7 +198,7 @@ impl FileSystem {
                     Kind::Conflict => Refusal::ReadOnly,
                     _ => error.into(),
                 })?;
-                Object::Stored(self.stored(committed.record, Some(tag.into()))?)
+                Object::Stored(self.stored(committed.record, Some(tag.into()), &self.store.opening()?)?)
             }
             Object::Live(live, node) => {
                 let id = live.create_directory(node, name, creator)?;

@@ -22,3 +22,28 @@ impl Stopwatch {
         self.0.elapsed()
     }
 }
+
+/// How long this machine runs, and waiting. Only differences mean anything, and only on the machine that measured them:
+/// no two machines' clocks are ever compared.
+pub trait Clock: Send + Sync {
+    /// Time since some moment, including what the machine slept.
+    fn elapsed(&self) -> Duration;
+
+    fn sleep(&self, duration: Duration);
+}
+
+/// This machine's.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BootClock;
+
+impl Clock for BootClock {
+    fn elapsed(&self) -> Duration {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let (seconds, nanoseconds) = (u64::try_from(time.tv_sec), u32::try_from(time.tv_nsec));
+        Duration::new(seconds.unwrap_or(0), nanoseconds.unwrap_or(0))
+    }
+
+    fn sleep(&self, duration: Duration) {
+        std::thread::sleep(duration);
+    }
+}

@@ -1,9 +1,26 @@
 //! Random identifiers from the kernel.
 
+use std::cell::RefCell;
+
 use rustix::rand::{GetRandomFlags, getrandom};
+
+thread_local! {
+    static SIMULATED: RefCell<Option<Seeded>> = const { RefCell::new(None) };
+}
+
+/// From here on this thread's ids come from this sequence: for simulations, in which each of them must come again.
+#[doc(hidden)]
+pub fn simulate(sequence: Option<Seeded>) {
+    SIMULATED.set(sequence);
+}
 
 /// Sixteen random bytes: unique for every pack, writer and repository.
 pub fn id16() -> [u8; 16] {
+    let simulated =
+        SIMULATED.with_borrow_mut(|sequence| sequence.as_mut().map(|sequence| [sequence.next(), sequence.next()]));
+    if let Some([a, b]) = simulated {
+        return (u128::from(a) << 64 | u128::from(b)).to_be_bytes();
+    }
     let mut id = [0_u8; 16];
     let mut filled = 0;
     while filled < id.len() {

@@ -17,6 +17,8 @@ pub struct Draft {
     pub owner: Option<Owner>,
     /// The newest epoch once the record is in the log; a commit's own number is filled in.
     pub latest_epoch: u64,
+    /// The newest condemnation that it heeds, if the record before it heeds none that is newer.
+    pub generation: u64,
     pub body: Body,
     /// Blocks that the record carries.
     pub inline: Inline,
@@ -47,6 +49,7 @@ impl Draft {
             latest_epoch: if is_commit { seq } else { self.latest_epoch },
             last_edit: head
                 .map_or(0, |head| if head.record.is_edit() { head.record.seq } else { head.record.last_edit }),
+            generation: head.map_or(0, |head| head.record.generation).max(self.generation),
             body: self.body.clone(),
         };
         record.check().map_err(|error| Error::usage(format!("{machine}: {error}")))?;

@@ -67,5 +67,8 @@ mod tests {
             assert_eq!(cache.weight(), (cache.young.len() + cache.old.len()) * 10);
         }
         assert_eq!(cache.get(&500), None);
+        cache.remove(&0);
+        assert_eq!(cache.get(&0), None);
+        assert_eq!(cache.weight(), (cache.young.len() + cache.old.len()) * 10);
     }
 }

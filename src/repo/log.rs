@@ -106,7 +106,7 @@ impl MachineState {
 
     fn apply(&mut self, record: Record) {
         match &record.body {
-            Body::Create | Body::Term => {}
+            Body::Create | Body::Term | Body::Barrier { .. } => {}
             Body::Commit(commit) => {
                 for tag in &commit.tags {
                     self.tags.insert(tag.clone(), record.seq);

@@ -5,16 +5,21 @@
 
 mod append;
 mod cache;
+mod collector_log;
 mod index;
 mod log;
 mod objects;
 mod packs;
+mod readers;
 mod repository;
+mod room;
 
 pub use append::{Draft, Rebase};
 pub use cache::TwoGenerations;
+pub use collector_log::{Birth, CollectorLog};
 pub use index::{Index, IndexCounters, IndexState, Rebuilt};
 pub use log::{Head, MachineState, machines};
 pub use objects::{Objects, object_key};
-pub use packs::{Inline, PackWriter};
-pub use repository::{Repository, state_dir};
+pub use packs::{INLINE_LEN_MAX, Inline, PackWriter};
+pub use readers::{Hold, LeaseSettings, Opening, Readers};
+pub use repository::{FIRST_TERM, Repository, state_dir};

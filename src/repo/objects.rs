@@ -12,6 +12,7 @@ use epochfs_format::{
 
 use super::cache::TwoGenerations;
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::platform::store::{Put, Store, Tail};
 
 /// The end of a record that is read first: enough for a small one, its roots included.
@@ -211,6 +212,15 @@ impl Objects {
         Ok(trailer.decode_footer(&block)?)
     }
 
+    /// Forgets what an object that is gone held.
+    pub(super) fn forget_footer(&self, object: &ObjectRef) {
+        lock(&self.footers).remove(object);
+    }
+
+    pub(super) fn forget_footers(&self) {
+        *lock(&self.footers) = TwoGenerations::new(FOOTER_CACHE_LEN);
+    }
+
     /// Whether pages with these hashes really lie at these places: what the index says is only believed after this.
     ///
     /// Of an object that holds many of them, the footer tells. Of one that holds few, and whose footer is not at hand,
@@ -252,7 +262,8 @@ impl Objects {
 
     /// Whether the block at this place is a page with this hash.
     fn proves(&self, hash: &Hash, place: &Place, decoder: &mut PageDecoder) -> Result<bool> {
-        match self.read(place) {
+        let start = u64::from(place.offset);
+        match self.store.get_range(&object_key(&place.object), start..start + u64::from(place.len)) {
             Ok(block) => Ok(decoder.decode(&block, hash, &mut [0; PAGE_SIZE]).is_ok()),
             Err(error) => Err(error),
         }
@@ -273,8 +284,4 @@ fn missing_is_damage(error: Error) -> Error {
             .hint("an object that epochs refer to is missing; `epochfs verify` lists what is affected"),
         _ => error,
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -10,12 +10,12 @@ use epochfs_format::{
 };
 
 use super::objects::{Objects, object_key};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::random;
 use crate::platform::store::{ObjectWriter, Put};
 
 /// A commit with at most this many bytes of blocks is carried by its record: one object and not two.
-const INLINE_LEN_MAX: usize = 128 << 10;
+pub const INLINE_LEN_MAX: usize = 128 << 10;
 
 /// Blocks held back until it is clear that the pack is worth streaming.
 const STREAM_FROM_LEN: usize = 1 << 20;
@@ -64,10 +64,17 @@ impl OpenPack {
             None => {
                 let key = object_key(&self.object);
                 // A store that repeats by itself may find its own first try in its way.
-                if objects.put_until_known(&key, &[&self.buffer, &end])? == Put::Exists
-                    && objects.store().get(&key)? != [self.buffer, end].concat()
-                {
-                    return Err(Error::conflict(format!("{key}: a random pack name is taken")));
+                if objects.put_until_known(&key, &[&self.buffer, &end])? == Put::Exists {
+                    let found = objects.store().get(&key).map_err(|error| match error.kind() {
+                        Kind::NotFound => {
+                            Error::conflict(format!("{key} was condemned as garbage before it was named"))
+                                .hint("nothing was committed; repeat")
+                        }
+                        _ => error,
+                    })?;
+                    if found != [self.buffer, end].concat() {
+                        return Err(Error::conflict(format!("{key}: a random pack name is taken")));
+                    }
                 }
             }
         }
@@ -115,12 +122,19 @@ pub struct PackWriter<'a> {
     pages: Option<OpenPack>,
     nodes: Option<OpenPack>,
     finished: Vec<([u8; 16], u64)>,
+    inline_len_max: usize,
     on_pack: OnPack<'a>,
 }
 
 impl<'a> PackWriter<'a> {
     pub fn new(objects: Arc<Objects>, on_pack: OnPack<'a>) -> Self {
-        Self { objects, pages: None, nodes: None, finished: Vec::new(), on_pack }
+        Self { objects, pages: None, nodes: None, finished: Vec::new(), inline_len_max: INLINE_LEN_MAX, on_pack }
+    }
+
+    /// Lets a commit with this many bytes of blocks be carried by its record.
+    #[must_use]
+    pub fn with_inline_len_max(self, inline_len_max: usize) -> Self {
+        Self { inline_len_max, ..self }
     }
 
     /// Appends a page's block.
@@ -183,7 +197,7 @@ impl<'a> PackWriter<'a> {
     pub fn fits_inline(&self) -> bool {
         self.finished.is_empty()
             && self.nodes.is_none()
-            && self.pages.as_ref().is_none_or(|pack| pack.writer.is_none() && pack.buffer.len() <= INLINE_LEN_MAX)
+            && self.pages.as_ref().is_none_or(|pack| pack.writer.is_none() && pack.buffer.len() <= self.inline_len_max)
     }
 
     /// Makes every pack durable and returns their ids and lengths; or, for a small commit that may be carried by its

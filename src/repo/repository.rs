@@ -9,6 +9,7 @@ use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, ManifestPlace, Record, ch
 
 use super::append::{Draft, Rebase, append};
 use super::cache::TwoGenerations;
+use super::collector_log::{CollectorLog, put_barrier};
 use super::log::{Edits, Head, MachineState, head, machines};
 use super::objects::Objects;
 use crate::error::{Error, Kind, Result};
@@ -24,6 +25,7 @@ pub struct Repository {
     looked_up: LookedUp,
     /// How many records this process appended: what was looked up before the last one is not the newest.
     appended: Arc<AtomicU64>,
+    collector_log: Arc<CollectorLog>,
 }
 
 /// Newest records that were looked up, and when that began.
@@ -37,13 +39,18 @@ type Heads = Arc<Mutex<TwoGenerations<Arc<str>, Head>>>;
 
 const HEADS_LEN: usize = 8 << 20;
 
+/// The term of a machine that nobody ever owned.
+pub const FIRST_TERM: u64 = 1;
+
 impl Repository {
     fn of(objects: Objects) -> Self {
+        let objects = Arc::new(objects);
         Self {
-            objects: Arc::new(objects),
+            collector_log: Arc::new(CollectorLog::new(objects.clone())),
             heads: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             looked_up: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             appended: Arc::default(),
+            objects,
         }
     }
 
@@ -81,6 +88,18 @@ impl Repository {
         Self::of(Objects::new(Arc::new(store), *self.id()))
     }
 
+    /// The garbage collector's log.
+    pub fn collector_log(&self) -> &Arc<CollectorLog> {
+        &self.collector_log
+    }
+
+    /// Sees to it that every later record of a machine's log heeds this condemnation; returns the newest one, which does.
+    /// The machine need not exist.
+    pub fn put_barrier(&self, machine: &Arc<str>, generation: u64) -> Result<Head> {
+        let head = self.log_head(machine)?;
+        put_barrier(&self.objects, machine, head, generation, FIRST_TERM)
+    }
+
     pub fn objects(&self) -> &Arc<Objects> {
         &self.objects
     }
@@ -111,7 +130,7 @@ impl Repository {
 
     /// The newest record of a machine's log, or `None` for one that does not exist (any more).
     pub fn head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
-        Ok(self.log_head(machine)?.filter(|head| head.record.body != Body::Remove))
+        Ok(self.log_head(machine)?.filter(|head| head.record.machine_exists()))
     }
 
     /// The same, as it was a moment ago at most if the store is far away: names on a mount are looked up one after the

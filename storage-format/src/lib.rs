@@ -5,6 +5,7 @@
 mod block;
 mod descriptor;
 mod error;
+mod gc;
 mod journal;
 mod manifest;
 mod name;
@@ -19,13 +20,15 @@ mod wire;
 pub use block::{BLOCK_HEADER_LEN, BLOCK_PAYLOAD_LEN_MAX, Block, BlockKind, PageDecoder, PageEncoder, put_raw_block};
 pub use descriptor::Descriptor;
 pub use error::{FormatError, Result};
+pub use gc::{Birth, CONDEMNED_MAX, GcBody, GcRecord, HELD_MAX, Lease};
 pub use journal::{
     JOURNAL_PAGES_MAX, JournalBase, JournalEntry, JournalKind, JournalNode, JournalReader, JournalWriter, SpooledPage,
 };
 pub use manifest::{Attributes, EntryKind, IMAGE_LEN_MAX, Image, Manifest, ManifestEntry, Root};
 pub use name::{
-    DESCRIPTOR_KEY, NAME_LEN_MAX, RECORDS_A_SEGMENT, STREAM_PATH_LEN_MAX, check_machine, check_stream_path, check_tag,
-    decode_component, encode_component, hex, log_prefix, machine_traces_prefix, pack_key, parse_id, record_key,
+    BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, NAME_LEN_MAX, READERS_PREFIX, RECORDS_A_SEGMENT, RESERVE_KEY,
+    STREAM_PATH_LEN_MAX, birth_key, check_machine, check_stream_path, check_tag, decode_component, encode_component,
+    gc_record_key, hex, lease_key, log_prefix, machine_traces_prefix, pack_key, parse_id, parse_lease_key, record_key,
     record_seq, segment_name, trace_prefix, trace_seq,
 };
 pub use node::{

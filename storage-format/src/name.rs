@@ -128,6 +128,40 @@ pub fn trace_seq(key: &str) -> Option<u64> {
     if name.len() == 12 && name.bytes().all(|byte| byte.is_ascii_digit()) { name.parse().ok() } else { None }
 }
 
+/// Where the collector's log lies.
+pub const GC_LOG_PREFIX: &str = "gc/log/";
+
+/// The key of a record of the collector's log.
+pub fn gc_record_key(seq: u64) -> String {
+    format!("{GC_LOG_PREFIX}{seq:016}")
+}
+
+/// Bytes that mean nothing, kept so that they can be given up when a disk is full.
+pub const RESERVE_KEY: &str = "gc/reserve";
+
+/// Where readers say what they read.
+pub const READERS_PREFIX: &str = "gc/readers/";
+
+/// The key of a reader's lease.
+pub fn lease_key(reader: &[u8; 16], number: u64) -> String {
+    format!("{READERS_PREFIX}{}-{number:016}", hex(reader))
+}
+
+/// The reader and number of a lease, from its key.
+pub fn parse_lease_key(key: &str) -> Option<([u8; 16], u64)> {
+    let (reader, number) = key.strip_prefix(READERS_PREFIX)?.split_once('-')?;
+    let parsed = (parse_id(reader)?, record_seq(number)?);
+    (lease_key(&parsed.0, parsed.1) == key).then_some(parsed)
+}
+
+/// Where commits to machines that have no log yet are announced.
+pub const BIRTHS_PREFIX: &str = "gc/births/";
+
+/// The key by which a commit to a machine without a log is announced.
+pub fn birth_key(writer: &[u8; 16]) -> String {
+    format!("{BIRTHS_PREFIX}{}", hex(writer))
+}
+
 /// Letters, digits, dots, dashes and underscores as they are, every other byte as %XX: safe on every store.
 pub fn encode_component(name: &str) -> String {
     let mut out = String::with_capacity(name.len());

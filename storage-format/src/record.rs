@@ -12,6 +12,10 @@ use crate::wire::{Put, Reader};
 
 const WHAT: &str = "log record";
 
+/// Set in the kind of a record that states a generation: one written before garbage was ever collected takes no room
+/// for it.
+const WITH_GENERATION: u8 = 0x80;
+
 /// The largest manifest that a record carries itself; a larger one is stored as an image.
 pub const INLINE_MANIFEST_LEN_MAX: usize = 16 << 10;
 
@@ -45,6 +49,9 @@ pub struct Record {
     /// The newest record before this one that is an edit (see [`Record::is_edit`]), or 0. Whoever asks whether an
     /// epoch was dropped, or what a tag names, follows these and need not read the other records.
     pub last_edit: u64,
+    /// The newest condemnation of the garbage collector that this log heeds: the number of its record in the
+    /// collector's log, or 0. It never falls.
+    pub generation: u64,
     pub body: Body,
 }
 
@@ -72,6 +79,11 @@ pub enum Body {
     },
     /// The machine and all its epochs are gone. The log stays, so that no number is ever used twice.
     Remove,
+    /// Nothing changed but the generation: whoever is about to append has this record in the way, and learns what was
+    /// condemned. Whether the machine exists is as it was.
+    Barrier {
+        exists: bool,
+    },
 }
 
 impl Body {
@@ -85,6 +97,7 @@ impl Body {
             Self::Untag { .. } => "untag",
             Self::Drop { .. } => "drop",
             Self::Remove => "remove",
+            Self::Barrier { .. } => "barrier",
         }
     }
 }
@@ -128,10 +141,15 @@ impl Record {
     /// Whether the record changes which epochs exist or what tags name, other than by adding an untagged epoch.
     pub fn is_edit(&self) -> bool {
         match &self.body {
-            Body::Create | Body::Term => false,
+            Body::Create | Body::Term | Body::Barrier { .. } => false,
             Body::Commit(commit) => !commit.tags.is_empty(),
             Body::Tag { .. } | Body::Untag { .. } | Body::Drop { .. } | Body::Remove => true,
         }
+    }
+
+    /// Whether the machine exists once this record is in its log.
+    pub fn machine_exists(&self) -> bool {
+        !matches!(self.body, Body::Remove | Body::Barrier { exists: false })
     }
 
     /// Refuses a record that could not be written, or that no reader would take. Whoever fills a record with what
@@ -167,7 +185,7 @@ impl Record {
             Body::Drop { epochs } if epochs.len() > BLOCK_PAYLOAD_LEN_MAX / 16 => {
                 return refuse("it drops more than a million epochs");
             }
-            Body::Drop { .. } | Body::Create | Body::Term | Body::Remove => {}
+            Body::Drop { .. } | Body::Create | Body::Term | Body::Remove | Body::Barrier { .. } => {}
         }
         self.check_numbers()
     }
@@ -189,13 +207,14 @@ impl Record {
         let is_earlier = |epoch: u64| 0 < epoch && epoch < seq;
         let latest_fits = match self.body {
             Body::Commit(_) => self.latest_epoch == seq,
-            Body::Create | Body::Remove => self.latest_epoch == 0,
+            Body::Create | Body::Remove | Body::Barrier { exists: false } => self.latest_epoch == 0,
             _ => self.latest_epoch < seq,
         };
         let body_fits = match &self.body {
             Body::Commit(commit) => commit.parent < seq && commit.origin.as_ref().is_none_or(|(_, epoch)| *epoch > 0),
             Body::Tag { epoch, .. } => is_earlier(*epoch),
             Body::Drop { epochs } => epochs.iter().all(|epoch| is_earlier(*epoch)) && epochs.is_sorted_by(|a, b| a < b),
+            Body::Barrier { .. } => self.generation > 0,
             _ => true,
         };
         if seq == 0 || self.last_edit >= seq || !latest_fits || !body_fits {
@@ -232,32 +251,40 @@ impl Record {
         out.put(&self.previous);
         out.put_u64(self.latest_epoch);
         out.put_u64(self.last_edit);
+        out.put_u8(self.kind() | if self.generation > 0 { WITH_GENERATION } else { 0 });
+        if self.generation > 0 {
+            out.put_u64(self.generation);
+        }
         match &self.body {
-            Body::Create => out.put_u8(1),
-            Body::Commit(commit) => {
-                out.put_u8(2);
-                commit.put(own, &mut out);
-            }
-            Body::Term => out.put_u8(3),
+            Body::Create | Body::Term | Body::Remove => {}
+            Body::Commit(commit) => commit.put(own, &mut out),
             Body::Tag { epoch, name } => {
-                out.put_u8(4);
                 out.put_u64(*epoch);
                 out.put_short(name.as_bytes());
             }
-            Body::Untag { name } => {
-                out.put_u8(5);
-                out.put_short(name.as_bytes());
-            }
+            Body::Untag { name } => out.put_short(name.as_bytes()),
             Body::Drop { epochs } => {
-                out.put_u8(6);
                 out.put_u32(u32::try_from(epochs.len()).expect("a drop names fewer than 4 billion epochs"));
                 for epoch in epochs {
                     out.put_u64(*epoch);
                 }
             }
-            Body::Remove => out.put_u8(7),
+            Body::Barrier { exists } => out.put_flag(*exists),
         }
         out
+    }
+
+    fn kind(&self) -> u8 {
+        match &self.body {
+            Body::Create => 1,
+            Body::Commit(_) => 2,
+            Body::Term => 3,
+            Body::Tag { .. } => 4,
+            Body::Untag { .. } => 5,
+            Body::Drop { .. } => 6,
+            Body::Remove => 7,
+            Body::Barrier { .. } => 8,
+        }
     }
 
     /// Decodes the record with this number of this machine's log from its block; returns its digest too.
@@ -287,7 +314,12 @@ impl Record {
         let previous = from.array()?;
         let latest_epoch = from.u64()?;
         let last_edit = from.u64()?;
-        let body = match from.u8()? {
+        let kind = from.u8()?;
+        let generation = if kind & WITH_GENERATION == 0 { 0 } else { from.u64()? };
+        if kind & WITH_GENERATION != 0 && generation == 0 {
+            return invalid(WHAT, "it heeds a condemnation that has no number");
+        }
+        let body = match kind & !WITH_GENERATION {
             1 => Body::Create,
             2 => Body::Commit(Commit::read(&own, &mut from)?),
             3 => Body::Term,
@@ -302,10 +334,12 @@ impl Record {
                 Body::Drop { epochs }
             }
             7 => Body::Remove,
+            8 => Body::Barrier { exists: from.flag()? },
             _ => return invalid(WHAT, "its kind is unknown"),
         };
         from.end()?;
-        let record = Self { machine, seq, term, owner, writer, time_ns, previous, latest_epoch, last_edit, body };
+        let record =
+            Self { machine, seq, term, owner, writer, time_ns, previous, latest_epoch, last_edit, generation, body };
         record.check_numbers()?;
         Ok(record)
     }

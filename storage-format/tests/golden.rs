@@ -238,7 +238,19 @@ const DAMAGES: &[(&str, &str, &str, Damage)] = &[
         })
     }),
     ("record-term", "flipped", "Checksum", |b| flipped(b, 10)),
-    ("record-term", "unknown-kind", "Invalid", |b| resealed(RECORD, b, |record| record[RECORD_KIND] = 8)),
+    // A kind that came later, and one that has not come yet.
+    ("record-term", "unknown-kind", "Truncated", |b| resealed(RECORD, b, |record| record[RECORD_KIND] = 8)),
+    ("record-term", "kind-of-nothing", "Invalid", |b| resealed(RECORD, b, |record| record[RECORD_KIND] = 0x7f)),
+    ("record-barrier", "flipped", "Checksum", |b| flipped(b, 20)),
+    ("record-barrier", "no-generation", "Invalid", |b| {
+        resealed(RECORD, b, |record| {
+            record[RECORD_KIND] = 8;
+            record.drain(RECORD_KIND + 1..RECORD_KIND + 9);
+        })
+    }),
+    ("record-tag-heeding", "generation-0", "Invalid", |b| {
+        resealed(RECORD, b, |record| record[RECORD_KIND + 1..RECORD_KIND + 9].fill(0))
+    }),
     ("record-release", "flag", "Invalid", |b| resealed(RECORD, b, |record| record[21] = 2)),
     ("record-tag", "flipped", "Checksum", |b| flipped(b, 60)),
     ("record-tag", "bad-name", "Name", |b| {
@@ -386,5 +398,9 @@ fn sizes_are_the_documented_ones() {
     let mut footer = FooterBuilder::new();
     footer.push(BlockKind::Record, [0; 32], takeover);
     assert_eq!(footer.end() as usize + footer.finish().len(), 279);
+    let barrier = vectors::record(Body::Barrier { exists: true }).put_block(Some(&own), &mut bytes).0;
+    let mut footer = FooterBuilder::new();
+    footer.push(BlockKind::Record, [0; 32], barrier);
+    assert_eq!(footer.end() as usize + footer.finish().len(), 288);
     assert_eq!(HEADER_LEN + FooterBuilder::new().finish().len(), 104);
 }

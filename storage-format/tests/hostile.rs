@@ -484,11 +484,14 @@ mod any_value {
             1 => prop::collection::btree_set(1..seq, 0..20)
                 .prop_map(|epochs| Body::Drop { epochs: epochs.into_iter().collect() }),
             1 => Just(Body::Remove),
+            1 => any::<bool>().prop_map(|exists| Body::Barrier { exists }),
         ];
         let owner = prop::option::of((any::<[u8; 16]>(), ".{0,60}", any::<u32>()));
         let previous = hash().prop_filter("it is the first record's", |hash| *hash != [0; 32]);
-        (any::<u64>(), owner, any::<[u8; 16]>(), any::<u64>(), previous, 0..seq, 0..seq, body).prop_map(
-            move |(term, owner, writer, time_ns, previous, latest, last_edit, body)| Record {
+        let heeds = prop_oneof![Just(0), 1..u64::MAX];
+        let numbers = (0..seq, 0..seq, heeds);
+        (any::<u64>(), owner, any::<[u8; 16]>(), any::<u64>(), previous, numbers, body).prop_map(
+            move |(term, owner, writer, time_ns, previous, (latest, last_edit, generation), body)| Record {
                 machine: vectors::MACHINE.into(),
                 seq,
                 term,
@@ -498,10 +501,11 @@ mod any_value {
                 previous,
                 latest_epoch: match &body {
                     Body::Commit(_) => seq,
-                    Body::Create | Body::Remove => 0,
+                    Body::Create | Body::Remove | Body::Barrier { exists: false } => 0,
                     _ => latest,
                 },
                 last_edit,
+                generation: if matches!(body, Body::Barrier { .. }) { generation.max(1) } else { generation },
                 body,
             },
         )

@@ -146,8 +146,56 @@ fn every_command_prints_a_document_with_its_fields() {
         &["machine", "epoch", "directory", "files", "logical_bytes", "written_bytes", "elapsed_ms"],
     );
     check(&["clone", "web1", "web2"], &["machine", "epoch", "origin"]);
+    let other = world.path("other").into_os_string().into_string().unwrap();
+    world.ok(["init", "--repo", &other]);
+    check(
+        &["copy", "web1", "--to", &other],
+        &[
+            "machine",
+            "to",
+            "to_machine",
+            "epochs[].from",
+            "epochs[].to",
+            "epochs[].read_bytes",
+            "epochs[].new_pages",
+            "epochs[].stored_bytes",
+            "there_before",
+            "passed_over",
+        ],
+    );
     check(&["tag", "web1", "golden"], &["machine", "epoch", "tag"]);
     check(&["tag", "web1", "golden", "--delete"], &["machine", "tag", "deleted"]);
+    check(
+        &["prune", "web1", "--keep-last", "9"],
+        &[
+            "machines[].machine",
+            "machines[].epochs[].epoch",
+            "machines[].epochs[].time_ns",
+            "machines[].epochs[].kept",
+            "machines[].epochs[].reasons[]",
+            "kept",
+            "dropped",
+            "done",
+        ],
+    );
+    check(
+        &["gc", "plan"],
+        &[
+            "packs",
+            "bytes",
+            "garbage_packs",
+            "garbage_bytes",
+            "young_packs",
+            "young_bytes",
+            "machines",
+            "epochs",
+            "epochs_walked",
+            "pages_walked",
+            "done",
+        ],
+    );
+    check(&["gc", "run", "--yes"], &["condemned", "kept", "deleted", "deleted_bytes", "done", "waiting_for"]);
+    check(&["gc", "status"], &["record", "step", "time_ns", "running", "readers"]);
     check(&["rm", "web1@1", "--yes"], &["machines", "epochs[].machine", "epochs[].epoch", "done"]);
     check(
         &["verify"],

@@ -3,9 +3,11 @@
 //! Every run is checked for panics, and every run that must succeed for unexpected warnings.
 //! EPOCHFS_TEST_BINARY names another program to test than the one just built, for example the installed one.
 
+mod copy;
 mod dirty;
 mod documents;
 mod export;
+mod gc;
 mod help;
 mod index;
 mod layers;

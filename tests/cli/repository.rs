@@ -177,7 +177,21 @@ fn a_damaged_page_is_reported_and_never_exported() {
     world.run(["verify"]).code(3);
     let verified = world.run(["verify", "--json"]).json();
     assert_eq!(verified["whole"], false);
-    assert_eq!(verified["broken_epochs"][0]["machine"], "web1");
+    let broken = &verified["broken_epochs"][0];
+    assert_eq!((&broken["machine"], &broken["stream"]), (&"web1".into(), &"memory".into()));
+    // Header, then pages of 8 + 4,096 bytes: this byte is of the second.
+    assert_eq!(broken["ranges"], serde_json::json!([{"first": 1, "pages": 1}]));
+    assert_eq!(broken["pages"], 1);
+}
+
+#[test]
+fn verifying_takes_its_time_if_asked_to() {
+    let world = World::new();
+    world.commit("web1", &world.file("a", pages(3, 500)));
+    let start = epochfs::platform::clock::Stopwatch::start();
+    assert_eq!(world.json(["verify", "--rate", "2M"])["whole"], true);
+    assert!(start.elapsed().as_millis() > 900, "{:?}", start.elapsed());
+    world.run(["verify", "--rate", "fast"]).code(2);
 }
 
 /// The program in a mount namespace of its own, after these shell commands.

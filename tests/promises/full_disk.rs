@@ -18,8 +18,12 @@ struct Disk(PathBuf);
 
 impl Disk {
     fn mount(at: PathBuf, more: &str) -> Option<Self> {
+        Self::of_len(at, DISK_LEN, more)
+    }
+
+    fn of_len(at: PathBuf, len: u64, more: &str) -> Option<Self> {
         fs::create_dir_all(&at).unwrap();
-        let options = format!("size={DISK_LEN}{more}");
+        let options = format!("size={len}{more}");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "epochfs-test"]).arg(&at).output();
         match mounted {
             Ok(output) if output.status.success() => Some(Self(at)),
@@ -157,4 +161,61 @@ fn p1_p2_p6_a_disk_without_inodes_loses_nothing() {
             }
         },
     );
+}
+
+/// What gives room back works where there is none at all.
+#[test]
+fn p4_a_collector_works_on_a_disk_that_is_completely_full() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::mount(directory.path().join("disk"), "") else { return };
+    // What the collector remembers cannot be written either.
+    let program = Program::new(directory.path()).unwrap().at(disk.0.join("repository"), disk.0.join("state"));
+    assert!(run(&mut program.command(&["init"])).status.success());
+    let file = directory.path().join("memory");
+    let mut epochs = Vec::new();
+    for seed in 0.. {
+        let content = crate::crash::noisy_image(seed, 1000).bytes();
+        fs::write(&file, &content).unwrap();
+        let output = commit(&program, &file);
+        if !output.status.success() {
+            assert!(String::from_utf8_lossy(&output.stderr).contains("No space left"), "{output:?}");
+            break;
+        }
+        epochs.push(content);
+    }
+    assert!(epochs.len() > 5, "{}", epochs.len());
+    disk.fill(0);
+    let told = |words: &[&str]| -> Value {
+        let output = run(&mut program.command(words));
+        assert!(output.status.success(), "{words:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let newest = epochs.len();
+    for epoch in 1..newest {
+        told(&["rm", &format!("web1@{epoch}"), "--yes"]);
+    }
+    let ran = told(&["gc", "run", "--yes", "--orphans-after", "0s"]);
+    assert!(ran["deleted"].as_u64().unwrap() >= newest as u64 - 1, "{ran}");
+    // There is room again, for commits as well.
+    fs::write(&file, &epochs[0]).unwrap();
+    assert!(commit(&program, &file).status.success());
+    check(&program, directory.path(), &epochs, newest - 1);
+}
+
+#[test]
+fn commits_leave_room_for_the_collector() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::of_len(directory.path().join("disk"), 1 << 30, "") else { return };
+    let program = Program::new(directory.path()).unwrap().at(disk.0.join("repository"), directory.path().join("state"));
+    assert!(run(&mut program.command(&["init"])).status.success());
+    let file = directory.path().join("memory");
+    fs::write(&file, crate::crash::noisy_image(1, 100).bytes()).unwrap();
+    assert!(commit(&program, &file).status.success());
+    disk.fill(10 << 20);
+    let output = commit(&program, &file);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains("commits leave 16 MiB free") && text.contains("gc run"), "{text}");
+    disk.free();
+    assert!(commit(&program, &file).status.success());
 }

@@ -11,6 +11,7 @@ mod crash;
 mod embedding;
 mod flips;
 mod full_disk;
+mod gc;
 mod kill;
 mod live;
 mod model;

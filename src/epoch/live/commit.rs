@@ -14,12 +14,13 @@ use super::frozen::FrozenSource;
 use super::refusal::Refusal;
 use super::spool::Spool;
 use super::tree::{Content, ROOT, Tree};
-use super::{Halt, Live, ROOT_NOTE, lock};
+use super::{Halt, Live, ROOT_NOTE};
 use crate::epoch::commit::{CommitBuilder, CommitOptions, Committed};
 use crate::epoch::ranges::Ranges;
 use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
 use crate::platform::random;
 
 /// What is said about an epoch that is made of a live.
@@ -339,6 +340,7 @@ impl Live {
         {
             let mut tree = self.exclusive();
             tree.base = committed.epoch;
+            tree.held = Some(Arc::new(self.store.hold(&self.machine, committed.epoch)));
             self.rebased.store(true, Ordering::Release);
             for entry in &job.entries {
                 if let FrozenKind::File(FrozenFile { file, layer, .. }) = &entry.kind {

@@ -19,7 +19,7 @@ mod tree;
 use std::cmp::Ordering as Order;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use epochfs_format::{JournalBase, Owner, encode_component};
@@ -35,6 +35,7 @@ use super::admin::Ownership;
 use super::view::EpochStore;
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::Files;
+use crate::platform::lock::lock;
 use commit::Pipeline;
 use file::Io;
 use journal::{Journal, Recovered, entries_of, recover};
@@ -133,10 +134,6 @@ pub struct LiveStatus {
     pub error: Option<String>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Live {
     /// Opens a machine's live: as this host left it, or as the newest epoch is.
     pub fn open(
@@ -180,6 +177,9 @@ impl Live {
             let tree = newest_tree(&store, &machine, &settings, 0)?;
             return Ok(live(tree, OnceLock::new(), None));
         };
+        let mut tree = tree;
+        let _opening = store.opening()?;
+        tree.held = Some(Arc::new(store.hold(&machine, base.epoch)));
         let live = live(tree, OnceLock::from(spool), Some(journal));
         live.changes.store(1, Ordering::Relaxed);
         live.resume(&base)?;
@@ -250,7 +250,8 @@ impl Live {
         if newest == 0 {
             return Ok(tree.nodes().count() == 1 && tree.root_note() == self.default_root_note());
         }
-        let epoch = self.store.open(self.store.repository().epoch_record(&self.machine, newest)?)?;
+        let opening = self.store.opening()?;
+        let epoch = self.store.open(self.store.repository().epoch_record(&self.machine, newest)?, &opening)?;
         let mut notes = epoch.commit().notes.iter();
         let note = notes.find(|(name, _)| name == ROOT_NOTE).map(|(_, note)| note.clone());
         Ok(tree.is(epoch.manifest()) && tree.root_note() == note.unwrap_or_else(|| self.default_root_note()))
@@ -666,11 +667,13 @@ pub fn machines_kept(files: &dyn Files, directory: &Path) -> Result<Vec<Arc<str>
 /// The files of a machine's newest epoch.
 fn newest_tree(store: &EpochStore, machine: &Arc<str>, settings: &LiveSettings, next: u64) -> Result<Tree> {
     let (owner, group) = (settings.owner, settings.group);
+    let opening = store.opening()?;
     let head = store.repository().require(machine)?;
     match store.repository().latest_of(&head)? {
         Some(record) => {
-            let epoch = store.open(record)?;
+            let epoch = store.open(record, &opening)?;
             let mut tree = Tree::of_manifest(epoch.manifest(), epoch.number(), owner, group, next);
+            tree.held = Some(epoch.hold().clone());
             let notes = epoch.commit().notes.iter();
             notes.filter(|(name, _)| name == ROOT_NOTE).for_each(|(_, note)| tree.heed_root_note(note));
             Ok(tree)

@@ -8,6 +8,7 @@ use epochfs_format::{Attributes, EntryKind, JournalKind, JournalNode, Manifest, 
 use super::file::LiveFile;
 use super::refusal::{Answer, Refusal};
 use crate::platform::clock;
+use crate::repo::Hold;
 
 /// The topmost directory.
 pub const ROOT: u64 = 1;
@@ -47,6 +48,8 @@ pub struct Tree {
     next: u64,
     /// The epoch that the files lie on, or 0.
     pub base: u64,
+    /// Keeps that epoch readable, though it be dropped.
+    pub held: Option<Arc<Hold>>,
     /// What the journal has yet to be told.
     changed: BTreeSet<u64>,
     gone: BTreeSet<u64>,
@@ -120,7 +123,7 @@ impl Tree {
             held: 0,
         };
         let nodes = HashMap::from([(ROOT, root)]);
-        Self { nodes, next: first.max(ROOT + 1), base: 0, changed: BTreeSet::new(), gone: BTreeSet::new() }
+        Self { nodes, next: first.max(ROOT + 1), base: 0, held: None, changed: BTreeSet::new(), gone: BTreeSet::new() }
     }
 
     /// Mode, owner and group of the topmost directory, which is in no manifest, as a note of an epoch says them.

@@ -55,6 +55,13 @@ pub struct ObjectInfo {
     pub len: u64,
 }
 
+/// How much can be stored, where that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    pub free: u64,
+    pub total: u64,
+}
+
 pub trait Store: Send + Sync {
     /// Where this is, for messages.
     fn url(&self) -> String;
@@ -134,6 +141,11 @@ pub trait Store: Send + Sync {
     /// The names directly under `prefix` (which ends with a slash) that hold further names, in byte order,
     /// without the prefix and without a slash at the end.
     fn list_dirs(&self, prefix: &str) -> Result<Vec<String>>;
+
+    /// How much room there is, if the store has an end.
+    fn room(&self) -> Option<Room> {
+        None
+    }
 
     /// Removes an object. One that is not there is fine.
     fn delete(&self, key: &str) -> Result<()>;

@@ -10,11 +10,12 @@ mod learner;
 mod pending;
 mod rebuild;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use epochfs_format::{FooterBuilder, Hash, ObjectRef, Place};
+use epochfs_format::{BlockKind, FooterBuilder, FooterEntry, Hash, ObjectRef, Place};
 
 use super::objects::Objects;
 use crate::error::{Kind, Result};
@@ -37,6 +38,8 @@ pub struct IndexCounters {
 /// The index of one repository on this host.
 pub struct Index {
     database: Option<Arc<Database>>,
+    /// In place of the database, for as long as this process runs.
+    memory: Option<Mutex<HashMap<Hash, Place>>>,
     learner: Option<Learner>,
     directory: PathBuf,
     distrusted: Arc<AtomicBool>,
@@ -48,11 +51,17 @@ impl Index {
     pub fn none() -> Self {
         Self {
             database: None,
+            memory: None,
             learner: None,
             directory: PathBuf::new(),
             distrusted: Arc::new(AtomicBool::new(false)),
             counters: IndexCounters::default(),
         }
+    }
+
+    /// An index that knows what this process stored, and is kept nowhere.
+    pub fn in_memory() -> Self {
+        Self { memory: Some(Mutex::default()), ..Self::none() }
     }
 
     /// What is in this directory, without opening it for use.
@@ -109,11 +118,19 @@ impl Index {
 
     /// The confirmed places of pages with these hashes.
     pub fn find(&self, hashes: &[Hash], objects: &Objects) -> Vec<Option<Place>> {
-        let Some(database) = self.database.as_ref().filter(|_| !self.distrusted.load(Ordering::Relaxed)) else {
+        if self.distrusted.load(Ordering::Relaxed) {
             return vec![None; hashes.len()];
+        }
+        let found = match (&self.database, &self.memory) {
+            (Some(database), _) => database.get(hashes),
+            (None, Some(memory)) => {
+                let memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(hashes.iter().map(|hash| memory.get(hash).cloned()).collect())
+            }
+            (None, None) => return vec![None; hashes.len()],
         };
         self.counters.lookups.fetch_add(hashes.len() as u64, Ordering::Relaxed);
-        let mut found = match database.get(hashes) {
+        let mut found = match found {
             Ok(found) => found,
             Err(error) => {
                 self.distrust(&format!("a look-up failed: {error}"));
@@ -135,6 +152,8 @@ impl Index {
                 }
                 // It says nothing about the index.
                 Err(error) if error.kind() == Kind::Unavailable => *slot = None,
+                // Deleted by a collector: the page is stored anew, and what is learnt of that takes this entry's place.
+                Err(error) if error.kind() == Kind::NotFound => *slot = None,
                 Err(error) => {
                     self.counters.refuted.fetch_add(1, Ordering::Relaxed);
                     self.distrust(&format!("it names an object that cannot be read: {error}"));
@@ -147,6 +166,13 @@ impl Index {
 
     /// Learns the pages of an object that is durable, in the background.
     pub fn learn(&self, object: &ObjectRef, footer: &FooterBuilder) {
+        if let Some(memory) = &self.memory {
+            let pages = footer.entries().filter(|entry| entry.kind == BlockKind::Page);
+            let place = |entry: &FooterEntry| Place { object: object.clone(), offset: entry.offset, len: entry.len };
+            let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+            memory.extend(pages.map(|entry| (entry.hash, place(&entry))));
+            return;
+        }
         match (&self.learner, &self.database) {
             (Some(learner), _) => learner.learn(object, footer),
             // Another process owns the index, or is just rebuilding it: it will learn from the note.

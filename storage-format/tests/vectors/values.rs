@@ -146,6 +146,7 @@ pub fn record(body: Body) -> Record {
         previous: hash(41),
         latest_epoch,
         last_edit: 17,
+        generation: if matches!(body, Body::Barrier { .. }) { 41 } else { 0 },
         body,
     }
 }
@@ -193,6 +194,8 @@ pub fn records() -> Vec<(&'static str, Record)> {
     term.owner = None;
     let mut create = record(Body::Create);
     (create.owner, create.term) = (None, 1);
+    let mut heeding = record(Body::Tag { epoch: 40, name: "gold".into() });
+    heeding.generation = 41;
     vec![
         ("record-create", create),
         ("record-commit-inline", record(Body::Commit(inline_commit()))),
@@ -203,6 +206,8 @@ pub fn records() -> Vec<(&'static str, Record)> {
         ("record-untag", record(Body::Untag { name: "gold \u{fc}".into() })),
         ("record-drop", record(Body::Drop { epochs: vec![1, 17, 41] })),
         ("record-remove", record(Body::Remove)),
+        ("record-barrier", record(Body::Barrier { exists: true })),
+        ("record-tag-heeding", heeding),
     ]
 }
 

@@ -82,6 +82,9 @@ fn fail_call(acts: &[Act], call: u64, failure: Failure) -> Check<bool> {
         must!(!noticed, "it failed again: {error}");
         noticed = true;
         let expected = if failure.errno == Errno::NOSPC { Kind::NoSpace } else { Kind::Io };
+        // What a commit told the collector is taken back in the end; nobody is told that this failed, but it counts.
+        let is_late = error.to_string().contains("an earlier sync failed");
+        let expected = if is_late { Kind::Io } else { expected };
         must!(error.kind() == expected, "{:?}: {error}", error.kind());
         must!(error.to_string().contains(script::ROOT), "the error does not say where: {error}");
         if expected == Kind::NoSpace {

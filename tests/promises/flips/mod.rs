@@ -101,7 +101,8 @@ fn p5_a_long_record_of_another_repository_is_never_served() {
 #[test]
 fn p5_every_missing_object_is_reported_and_never_served_as_zeros() {
     let sample = sample();
-    for key in sample.objects.keys() {
+    // Leases come and go.
+    for key in sample.objects.keys().filter(|key| !key.starts_with("gc/readers/")) {
         let mut objects = sample.objects.clone();
         objects.remove(key);
         let looked = sample.look(objects);

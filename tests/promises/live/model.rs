@@ -48,6 +48,8 @@ impl World {
     }
 
     fn restart(&mut self) -> Check {
+        // A process that ended renews no journal any more; this one's threads would.
+        self.daemon.live.wait_for_commits();
         self.daemon = Daemon::start(open_store(self.files.clone())?, self.files.clone(), 1)?;
         Ok(())
     }

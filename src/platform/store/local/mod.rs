@@ -24,7 +24,7 @@ use bytes::Bytes;
 use self::handles::{Handle, Handles};
 use self::publish::Shared;
 use self::writer::LocalWriter;
-use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix};
+use super::{Counters, ObjectInfo, ObjectWriter, Put, Room, Store, Tail, check_key, check_prefix};
 use crate::error::{Error, Result};
 use crate::platform::files::Files;
 
@@ -272,6 +272,14 @@ impl Store for LocalStore {
         check_prefix(prefix)?;
         self.shared.counters.list();
         list::dirs(&*self.shared.files, &self.shared.root, prefix)
+    }
+
+    fn room(&self) -> Option<Room> {
+        let told = rustix::fs::statvfs(&self.shared.root).ok()?;
+        Some(Room {
+            free: told.f_bavail.saturating_mul(told.f_frsize),
+            total: told.f_blocks.saturating_mul(told.f_frsize),
+        })
     }
 
     fn delete(&self, key: &str) -> Result<()> {

@@ -1,0 +1,361 @@
+//! The collector: looks at what step is due, and takes it.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use epochfs_format::{CONDEMNED_MAX, GcBody, ObjectRef, hex, pack_key, parse_id};
+
+use super::leases::{Reader, Watch, held_by_readers};
+use super::marks::{Marked, Memory};
+use crate::epoch::EpochStore;
+use crate::error::{Error, Result};
+use crate::platform::clock::{BootClock, Clock, now_ns};
+use crate::repo::machines;
+
+/// How to collect. Plain data, but for the clock.
+#[derive(Clone)]
+pub struct CollectorSettings {
+    /// Where it is remembered what was marked.
+    pub directory: Option<PathBuf>,
+    /// Packs that no record names are left alone until they were seen so long ago: a commit on its way may want them.
+    /// It would not lose anything, but it would have to begin again.
+    pub orphans_after: Duration,
+    pub clock: Arc<dyn Clock>,
+    /// Steps left out, for tests that must notice it.
+    pub canary: Option<Canary>,
+}
+
+/// A planted fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[doc(hidden)]
+pub enum Canary {
+    ForgottenRoot,
+    NoSecondMark,
+    LeasesIgnored,
+    NoBarriers,
+    DeletedBeforeCondemned,
+}
+
+impl Default for CollectorSettings {
+    fn default() -> Self {
+        Self { directory: None, orphans_after: Duration::from_secs(3600), clock: Arc::new(BootClock), canary: None }
+    }
+}
+
+/// What a collection would do.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Plan {
+    pub packs: u64,
+    pub bytes: u64,
+    pub garbage_packs: u64,
+    pub garbage_bytes: u64,
+    /// Packs that no record names, too young to be taken for what a dead writer left.
+    pub young_packs: u64,
+    pub young_bytes: u64,
+    pub machines: u64,
+    pub epochs: u64,
+    pub epochs_walked: u64,
+    pub pages_walked: u64,
+    #[serde(skip)]
+    garbage: Vec<[u8; 16]>,
+}
+
+/// What was given back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Collected {
+    pub condemned: u64,
+    /// Condemned and then found in use.
+    pub kept: u64,
+    pub deleted: u64,
+    pub deleted_bytes: u64,
+}
+
+/// What came of a step.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// Nothing is garbage.
+    Clean,
+    /// So many objects were condemned.
+    Condemned(u64),
+    /// Every log has its barrier.
+    Fenced,
+    /// These readers have to say first what they hold.
+    Waiting(Vec<Reader>),
+    /// It is settled what is to be deleted.
+    Decided { kept: u64 },
+    /// It is deleted.
+    Done(Collected),
+    /// Another collector took the step.
+    Overtaken,
+}
+
+/// Collects garbage, a step at a time.
+pub struct Collector {
+    store: Arc<EpochStore>,
+    settings: CollectorSettings,
+    memory: Memory,
+    watch: Watch,
+    /// How long packs were when they were listed.
+    lengths: HashMap<[u8; 16], u64>,
+}
+
+impl Collector {
+    pub fn new(store: Arc<EpochStore>, settings: CollectorSettings) -> Self {
+        let memory = Memory::new(settings.directory.clone());
+        Self { store, settings, memory, watch: Watch::default(), lengths: HashMap::new() }
+    }
+
+    /// What is garbage now. `progress` is told how many epochs of how many were marked.
+    pub fn plan(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<Plan> {
+        let log = self.store.repository().collector_log().clone();
+        let newest = log.newest()?;
+        let done = match &newest {
+            None => Some(0),
+            Some(record) => match record.body {
+                GcBody::Done { condemned } => Some(condemned),
+                _ => None,
+            },
+        };
+        let running = match &newest {
+            Some(record) if done.is_none() => Some(record.seq - (record.seq - 1) % 4),
+            _ => None,
+        };
+        let packs = self.list_packs()?;
+        // What readers hold would be kept in the end: it is not worth condemning.
+        let held = held_by_readers(self.store.repository().objects())?;
+        let held: Vec<(Arc<str>, u64)> = held.into_iter().map(|(machine, epoch, _)| (machine, epoch)).collect();
+        let mut marked = self.memory.mark(&self.store, running, &held, progress)?;
+        if self.settings.canary == Some(Canary::ForgottenRoot) {
+            forget_a_root(&mut marked);
+        }
+        let is_there: HashSet<[u8; 16]> = packs.iter().map(|(id, _)| *id).collect();
+        let mut plan = Plan {
+            packs: packs.len() as u64,
+            machines: marked.machines,
+            epochs: marked.epochs,
+            epochs_walked: marked.epochs_walked,
+            pages_walked: marked.pages_walked,
+            ..Plan::default()
+        };
+        let now = now_ns();
+        let mut orphans = std::mem::take(&mut self.memory.orphans.first_seen_ns);
+        for (id, len) in packs {
+            plan.bytes += len;
+            if marked.live.contains(&id) {
+                continue;
+            }
+            if !marked.written.contains(&id) {
+                let name = hex(&id);
+                let first_seen = orphans.remove(&name).filter(|seen| *seen <= now).unwrap_or(now);
+                self.memory.orphans.first_seen_ns.insert(name, first_seen);
+                if u128::from(now - first_seen) < self.settings.orphans_after.as_nanos() {
+                    plan.young_packs += 1;
+                    plan.young_bytes += len;
+                    continue;
+                }
+            }
+            plan.garbage_packs += 1;
+            plan.garbage_bytes += len;
+            plan.garbage.push(id);
+        }
+        self.memory.settle(done, &|id| is_there.contains(id));
+        Ok(plan)
+    }
+
+    fn list_packs(&mut self) -> Result<Vec<([u8; 16], u64)>> {
+        let mut packs = Vec::new();
+        self.store.repository().objects().store().list("packs/", None, &mut |info| {
+            packs.extend(info.key.rsplit('/').next().and_then(parse_id).map(|id| (id, info.len)));
+            Ok(true)
+        })?;
+        self.lengths = packs.iter().copied().collect();
+        Ok(packs)
+    }
+
+    /// Takes the step that is due, whoever took the one before.
+    pub fn step(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<Step> {
+        let repository = self.store.repository().clone();
+        let step = repository.with_reserve(&mut || self.step_once(progress))?;
+        if matches!(step, Step::Done(_)) {
+            repository.keep_reserve();
+        }
+        Ok(step)
+    }
+
+    fn step_once(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<Step> {
+        let newest = self.store.repository().collector_log().newest()?;
+        let seq = newest.as_ref().map_or(0, |record| record.seq);
+        match newest.map(|record| record.body) {
+            None | Some(GcBody::Done { .. }) => {
+                let plan = self.plan(progress)?;
+                self.condemn(seq + 1, plan)
+            }
+            Some(GcBody::Condemn { .. }) => self.fence(seq),
+            Some(GcBody::Fence { condemned }) => self.decide(condemned, progress),
+            Some(GcBody::Delete { condemned, kept }) => self.delete(condemned, kept),
+        }
+    }
+
+    /// Records that these objects must not be referred to any more.
+    fn condemn(&mut self, seq: u64, plan: Plan) -> Result<Step> {
+        let mut objects: Vec<ObjectRef> = plan.garbage.into_iter().map(ObjectRef::Pack).collect();
+        if objects.is_empty() {
+            return Ok(Step::Clean);
+        }
+        objects.truncate(CONDEMNED_MAX);
+        objects.sort();
+        if self.settings.canary == Some(Canary::DeletedBeforeCondemned) {
+            objects.iter().try_for_each(|object| self.delete_object(object).map(|_| ()))?;
+        }
+        let count = objects.len() as u64;
+        self.append(seq, GcBody::Condemn { objects }, Step::Condemned(count))
+    }
+
+    fn append(&self, seq: u64, body: GcBody, step: Step) -> Result<Step> {
+        let appended = self.store.repository().collector_log().append(seq, body)?;
+        Ok(if appended { step } else { Step::Overtaken })
+    }
+
+    /// Puts a barrier into every log. A commit that looked at its log before finds the barrier in its way, and one that
+    /// looks after it heeds the condemnation.
+    fn fence(&mut self, condemned: u64) -> Result<Step> {
+        let repository = self.store.repository();
+        let store = repository.objects().store();
+        let mut logs: BTreeSet<Arc<str>> = BTreeSet::new();
+        // Births first: one that is taken back meanwhile has made a log.
+        let births = repository.collector_log().births()?;
+        if let Some((key, _)) = births.iter().find(|(_, machine)| machine.is_none()) {
+            return Err(Error::damaged(format!(
+                "{key} cannot be read, so that nobody knows which machine it announces"
+            ))
+            .hint("nothing is collected while it is there; delete it if no commit is on its way"));
+        }
+        logs.extend(births.iter().filter_map(|(_, machine)| machine.clone()));
+        logs.extend(machines(repository.objects())?);
+        if self.settings.canary != Some(Canary::NoBarriers) {
+            for machine in &logs {
+                repository.put_barrier(machine, condemned)?;
+            }
+        }
+        // Each of these machines has a log now, which will hold any later barrier as well.
+        for (key, _) in births {
+            store.delete(&key)?;
+        }
+        self.append(condemned + 1, GcBody::Fence { condemned }, Step::Fenced)
+    }
+
+    /// Marks again and settles what is to be deleted, once all readers have said what they hold.
+    fn decide(&mut self, condemned: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<Step> {
+        let repository = self.store.repository().clone();
+        let objects = repository.objects();
+        let mut held = Vec::new();
+        if self.settings.canary != Some(Canary::LeasesIgnored) {
+            let standing = self.watch.look(objects, &*self.settings.clock, condemned + 1, true)?;
+            if !standing.waiting.is_empty() {
+                return Ok(Step::Waiting(standing.waiting));
+            }
+            held = standing.held;
+        }
+        let all = repository.collector_log().condemned(condemned)?;
+        let mut kept = Vec::new();
+        if self.settings.canary != Some(Canary::NoSecondMark) {
+            let mut marked = self.memory.mark(&self.store, Some(condemned), &held, progress)?;
+            if self.settings.canary == Some(Canary::ForgottenRoot) {
+                forget_a_root(&mut marked);
+            }
+            if !marked.behind.is_empty() && self.settings.canary != Some(Canary::NoBarriers) {
+                // The listing did not show a log that was there. Nothing is deleted on the word of such a store.
+                tracing::warn!("{:?} came late: nothing of this collection is deleted", marked.behind);
+                kept = all;
+            } else {
+                kept.extend(all.into_iter().filter(|object| match object {
+                    ObjectRef::Pack(id) => marked.live.contains(id),
+                    ObjectRef::Record { .. } => true,
+                }));
+            }
+        }
+        let count = kept.len() as u64;
+        self.append(condemned + 2, GcBody::Delete { condemned, kept }, Step::Decided { kept: count })
+    }
+
+    /// Deletes what was settled. Doing it twice, or late, harms nobody: no name is used again.
+    fn delete(&mut self, condemned: u64, kept: Vec<ObjectRef>) -> Result<Step> {
+        let all = self.store.repository().collector_log().condemned(condemned)?;
+        let mut collected = Collected { condemned: all.len() as u64, kept: kept.len() as u64, ..Collected::default() };
+        let kept: HashSet<ObjectRef> = kept.into_iter().collect();
+        for object in all.iter().filter(|object| !kept.contains(object)) {
+            collected.deleted_bytes += self.delete_object(object)?;
+            collected.deleted += 1;
+        }
+        self.append(condemned + 3, GcBody::Done { condemned }, Step::Done(collected))
+    }
+
+    fn delete_object(&self, object: &ObjectRef) -> Result<u64> {
+        let store = self.store.repository().objects().store();
+        match object {
+            ObjectRef::Pack(id) => {
+                let key = pack_key(id);
+                let len = match self.lengths.get(id) {
+                    Some(len) => *len,
+                    None => store.len(&key)?.unwrap_or(0),
+                };
+                store.delete(&key)?;
+                Ok(len)
+            }
+            // A log's numbers must never become free.
+            ObjectRef::Record { machine, seq } => {
+                Err(Error::damaged(format!("record {seq} of {machine} is condemned, and records are never deleted")))
+            }
+        }
+    }
+
+    /// Collects until nothing is garbage. `on_step` is told of each step, and waits where readers have to be waited for;
+    /// what it refuses ends the collection, which any other goes on with.
+    pub fn run(
+        &mut self,
+        progress: &mut dyn FnMut(u64, u64),
+        on_step: &mut dyn FnMut(&Step) -> Result<()>,
+    ) -> Result<Collected> {
+        let mut sum = Collected::default();
+        loop {
+            let step = self.step(progress)?;
+            on_step(&step)?;
+            match step {
+                Step::Clean => return Ok(sum),
+                Step::Done(collected) => {
+                    sum.condemned += collected.condemned;
+                    sum.kept += collected.kept;
+                    sum.deleted += collected.deleted;
+                    sum.deleted_bytes += collected.deleted_bytes;
+                    // What was condemned and kept was a mistake of the first mark only if something raced with it.
+                    if collected.deleted == 0 {
+                        return Ok(sum);
+                    }
+                }
+                Step::Waiting(readers) => {
+                    let soonest = readers.iter().map(|reader| reader.seconds_left).min().unwrap_or(0);
+                    self.settings.clock.sleep(Duration::from_secs(soonest).clamp(POLL / 4, POLL));
+                }
+                Step::Condemned(_) | Step::Fenced | Step::Decided { .. } | Step::Overtaken => {}
+            }
+        }
+    }
+
+    /// Who would have to be waited for now.
+    pub fn readers(&mut self) -> Result<Vec<Reader>> {
+        let objects = self.store.repository().objects().clone();
+        Ok(self.watch.look(&objects, &*self.settings.clock, u64::MAX, false)?.waiting)
+    }
+}
+
+/// How often leases are looked at.
+const POLL: Duration = Duration::from_secs(2);
+
+fn forget_a_root(marked: &mut Marked) {
+    if let Some(id) = marked.live.iter().max().copied() {
+        marked.live.remove(&id);
+        marked.written.insert(id);
+    }
+}

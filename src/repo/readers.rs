@@ -1,0 +1,339 @@
+//! Readers' leases: which epochs this process reads, so that no collector takes them away, though they be dropped.
+//!
+//! A lease is an object that is written again under the next number for as long as something is read. A collector judges
+//! by its own clock whether one still changes. A lease says how much of the collector's log its reader had read when it
+//! listed what it holds: an epoch that is not in the list was found to exist after that.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use epochfs_format::{HELD_MAX, Lease, lease_key};
+
+use super::collector_log::CollectorLog;
+use super::objects::Objects;
+use crate::error::{Error, Result};
+use crate::platform::clock::{BootClock, Clock};
+use crate::platform::random;
+
+/// How leases are kept. Plain data, but for the clock.
+#[derive(Clone)]
+pub struct LeaseSettings {
+    /// How long a lease counts that does not change.
+    pub lease: Duration,
+    /// How often it is renewed.
+    pub interval: Duration,
+    /// Whose it is, for people.
+    pub host: String,
+    pub clock: Arc<dyn Clock>,
+    /// Whether a thread renews it; otherwise the owner of the settings calls [`Readers::renew`].
+    pub background: bool,
+    /// Whether there are leases at all. Without, nothing that is read is safe from a collector once it is dropped.
+    pub enabled: bool,
+}
+
+impl Default for LeaseSettings {
+    fn default() -> Self {
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        Self {
+            lease: Duration::from_secs(60),
+            interval: Duration::from_secs(10),
+            host,
+            clock: Arc::new(BootClock),
+            background: true,
+            enabled: true,
+        }
+    }
+}
+
+/// What this process reads.
+pub struct Readers {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    objects: Arc<Objects>,
+    log: Arc<CollectorLog>,
+    settings: LeaseSettings,
+    state: Mutex<State>,
+    /// Only one thread at a time writes leases.
+    renewing: Mutex<()>,
+    closing: Arc<Closing>,
+}
+
+/// Tells the thread that nothing is read any more, without keeping anything alive for it.
+#[derive(Default)]
+struct Closing {
+    closed: Mutex<bool>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    current: Option<Current>,
+    held: BTreeMap<(Arc<str>, u64), usize>,
+    /// Epochs being looked for, each with what was heeded when that began.
+    openings: BTreeSet<(u64, u64)>,
+    next_opening: u64,
+    /// Leases cannot be written here, as was said once: the repository is read-only or full.
+    unprotected: bool,
+    thread: bool,
+}
+
+/// The lease that is in the repository.
+#[derive(Clone, Copy)]
+struct Current {
+    reader: [u8; 16],
+    number: u64,
+    /// The newest number that was tried: one whose answer was lost may be there as well.
+    tried: u64,
+    heeded: u64,
+    renewed: Duration,
+}
+
+/// An epoch is being looked for. While this lives, no lease claims to have heeded what came later than its beginning.
+pub struct Opening {
+    shared: Arc<Shared>,
+    entry: (u64, u64),
+}
+
+/// An epoch is being read.
+pub struct Hold {
+    shared: Arc<Shared>,
+    epoch: (Arc<str>, u64),
+}
+
+impl Readers {
+    pub fn new(objects: Arc<Objects>, log: Arc<CollectorLog>, settings: LeaseSettings) -> Self {
+        let shared = Shared {
+            objects,
+            log,
+            settings,
+            state: Mutex::default(),
+            renewing: Mutex::default(),
+            closing: Arc::default(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Begins to look for an epoch to read: from here on, one that exists is safe once it is held.
+    pub fn opening(&self) -> Result<Opening> {
+        let shared = &self.shared;
+        let now = shared.settings.clock.elapsed();
+        let is_fresh = |state: &State| {
+            !shared.settings.enabled
+                || state.current.is_some_and(|current| now.saturating_sub(current.renewed) < shared.settings.lease / 2)
+        };
+        // Registered before the lease is looked at: from then on the thread does not give it up for want of use.
+        let opening = {
+            let mut state = shared.lock();
+            state.next_opening += 1;
+            let entry = (state.current.map_or(0, |current| current.heeded), state.next_opening);
+            state.openings.insert(entry);
+            Opening { shared: shared.clone(), entry }
+        };
+        if !is_fresh(&shared.lock()) {
+            shared.renew(false)?;
+            shared.start_thread();
+        }
+        Ok(opening)
+    }
+
+    /// Whether somebody of this process reads this epoch.
+    pub fn is_held(&self, machine: &Arc<str>, epoch: u64) -> bool {
+        self.shared.lock().held.contains_key(&(machine.clone(), epoch))
+    }
+
+    /// Holds an epoch. One that is not held already must be found to exist after this, or during the same opening.
+    pub fn hold(&self, machine: &Arc<str>, epoch: u64) -> Hold {
+        let key = (machine.clone(), epoch);
+        *self.shared.lock().held.entry(key.clone()).or_default() += 1;
+        Hold { shared: self.shared.clone(), epoch: key }
+    }
+
+    /// Says once more what is read, or nothing any more where nothing is.
+    pub fn renew(&self) -> Result<()> {
+        self.shared.renew(true)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        *self.closing.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.closing.wake.notify_all();
+        let current = self.state.get_mut().unwrap_or_else(PoisonError::into_inner).current.take();
+        if let Some(current) = current {
+            self.delete(&current);
+        }
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        self.shared.lock().openings.remove(&self.entry);
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        if let Some(count) = state.held.get_mut(&self.epoch) {
+            *count -= 1;
+            if *count == 0 {
+                state.held.remove(&self.epoch);
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn delete(&self, current: &Current) {
+        for number in current.number..=current.tried {
+            // One that stays counts for as long as a dead reader's would.
+            if let Err(error) = self.objects.store().delete(&lease_key(&current.reader, number)) {
+                tracing::debug!("a lease stays: {error}");
+            }
+        }
+    }
+
+    fn renew(&self, may_end: bool) -> Result<()> {
+        if !self.settings.enabled {
+            return Ok(());
+        }
+        let _renewing = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let mut state = self.lock();
+            if may_end && state.held.is_empty() && state.openings.is_empty() {
+                let gone = state.current.take();
+                drop(state);
+                gone.iter().for_each(|current| self.delete(current));
+                return Ok(());
+            }
+        }
+        // Who cannot learn what the collector does claims to have heeded no more than before.
+        if let Err(error) = self.log.heed_newest() {
+            tracing::warn!("the collector's log cannot be read: {error}");
+        }
+        let seen = self.log.seq();
+        let now = self.settings.clock.elapsed();
+        // Whatever is held but not in this list is found to exist behind what was seen.
+        let (before, heeded, held) = {
+            let state = self.lock();
+            let heeded = match &state.current {
+                // Whoever is opening an epoch now has not begun to look for it.
+                None => seen,
+                Some(current) => {
+                    let began = state.openings.first().map_or(seen, |(began, _)| *began);
+                    seen.min(began).max(current.heeded)
+                }
+            };
+            (state.current, heeded, state.held.keys().cloned().collect::<Vec<_>>())
+        };
+        if held.len() > HELD_MAX {
+            return Err(Error::usage(format!("this process reads {} epochs at once", held.len()))
+                .hint("a reader may have 65,536 epochs open"));
+        }
+        let first = || Current { reader: random::id16(), number: 1, tried: 1, heeded, renewed: now };
+        let mut current = before.map_or_else(first, |before| {
+            let number = before.tried + 1;
+            Current { number, tried: number, heeded, renewed: now, ..before }
+        });
+        if let Some(current) = &mut self.lock().current {
+            current.tried += 1;
+        }
+        if !self.put(&current, &held)? {
+            return Ok(());
+        }
+        if let Some(before) = before {
+            if self.objects.store().len(&lease_key(&before.reader, before.number))?.is_some() {
+                self.delete(&Current { tried: before.tried, ..before });
+            } else {
+                tracing::warn!(
+                    "this process stood still for longer than its lease: what it reads of epochs that were dropped may be gone"
+                );
+                self.delete(&current);
+                current = first();
+                if !self.put(&current, &held)? {
+                    return Ok(());
+                }
+            }
+        }
+        let mut state = self.lock();
+        state.current = Some(current);
+        state.unprotected = false;
+        Ok(())
+    }
+
+    /// Writes a lease; `false` where nobody could.
+    fn put(&self, current: &Current, held: &[(Arc<str>, u64)]) -> Result<bool> {
+        let lease = Lease {
+            repository: *self.objects.repository(),
+            reader: current.reader,
+            number: current.number,
+            heeded: current.heeded,
+            lease_ms: u32::try_from(self.settings.lease.as_millis()).unwrap_or(u32::MAX),
+            host: self.settings.host.clone(),
+            held: held.to_vec(),
+        };
+        // The number is used once: whoever finds it taken finds its own first try.
+        match self.objects.store().put_if_absent(&lease_key(&current.reader, current.number), &[&lease.encode()]) {
+            Ok(_) => Ok(true),
+            // What is there can still be read, but it is not safe once it is dropped.
+            Err(error) if error.is_unwritable() => {
+                let mut state = self.lock();
+                if !std::mem::replace(&mut state.unprotected, true) {
+                    tracing::info!("epochs that are dropped while they are read are not kept for it: {error}");
+                }
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn start_thread(self: &Arc<Self>) {
+        if !self.settings.background || !self.settings.enabled {
+            return;
+        }
+        {
+            let mut state = self.lock();
+            if state.thread {
+                return;
+            }
+            state.thread = true;
+        }
+        let (shared, closing, interval) = (Arc::downgrade(self), self.closing.clone(), self.settings.interval);
+        let spawned = std::thread::Builder::new().name("lease".into()).spawn(move || run(&shared, &closing, interval));
+        if let Err(error) = spawned {
+            self.lock().thread = false;
+            tracing::warn!("no thread renews the lease of what is read: {error}");
+        }
+    }
+}
+
+/// Renews the lease until nothing is read any more.
+fn run(shared: &Weak<Shared>, closing: &Closing, interval: Duration) {
+    loop {
+        let closed = closing.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        let (closed, _) = closing
+            .wake
+            .wait_timeout_while(closed, interval, |closed| !*closed)
+            .unwrap_or_else(PoisonError::into_inner);
+        if *closed {
+            return;
+        }
+        drop(closed);
+        let Some(shared) = shared.upgrade() else { return };
+        if let Err(error) = shared.renew(true) {
+            tracing::warn!("the lease of what is read was not renewed: {error}");
+        }
+        let mut state = shared.lock();
+        if state.current.is_none() && state.held.is_empty() && state.openings.is_empty() {
+            state.thread = false;
+            return;
+        }
+    }
+}
