@@ -73,7 +73,7 @@ impl FileSystem {
         if self.owns(machine) {
             return Ok(());
         }
-        match self.store.repository().head(machine)? {
+        match self.store.repository().recent_head(machine)? {
             Some(_) => Ok(()),
             None => Err(Refusal::NotFound),
         }
@@ -81,7 +81,7 @@ impl FileSystem {
 
     /// Where the link to the newest epoch leads.
     pub(super) fn latest(&self, machine: &Arc<str>) -> Answer<String> {
-        let head = self.store.repository().require(machine)?;
+        let head = self.store.repository().require_recent(machine)?;
         match head.record.latest_epoch {
             0 => Err(Refusal::NotFound),
             epoch => Ok(format!("epochs/{epoch}")),
@@ -100,7 +100,7 @@ impl FileSystem {
                 return Err(Refusal::NotFound);
             }
             let number = name.parse().map_err(|_| Refusal::NotFound)?;
-            (repository.epoch_record(machine, number)?, None)
+            (repository.epoch_of(&repository.require_recent(machine)?, number)?, None)
         } else {
             check_tag(name).map_err(|_| Refusal::NotFound)?;
             (repository.tagged_record(machine, name)?, Some(Arc::from(name)))

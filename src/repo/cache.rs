@@ -39,9 +39,12 @@ impl<K: Eq + Hash + Clone, V: Clone> TwoGenerations<K, V> {
         self.young_weight += weight;
     }
 
-    pub fn remove(&mut self, key: &K) {
-        self.young_weight -= self.young.remove(key).map_or(0, |(_, weight)| weight);
-        self.old_weight -= self.old.remove(key).map_or(0, |(_, weight)| weight);
+    /// Forgets a value, and says whether there was one.
+    pub fn remove(&mut self, key: &K) -> bool {
+        let (young, old) = (self.young.remove(key), self.old.remove(key));
+        self.young_weight -= young.as_ref().map_or(0, |(_, weight)| *weight);
+        self.old_weight -= old.as_ref().map_or(0, |(_, weight)| *weight);
+        young.is_some() || old.is_some()
     }
 
     /// The weight of all there is.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use epochfs_format::{Body, Hash, Record, check_machine, decode_component, log_prefix, record_seq};
 
 use super::objects::Objects;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// The newest record of a log.
 #[derive(Clone, Debug)]
@@ -48,14 +48,31 @@ fn newest_seq(objects: &Objects, machine: &str) -> Result<Option<u64>> {
 /// The newest record, or `None` for a machine without a log.
 pub(super) fn head(objects: &Objects, machine: &Arc<str>) -> Result<Option<Head>> {
     let Some(mut seq) = newest_seq(objects, machine)? else { return Ok(None) };
-    let Some((mut record, mut digest)) = objects.record(machine, seq)? else {
+    let (listed, mut next) = two_records(objects, machine, seq)?;
+    let Some((mut record, mut digest)) = listed else {
         return Err(Error::damaged(format!("record {seq} of {machine} was listed and is not there")));
     };
     // Records appended since the listing.
-    while let Some((next, next_digest)) = objects.record(machine, seq + 1)? {
-        (seq, record, digest) = (seq + 1, next, next_digest);
+    while let Some((newer, newer_digest)) = next {
+        (seq, record, digest) = (seq + 1, newer, newer_digest);
+        next = objects.record(machine, seq + 1)?;
     }
     Ok(Some(Head { record, digest }))
+}
+
+type Found = Option<(Record, Hash)>;
+
+/// A record and the one behind it; of a store that is far away both at once.
+fn two_records(objects: &Objects, machine: &Arc<str>, seq: u64) -> Result<(Found, Found)> {
+    if !objects.store().is_remote() {
+        return Ok((objects.record(machine, seq)?, objects.record(machine, seq + 1)?));
+    }
+    std::thread::scope(|scope| {
+        let next = scope.spawn(|| objects.record(machine, seq + 1));
+        let listed = objects.record(machine, seq)?;
+        let next = next.join().unwrap_or_else(|_| Err(Error::new(Kind::Io, "a reading thread failed")))?;
+        Ok((listed, next))
+    })
 }
 
 /// The machine's epochs and tags, as its log tells.

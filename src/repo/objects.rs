@@ -99,7 +99,9 @@ impl Objects {
 
     /// Forgets what is kept of an object, whose bytes were found wrong; says whether it is worth while to read it again.
     pub fn distrust(&self, object: &ObjectRef) -> bool {
-        self.store.distrust(&object_key(object))
+        lock(&self.footers).remove(object);
+        let had_tail = lock(&self.tails).remove(object);
+        self.store.distrust(&object_key(object)) || had_tail
     }
 
     /// Bytes of an object that will be read soon.

@@ -1,7 +1,9 @@
 //! A repository: opened by its URL, asked for machines, epochs and records.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, ManifestPlace, Record, check_machine, check_tag, hex};
 
@@ -11,16 +13,26 @@ use super::collector_log::{CollectorLog, put_barrier};
 use super::log::{Edits, Head, MachineState, head, machines};
 use super::objects::Objects;
 use crate::error::{Error, Kind, Result};
+use crate::platform::clock::{self, Stopwatch};
+use crate::platform::random;
 use crate::platform::store::{CacheSettings, CachedStore, Put, Store};
-use crate::platform::{clock, random};
 
 /// An open repository.
 #[derive(Clone)]
 pub struct Repository {
     objects: Arc<Objects>,
     heads: Heads,
+    looked_up: LookedUp,
+    /// How many records this process appended: what was looked up before the last one is not the newest.
+    appended: Arc<AtomicU64>,
     collector_log: Arc<CollectorLog>,
 }
+
+/// Newest records that were looked up, and when that began.
+type LookedUp = Arc<Mutex<TwoGenerations<Arc<str>, (Stopwatch, Option<Head>)>>>;
+
+/// So long may somebody who walks a path go by what its first step found, where each look-up travels.
+const LOOKED_UP_FOR: Duration = Duration::from_millis(500);
 
 /// The newest records that this process appended, by machine.
 type Heads = Arc<Mutex<TwoGenerations<Arc<str>, Head>>>;
@@ -36,6 +48,8 @@ impl Repository {
         Self {
             collector_log: Arc::new(CollectorLog::new(objects.clone())),
             heads: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
+            looked_up: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
+            appended: Arc::default(),
             objects,
         }
     }
@@ -119,6 +133,32 @@ impl Repository {
         Ok(self.log_head(machine)?.filter(|head| head.record.machine_exists()))
     }
 
+    /// The same, as it was a moment ago at most if the store is far away: names on a mount are looked up one after the
+    /// other, and all of them ask.
+    pub fn recent_head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
+        if !self.objects.store().is_remote() {
+            return self.head(machine);
+        }
+        let lock = || self.looked_up.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, head)) = lock().get(machine).filter(|(since, _)| since.elapsed() < LOOKED_UP_FOR) {
+            return Ok(head);
+        }
+        let (since, appended) = (Stopwatch::start(), self.appended.load(Ordering::Acquire));
+        let head = self.head(machine)?;
+        let weight = head.as_ref().map_or(512, |head| weight_of(&head.record));
+        let mut looked_up = lock();
+        if self.appended.load(Ordering::Acquire) == appended {
+            looked_up.insert(machine.clone(), (since, head.clone()), weight);
+        }
+        drop(looked_up);
+        Ok(head)
+    }
+
+    /// As [`Repository::require`], by [`Repository::recent_head`].
+    pub fn require_recent(&self, machine: &Arc<str>) -> Result<Head> {
+        self.recent_head(machine)?.ok_or_else(|| self.no_machine(machine))
+    }
+
     /// The newest record of a log, that of a removed machine too.
     pub fn log_head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
         check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
@@ -127,10 +167,12 @@ impl Repository {
 
     /// The newest record of a machine that must exist.
     pub fn require(&self, machine: &Arc<str>) -> Result<Head> {
-        self.head(machine)?.ok_or_else(|| {
-            Error::not_found(format!("there is no machine {machine} in {}", self.url()))
-                .hint("`epochfs ls` lists the machines")
-        })
+        self.head(machine)?.ok_or_else(|| self.no_machine(machine))
+    }
+
+    fn no_machine(&self, machine: &str) -> Error {
+        Error::not_found(format!("there is no machine {machine} in {}", self.url()))
+            .hint("`epochfs ls` lists the machines")
     }
 
     /// Everything the log tells about a machine.
@@ -144,7 +186,8 @@ impl Repository {
         self.epoch_of(&head, epoch)
     }
 
-    fn epoch_of(&self, head: &Head, epoch: u64) -> Result<Record> {
+    /// The record of an epoch that exists as this head knows it.
+    pub fn epoch_of(&self, head: &Head, epoch: u64) -> Result<Record> {
         let machine = &head.record.machine;
         let missing = || {
             Error::not_found(format!("{machine} has no epoch {epoch}"))
@@ -213,11 +256,18 @@ impl Repository {
         rebase: &mut dyn FnMut(&Record, &mut Draft) -> Result<Rebase>,
     ) -> Result<Head> {
         let appended = append(&self.objects, machine, head, draft, rebase);
+        // Also after a failure: another record came first.
+        let mut looked_up = self.looked_up.lock().unwrap_or_else(PoisonError::into_inner);
+        self.appended.fetch_add(1, Ordering::AcqRel);
+        looked_up.remove(machine);
+        drop(looked_up);
         let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
         match &appended {
             Ok(head) => heads.insert(machine.clone(), head.clone(), weight_of(&head.record)),
             // What is newest now is not known here.
-            Err(_) => heads.remove(machine),
+            Err(_) => {
+                heads.remove(machine);
+            }
         }
         drop(heads);
         appended

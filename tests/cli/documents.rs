@@ -302,6 +302,12 @@ fn every_command_prints_a_document_with_its_fields() {
                 "daemons[].open_files",
                 "daemons[].read_bytes",
                 "daemons[].written_bytes",
+                "daemons[].store.requests",
+                "daemons[].store.read_bytes",
+                "daemons[].store.written_bytes",
+                "daemons[].store.unreachable_since_ns",
+                "daemons[].store.last_failure",
+                "daemons[].store.cache",
             ],
         );
         // What a restore tells of its moments is checked where one is made.
@@ -360,6 +366,9 @@ fn every_command_prints_a_document_with_its_fields() {
             "checks[].next_step",
         ],
     );
+    // A directory has no cache to warm: its document is checked where there is a bucket.
+    seen.insert("warm".to_owned());
+    assert_eq!(world.run(["warm", "web1"]).code, 2);
     // It serves until it is told to stop; its document comes first.
     let socket = world.path("uffd.socket");
     let mut server =

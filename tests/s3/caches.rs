@@ -28,6 +28,9 @@ fn a_warm_host_restores_without_fetching_pages_and_keeps_them_to_itself() {
     let first = other.ok(["warm", "web1", "--json"]).json();
     let fetched = first["fetched_bytes"].as_u64().unwrap();
     assert!((12 << 20..13 << 20).contains(&fetched), "{first}");
+    for field in ["epoch", "streams", "read_bytes", "fetched_bytes", "cache", "elapsed_ms"] {
+        assert!(!first[field].is_null(), "no {field} in {first}");
+    }
     let again = other.ok(["warm", "web1", "--json"]).json();
     assert!(again["fetched_bytes"].as_u64().unwrap() < 10_000, "{again}");
     // Not a page travels any more: whoever asks for one gets nothing.

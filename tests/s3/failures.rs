@@ -121,6 +121,8 @@ fn p5_half_answers_are_asked_for_again_and_wrong_ones_refused() {
     assert_eq!(proxy.befallen(), 3);
     proxy.clear();
     proxy.add(Rule::new("GET", PACKS, usize::MAX, Fault::Flip));
+    // What the first one has read it need not read again.
+    let through = Host::at(&server, &host.url, &proxy.url());
     let to = through.path("wrong");
     let wrong = through.run(["export", "web1", "--output", to.to_str().unwrap()]);
     assert_eq!(wrong.code, 3, "{}", wrong.err);

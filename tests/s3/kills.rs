@@ -11,6 +11,15 @@ use crate::world::{Host, noise};
 
 const MACHINES: usize = 3;
 
+/// Tells writers to end when it is dropped.
+struct Ended<'a>(&'a AtomicBool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// Commits to machines while servers are killed and started, and then compares every acknowledged epoch.
 fn torture(server: &Arc<Server>, kills: &[&[&str]], pause: Duration) {
     let host = Host::new(server);
@@ -43,6 +52,8 @@ fn torture(server: &Arc<Server>, kills: &[&[&str]], pause: Duration) {
                 })
             })
             .collect();
+        // Writers end also if something below fails.
+        let ended = Ended(done);
         for names in kills {
             std::thread::sleep(pause);
             server.run("kill", names);
@@ -50,7 +61,7 @@ fn torture(server: &Arc<Server>, kills: &[&[&str]], pause: Duration) {
             server.run("start", names);
         }
         std::thread::sleep(pause);
-        done.store(true, Ordering::SeqCst);
+        drop(ended);
         writers.into_iter().map(|writer| writer.join().unwrap()).collect::<Vec<_>>()
     });
     let store = host.open();

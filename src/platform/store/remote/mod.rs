@@ -33,6 +33,7 @@ use self::writer::RemoteWriter;
 use super::cloud::{Reach, Traffic};
 use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix, check_range};
 use crate::error::{Error, Kind, Result};
+use crate::platform::clock::Stopwatch;
 
 /// How many keys of a listing are taken at a time, which is what the usual services answer at once.
 const LIST_PAGE: usize = 1000;
@@ -219,9 +220,17 @@ impl Shared {
         range: Option<GetRange>,
     ) -> std::result::Result<(Bytes, Range<u64>, u64), GetError> {
         let patience = self.patience.answer;
-        let (bytes, range, object_len) = match timeout(patience, self.get(path, range)).await {
-            Ok(answer) => answer.map_err(GetError::Remote)?,
-            Err(_) => return Err(GetError::Told(self.no_answer("read", key, patience))),
+        let started = Stopwatch::start();
+        let (bytes, range, object_len) = loop {
+            match timeout(patience, self.get(path, range.clone())).await {
+                Ok(Ok(got)) => break got,
+                // An answer that broke off, for one: not all of them are asked for again below.
+                Ok(Err(error)) if started.elapsed() < patience / 4 && self.may_be_mended(key, &error) => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Ok(Err(error)) => return Err(GetError::Remote(error)),
+                Err(_) => return Err(GetError::Told(self.no_answer("read", key, patience))),
+            }
         };
         let expected = range.end - range.start;
         if bytes.len() as u64 != expected {
@@ -231,6 +240,10 @@ impl Shared {
         }
         self.counters.get(expected);
         Ok((bytes, range, object_len))
+    }
+
+    fn may_be_mended(&self, key: &str, error: &RemoteError) -> bool {
+        self.error("read", key, error).kind() == Kind::Unavailable
     }
 
     /// Fetches a part of an object that is not empty.
