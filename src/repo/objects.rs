@@ -194,13 +194,18 @@ impl Objects {
         for group in order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object) {
             let object = &claims[group[0]].1.object;
             let by_footer = group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
+            let mut is_gone = false;
             for claim in group {
                 let (hash, place) = &claims[*claim];
-                answers[*claim] = if by_footer {
+                answers[*claim] = if is_gone {
+                    // Asking again for what a collector deleted would tell the same.
+                    Err(Error::not_found(format!("there is no object {}", object_key(object))))
+                } else if by_footer {
                     self.confirms(hash, place)
                 } else {
                     self.proves(hash, place, decoder.get_or_insert_with(|| self.take_decoder()))
                 };
+                is_gone = answers[*claim].as_ref().is_err_and(|error| error.kind() == Kind::NotFound);
             }
         }
         if let Some(decoder) = decoder {
