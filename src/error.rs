@@ -68,11 +68,12 @@ pub struct Error {
     message: String,
     hint: Option<String>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    unwritable: bool,
 }
 
 impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), hint: None, source: None }
+        Self { kind, message: message.into(), hint: None, source: None, unwritable: false }
     }
 
     pub fn usage(message: impl Into<String>) -> Self {
@@ -105,7 +106,13 @@ impl Error {
             Io::ReadOnlyFilesystem => Some("the file system is mounted read-only"),
             _ => None,
         };
-        Self { kind, message: what.into(), hint: hint.map(str::to_owned), source: Some(Box::new(source)) }
+        Self {
+            kind,
+            message: what.into(),
+            hint: hint.map(str::to_owned),
+            source: Some(Box::new(source)),
+            unwritable: false,
+        }
     }
 
     /// Says what to do next.
@@ -130,11 +137,19 @@ impl Error {
         self.hint.as_deref()
     }
 
-    /// Whether nothing can be written there, by whomever: no room, no permission, or mounted read-only.
+    /// Says that nothing can be written there any more, though it may be read.
+    #[must_use]
+    pub fn unwritable(mut self) -> Self {
+        self.unwritable = true;
+        self
+    }
+
+    /// Whether nothing can be written there: no room, no permission, mounted read-only, or given up after a failure.
     pub fn is_unwritable(&self) -> bool {
         use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
         let source = self.source.as_ref().and_then(|source| source.downcast_ref::<std::io::Error>());
-        self.kind == Kind::NoSpace
+        self.unwritable
+            || self.kind == Kind::NoSpace
             || source.is_some_and(|source| matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem))
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use epochfs_format::{CONDEMNED_MAX, GcBody, ObjectRef, hex, pack_key, parse_id};
 
-use super::leases::{Reader, Watch, held_by_readers};
+use super::leases::{Reader, Watch};
 use super::marks::{Marked, Memory};
 use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
@@ -123,10 +123,8 @@ impl Collector {
             _ => None,
         };
         let packs = self.list_packs()?;
-        // What readers hold would be kept in the end: it is not worth condemning.
-        let held = held_by_readers(self.store.repository().objects())?;
-        let held: Vec<(Arc<str>, u64)> = held.into_iter().map(|(machine, epoch, _)| (machine, epoch)).collect();
-        let mut marked = self.memory.mark(&self.store, running, &held, progress)?;
+        // What readers hold is condemned as well: waiting for them tells which of them are dead.
+        let mut marked = self.memory.mark(&self.store, running, &[], progress)?;
         if self.settings.canary == Some(Canary::ForgottenRoot) {
             forget_a_root(&mut marked);
         }
@@ -319,6 +317,8 @@ impl Collector {
         on_step: &mut dyn FnMut(&Step) -> Result<()>,
     ) -> Result<Collected> {
         let mut sum = Collected::default();
+        // Another collector's collection, which this one ends, says nothing about what is garbage now.
+        let mut is_own = false;
         loop {
             let step = self.step(progress)?;
             on_step(&step)?;
@@ -329,8 +329,8 @@ impl Collector {
                     sum.kept += collected.kept;
                     sum.deleted += collected.deleted;
                     sum.deleted_bytes += collected.deleted_bytes;
-                    // What was condemned and kept was a mistake of the first mark only if something raced with it.
-                    if collected.deleted == 0 {
+                    // What was kept is in use. More is left only if there was more than one record condemns.
+                    if is_own && collected.condemned < CONDEMNED_MAX as u64 {
                         return Ok(sum);
                     }
                 }
@@ -338,7 +338,8 @@ impl Collector {
                     let soonest = readers.iter().map(|reader| reader.seconds_left).min().unwrap_or(0);
                     self.settings.clock.sleep(Duration::from_secs(soonest).clamp(POLL / 4, POLL));
                 }
-                Step::Condemned(_) | Step::Fenced | Step::Decided { .. } | Step::Overtaken => {}
+                Step::Condemned(_) => is_own = true,
+                Step::Fenced | Step::Decided { .. } | Step::Overtaken => {}
             }
         }
     }

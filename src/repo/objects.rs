@@ -241,13 +241,18 @@ impl Objects {
                     self.will_need(object, u64::from(*offset)..u64::from(*offset) + u64::from(*len));
                 }
             }
+            let mut is_gone = false;
             for claim in group {
                 let (hash, place) = &claims[*claim];
-                answers[*claim] = if by_footer {
+                answers[*claim] = if is_gone {
+                    // Asking again for what a collector deleted would tell the same.
+                    Err(Error::not_found(format!("there is no object {}", object_key(object))))
+                } else if by_footer {
                     self.confirms(hash, place)
                 } else {
                     self.proves(hash, place, decoder.get_or_insert_with(|| self.take_decoder()))
                 };
+                is_gone = answers[*claim].as_ref().is_err_and(|error| error.kind() == Kind::NotFound);
             }
         }
         if let Some(decoder) = decoder {

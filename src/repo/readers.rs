@@ -337,3 +337,100 @@ fn run(shared: &Weak<Shared>, closing: &Closing, interval: Duration) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use epochfs_format::{READERS_PREFIX, parse_lease_key};
+
+    use super::*;
+    use crate::platform::files::SimFiles;
+    use crate::platform::store::{LocalStore, Store};
+    use crate::repo::Repository;
+
+    struct Stopped;
+
+    impl Clock for Stopped {
+        fn elapsed(&self) -> Duration {
+            Duration::ZERO
+        }
+
+        fn sleep(&self, _: Duration) {}
+    }
+
+    fn readers() -> (Repository, Readers) {
+        let store = LocalStore::create(Path::new("/one"), Arc::new(SimFiles::new(0))).unwrap();
+        let repository = Repository::create(Arc::new(store)).unwrap();
+        let settings = LeaseSettings { clock: Arc::new(Stopped), background: false, ..LeaseSettings::default() };
+        let readers = Readers::new(repository.objects().clone(), repository.collector_log().clone(), settings);
+        (repository, readers)
+    }
+
+    fn leases(repository: &Repository) -> Vec<Lease> {
+        let store: &Arc<dyn Store> = repository.objects().store();
+        let mut leases = Vec::new();
+        store
+            .list(READERS_PREFIX, None, &mut |info| {
+                let lease = Lease::decode(&store.get(&info.key)?, repository.id())?;
+                assert_eq!(parse_lease_key(&info.key), Some((lease.reader, lease.number)));
+                leases.push(lease);
+                Ok(true)
+            })
+            .unwrap();
+        leases
+    }
+
+    #[test]
+    fn a_lease_is_there_for_as_long_as_something_is_read() {
+        let (repository, readers) = readers();
+        let machine: Arc<str> = "web1".into();
+        readers.renew().unwrap();
+        assert!(leases(&repository).is_empty());
+        let opening = readers.opening().unwrap();
+        let (hold, again) = (readers.hold(&machine, 7), readers.hold(&machine, 7));
+        drop(opening);
+        assert_eq!(leases(&repository).len(), 1);
+        readers.renew().unwrap();
+        let all = leases(&repository);
+        assert_eq!((all.len(), all[0].number, &all[0].held), (1, 2, &vec![(machine.clone(), 7)]));
+        drop(hold);
+        readers.renew().unwrap();
+        assert!(readers.is_held(&machine, 7));
+        assert_eq!(leases(&repository)[0].held.len(), 1);
+        drop(again);
+        readers.renew().unwrap();
+        assert!(leases(&repository).is_empty() && !readers.is_held(&machine, 7));
+        // Whoever ends takes it back.
+        let opening = readers.opening().unwrap();
+        assert_eq!(leases(&repository).len(), 1);
+        drop((opening, readers));
+        assert!(leases(&repository).is_empty());
+    }
+
+    #[test]
+    fn nothing_is_heeded_that_came_while_an_epoch_was_looked_for() {
+        let (repository, readers) = readers();
+        let log = repository.collector_log();
+        let first = readers.opening().unwrap();
+        let _hold = readers.hold(&"web1".into(), 1);
+        assert!(log.append(1, epochfs_format::GcBody::Condemn { objects: Vec::new() }).unwrap());
+        readers.renew().unwrap();
+        assert_eq!(leases(&repository)[0].heeded, 0);
+        drop(first);
+        readers.renew().unwrap();
+        assert_eq!(leases(&repository)[0].heeded, 1);
+    }
+
+    #[test]
+    fn who_was_taken_for_dead_begins_anew() {
+        let (repository, readers) = readers();
+        let _opening = readers.opening().unwrap();
+        let before = leases(&repository).remove(0);
+        repository.objects().store().delete(&lease_key(&before.reader, before.number)).unwrap();
+        readers.renew().unwrap();
+        let after = leases(&repository);
+        assert_eq!((after.len(), after[0].number), (1, 1));
+        assert_ne!(after[0].reader, before.reader);
+    }
+}

@@ -58,7 +58,8 @@ impl Shared {
     pub fn check_usable(&self, key: &str) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) {
             let message = format!("cannot change {key} in {}: an earlier sync failed", self.url());
-            return Err(Error::new(Kind::Io, message).hint("look at the device, then open the repository again"));
+            let error = Error::new(Kind::Io, message).hint("look at the device, then open the repository again");
+            return Err(error.unwritable());
         }
         Ok(())
     }
