@@ -23,10 +23,12 @@ pub enum Kind {
     NoSpace,
     /// The operating system or the store refused or failed. Repeating may help.
     Io,
+    /// The store cannot be reached, or is too busy. Repeating helps as soon as it is back.
+    Unavailable,
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Usage,
         Self::NotFound,
         Self::Conflict,
@@ -35,6 +37,7 @@ impl Kind {
         Self::Unsupported,
         Self::NoSpace,
         Self::Io,
+        Self::Unavailable,
     ];
 
     /// Its name in documents. Stable: scripts and other processes go by it.
@@ -48,6 +51,7 @@ impl Kind {
             Self::Unsupported => "unsupported",
             Self::NoSpace => "no_space",
             Self::Io => "io",
+            Self::Unavailable => "unavailable",
         }
     }
 
@@ -133,7 +137,7 @@ impl Error {
             Kind::Damaged => 3,
             Kind::Conflict | Kind::Fenced => 4,
             Kind::NotFound => 5,
-            Kind::Unsupported | Kind::NoSpace | Kind::Io => 1,
+            Kind::Unsupported | Kind::NoSpace | Kind::Io | Kind::Unavailable => 1,
         }
     }
 }

@@ -49,6 +49,7 @@ pub mod cli;
 pub mod epoch;
 pub mod error;
 pub mod fs;
+pub mod ha;
 pub mod ops;
 pub mod platform;
 pub mod repo;

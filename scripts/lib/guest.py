@@ -102,18 +102,20 @@ def qemu(console, initramfs, memory, append, disk=None, processors=2, cpu="max")
 class Guest:
     """A QEMU whose RAM is what `ram` says, the options of a memory backend. `memory` is in MiB.
 
-    With `restore`, the words and the environment of an `epochfs restore`, that starts it, and
+    `agent` is the socket of a second monitor. With `restore`, the words and the environment of an `epochfs restore`, that starts it, and
     says what RAM it has."""
 
     count = 0
 
-    def __init__(self, directory, initramfs, memory, ram, append, disk=None, processors=2, cpu="max", incoming=False, restore=None):
+    def __init__(self, directory, initramfs, memory, ram, append, disk=None, processors=2, cpu="max", incoming=False, restore=None, agent=None):
         Guest.count += 1
         self.name = f"guest-{Guest.count}"
         self.console_path = Path(directory) / f"{self.name}.console"
         self.log_path = Path(directory) / f"{self.name}.log"
         monitor = Path(directory) / f"{self.name}.qmp"
         command = qemu(self.console_path, initramfs, memory, append, disk, processors, cpu)
+        if agent:
+            command += ["-qmp", f"unix:{agent},server,nowait"]
         words, environment = restore or ([], None)
         if restore:
             command = [*words, "--qmp", str(monitor), "--", *command, "-machine", "q35"]

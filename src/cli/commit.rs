@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::Ordering;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
@@ -14,8 +14,8 @@ use super::output::size;
 use crate::epoch::{CommitOptions, EpochStore, FileSource, Ranges, Source};
 use crate::error::{Error, Kind, Result};
 use crate::ops::control::{Client, CommitRequest, CommitSummary, socket_path};
-use crate::ops::flush::flush_files;
 use crate::platform::clock::Stopwatch;
+use crate::platform::flush::flush_files;
 
 /// A stream's name and the file it is read from.
 #[derive(Clone, Debug)]
@@ -59,6 +59,10 @@ pub struct Commit {
     /// The epoch that the dirty ranges are relative to (0 for none): fail if it is not the newest.
     #[arg(long, value_name = "EPOCH")]
     parent: Option<u64>,
+    /// Have the shell run this as soon as what the machine has on the mount is frozen: the guest may run on before the
+    /// epoch is durable.
+    #[arg(long, value_name = "COMMAND", value_parser = OsStringValueParser::new())]
+    on_frozen: Option<OsString>,
     /// End the term of the machine's owner. Only when that host is certainly dead.
     #[arg(long)]
     take_over: bool,
@@ -241,9 +245,8 @@ impl Commit {
     fn commit_live(&self, context: &Context) -> Result<CommitSummary> {
         self.check_fit_for_live()?;
         let notes = self.notes()?;
-        let store = context.open()?;
-        let Some(mut client) = Client::connect(&socket_path(&context.local_directory(&store)))? else {
-            let repository = store.repository().url();
+        let Some(mut client) = Client::connect(&context.socket()?)? else {
+            let repository = context.location()?.absolute()?;
             return Err(Error::not_found(format!(
                 "no stream is named, and no daemon has {repository} mounted here, whose {} could be committed",
                 self.machine
@@ -253,7 +256,6 @@ impl Commit {
                 self.machine
             )));
         };
-        drop(store);
         let who = client.ping()?;
         who.check_seen()?;
         let started = Stopwatch::start();
@@ -264,16 +266,31 @@ impl Commit {
         if let Err(error) = flushed {
             return Err(self.explain(error, &mut client, &who.mountpoint));
         }
-        let request = CommitRequest {
-            machine: self.machine.clone(),
-            message: self.message.clone(),
-            tags: self.tag.clone(),
-            notes,
-        };
-        let mut summary = client.commit(request)?;
+        let (machine, message, tags) = (self.machine.clone(), self.message.clone(), self.tag.clone());
+        let request = CommitRequest { machine, message, tags, notes, ..CommitRequest::default() };
+        let mut told = Ok(());
+        let mut summary = client.commit(request, &mut |_| told = self.tell_frozen())?;
+        told.map_err(|error| error.context(format!("{}@{} is committed, but", summary.machine, summary.epoch)))?;
         // What the caller waited for is the sync too.
         summary.elapsed_ms = started.elapsed().as_secs_f64() * 1000.0;
         Ok(summary)
+    }
+
+    /// Runs what is to be run once everything is frozen.
+    fn tell_frozen(&self) -> Result<()> {
+        let Some(command) = &self.on_frozen else { return Ok(()) };
+        let failed = |error| Error::io(format!("--on-frozen {}", command.display()), error);
+        let mut shell = Command::new("sh");
+        // Standard output is for the result.
+        shell
+            .arg("-c")
+            .arg(command)
+            .stdout(rustix::io::dup(rustix::stdio::stderr()).map_err(|error| failed(error.into()))?);
+        let status = shell.status().map_err(failed)?;
+        match status.success() {
+            true => Ok(()),
+            false => Err(Error::new(Kind::Io, format!("--on-frozen {} ended with {status}", command.display()))),
+        }
     }
 
     fn check_fit_for_live(&self) -> Result<()> {

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use super::Global;
 use super::output;
 use super::progress::Progress;
-use crate::epoch::EpochStore;
+use crate::epoch::{EpochStore, open_store};
 use crate::error::{Error, Result};
-use crate::repo::state_dir;
+use crate::ops::control::{Client, socket_path, sockets};
+use crate::platform::store::{CacheSettings, Location};
+use crate::repo::{Repository, state_dir};
 
 pub struct Context {
     global: Global,
@@ -46,22 +48,12 @@ impl Context {
         }
     }
 
-    /// The directory that the repository's URL names.
-    pub fn repository_path(&self) -> Result<PathBuf> {
-        let Some(url) = self.global.repo.as_deref().filter(|url| !url.is_empty()) else {
-            return Err(Error::usage("no repository is named").hint("give --repo DIR, or set EPOCHFS_REPO"));
-        };
-        parse_url(url)
-    }
-
-    /// The repository's URL, as another process can be given it.
-    pub fn repository_url(&self) -> Result<String> {
-        let path = self.repository_path()?;
-        let absolute =
-            std::path::absolute(&path).map_err(|error| Error::io(format!("the path {}", path.display()), error))?;
-        match absolute.to_str() {
-            Some(text) => Ok(format!("file://{text}")),
-            None => Err(Error::usage(format!("the repository {}: its path is not text", absolute.display()))),
+    /// Where the repository is, as its URL says.
+    pub fn location(&self) -> Result<Location> {
+        match self.global.repo.as_deref().filter(|url| !url.is_empty()) {
+            Some(url) => Location::parse(url),
+            None => Err(Error::usage("no repository is named")
+                .hint("give --repo DIR or s3://BUCKET/PREFIX, or set EPOCHFS_REPO")),
         }
     }
 
@@ -72,12 +64,49 @@ impl Context {
 
     /// Opens the repository.
     pub fn open(&self) -> Result<EpochStore> {
-        Ok(EpochStore::open_directory(&self.repository_path()?)?.with_state(self.state_directory()))
+        Ok(self.open_without_index()?.with_state(self.state_directory()))
+    }
+
+    /// Opens the repository for work in which pages are compared with the last epoch's only.
+    pub fn open_without_index(&self) -> Result<EpochStore> {
+        let (location, state) = (self.location()?, self.state_directory());
+        let mut repository = Repository::open(open_store(&location)?)?;
+        // What a bucket's service says travels far; what it said once need not travel again.
+        if location.directory().is_none() && self.global.cache_size > 0 {
+            let directory = repository.local_directory(&state).join("cache");
+            repository = repository.cached(CacheSettings { directory, len_max: self.global.cache_size });
+        }
+        Ok(EpochStore::new(repository))
+    }
+
+    /// Opens the repository to look at what the store has, and not at what was kept of it.
+    pub fn open_without_cache(&self) -> Result<EpochStore> {
+        Ok(EpochStore::open_at(&self.location()?)?.with_state(self.state_directory()))
     }
 
     /// Where this host keeps what belongs to an opened repository.
     pub fn local_directory(&self, store: &EpochStore) -> PathBuf {
         store.repository().local_directory(&self.state_directory())
+    }
+
+    /// The socket of the daemon that has the repository mounted here, or would be.
+    pub fn socket(&self) -> Result<PathBuf> {
+        let location = self.location()?.absolute()?;
+        if location.directory().is_none() {
+            // A daemon of a bucket is found without asking the bucket, which may be away.
+            let (url, state) = (location.to_string(), self.state_directory());
+            for path in sockets(&state) {
+                if Client::ask(&path, Client::ping)?.is_some_and(|who| who.repository == url) {
+                    return Ok(path);
+                }
+            }
+        }
+        Ok(socket_path(&self.local_directory(&self.open()?)))
+    }
+
+    /// How much of a bucket may be kept on a local disk.
+    pub fn cache_size(&self) -> u64 {
+        self.global.cache_size
     }
 
     /// Whether the logs that the user asked for are more, or fewer, than usual.
@@ -97,20 +126,4 @@ impl Context {
             self.notice(&format!("rebuilt the page index from {} objects: {}", rebuilt.objects, rebuilt.reason));
         }
     }
-}
-
-fn parse_url(url: &str) -> Result<PathBuf> {
-    let path = match url.split_once("://") {
-        Some(("file", path)) if path.starts_with('/') => path,
-        Some(("file", _)) => {
-            return Err(Error::usage(format!("{url}: a file:// URL has an absolute path behind it"))
-                .hint("for example file:///srv/epochs"));
-        }
-        Some((scheme, _)) => {
-            return Err(Error::usage(format!("{url}: repositories of the kind {scheme}:// are not supported"))
-                .hint("give a directory, or a file:// URL"));
-        }
-        None => url,
-    };
-    Ok(PathBuf::from(path))
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::context::Context;
 use super::output::table;
-use crate::epoch::directory_store;
+use crate::epoch::open_store;
 use crate::error::Result;
 use crate::ops::doctor::{Check, RepositorySubject, Status, Subject, examine};
 
@@ -21,9 +21,8 @@ pub struct Doctor {}
 impl Doctor {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let repository = if context.names_repository() {
-            let path = context.repository_path()?;
-            let opened = path.clone();
-            Some(RepositorySubject { directory: Some(path), open: Box::new(move || directory_store(&opened)) })
+            let location = context.location()?;
+            Some(RepositorySubject { location: location.absolute()?, open: Box::new(move || open_store(&location)) })
         } else {
             None
         };

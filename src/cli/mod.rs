@@ -18,6 +18,7 @@ mod man;
 mod mount;
 mod output;
 mod progress;
+mod protect;
 mod restore;
 mod rm;
 mod run;
@@ -28,6 +29,7 @@ mod status;
 mod tag;
 mod umount;
 mod verify;
+mod warm;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -57,7 +59,8 @@ pub struct Cli {
 /// What every command takes.
 #[derive(Args, Clone)]
 pub struct Global {
-    /// The repository: a directory, or a file:// URL.
+    /// The repository: a directory, or a bucket as s3://BUCKET/PREFIX (gs:// and az:// too). How to reach the service, and
+    /// credentials, come from the environment and the usual files.
     #[arg(
         long,
         global = true,
@@ -77,6 +80,18 @@ pub struct Global {
         hide_env_values = true
     )]
     state_dir: Option<PathBuf>,
+    /// How much of what is read from a bucket is kept in the state directory, for the next time; 0 for nothing.
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global options",
+        env = "EPOCHFS_CACHE_SIZE",
+        value_name = "SIZE",
+        default_value = "8G",
+        value_parser = output::parse_size,
+        hide_env_values = true
+    )]
+    cache_size: u64,
     /// Print one JSON document on stdout instead of text.
     #[arg(long, global = true, help_heading = "Global options")]
     json: bool,
@@ -103,11 +118,13 @@ enum Command {
     Rm(rm::Rm),
     Run(run::Run),
     Verify(verify::Verify),
+    Warm(warm::Warm),
     Stats(stats::Stats),
     Mount(mount::Mount),
     Umount(umount::Umount),
     Status(status::Status),
     ServeUffd(serve_uffd::ServeUffd),
+    Protect(protect::Protect),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Completions(completions::Completions),
@@ -130,11 +147,13 @@ impl Command {
             Self::Rm(command) => command.run(context),
             Self::Run(command) => command.run(context),
             Self::Verify(command) => command.run(context),
+            Self::Warm(command) => command.run(context),
             Self::Stats(command) => command.run(context),
             Self::Mount(command) => command.run(context),
             Self::Umount(command) => command.run(context),
             Self::Status(command) => command.run(context),
             Self::ServeUffd(command) => command.run(context),
+            Self::Protect(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
             Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),

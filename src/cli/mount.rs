@@ -8,9 +8,10 @@ use serde_json::{Value, json};
 
 use super::context::Context;
 use super::output::{parse_size, print};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::ops::daemon::{Claim, DaemonOptions, Ready, background, make_directory, prepare_process, serve};
 use crate::ops::machine::processors;
+use crate::platform::store::Location;
 use crate::restore::Settings as PrefetchSettings;
 
 /// Mount the repository: every machine's live, to write to, and its epochs, to read.
@@ -61,7 +62,7 @@ impl Mount {
         let absolute = |path: &Path| {
             std::path::absolute(path).map_err(|error| Error::io(format!("the path {}", path.display()), error))
         };
-        let repository = absolute(&context.repository_path()?)?;
+        let repository = context.location()?.absolute()?;
         let state = absolute(&context.state_directory())?;
         if self.background {
             return self.start(context, &repository, &state);
@@ -103,7 +104,7 @@ impl Mount {
     }
 
     /// Starts a daemon in the background, and waits until it is ready.
-    fn start(&self, context: &Context, repository: &Path, state: &Path) -> Result<ExitCode> {
+    fn start(&self, context: &Context, repository: &Location, state: &Path) -> Result<ExitCode> {
         let store = context.open()?;
         // The mountpoint is named as seen from here.
         let mountpoint = std::path::absolute(&self.mountpoint)
@@ -120,12 +121,10 @@ impl Mount {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn arguments(&self, context: &Context, repository: &Path, state: &Path, at: &Path) -> Result<Vec<OsString>> {
-        let repository = repository.to_str().ok_or_else(|| {
-            Error::new(Kind::Usage, format!("the repository {}: its path is not text", repository.display()))
-        })?;
-        let mut arguments: Vec<OsString> = vec!["--repo".into(), format!("file://{repository}").into()];
+    fn arguments(&self, context: &Context, repository: &Location, state: &Path, at: &Path) -> Result<Vec<OsString>> {
+        let mut arguments: Vec<OsString> = vec!["--repo".into(), repository.url()?.into()];
         arguments.extend(["--state-dir".into(), state.into(), "--json".into()]);
+        arguments.extend(["--cache-size".into(), context.cache_size().to_string().into()]);
         // A daemon's log tells more than a terminal.
         arguments.extend(match context.verbosity() {
             (_, true) => vec!["--quiet".into()],

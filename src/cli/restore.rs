@@ -14,6 +14,7 @@ use crate::epoch::{Epoch, EpochName, EpochStore};
 use crate::error::{Error, Result};
 use crate::ops::control::{Client, socket_path};
 use crate::platform::clock::Stopwatch;
+use crate::vmm::agent::Base;
 use crate::vmm::{
     Backend, CloudHypervisor, CommandLine, Ended, Event, Feed, Firecracker, MadeClone, Memory, Moments, MonitorPlace,
     Output, Place, Qemu, Wanted, Watch, stream_len,
@@ -253,6 +254,10 @@ impl Restore {
             None => self.feed(work, self.wanted(work, memory, file, false), &watch)?,
         };
         request.load(api)?;
+        if let Some(clone) = &self.clone {
+            // Its first snapshot by an agent need not hold all memory then.
+            Base::of(&context.local_directory(&work.store), clone).note(api)?;
+        }
         feed.note(|moments, now| moments.loaded = Some(now));
         self.runs(&feed);
         made.iter_mut().for_each(MadeClone::keep);

@@ -171,9 +171,8 @@ impl Run {
         };
         let needs_store = self.protect.is_some() || self.from.is_some();
         // Without the index, which takes longer to open than the guest to start: pages are compared with the last epoch's.
-        let open =
-            || Ok::<_, Error>(EpochStore::open_directory(&context.repository_path()?)?.with_node_cache(NODE_CACHE_LEN));
-        let store = if needs_store { Some(Arc::new(open()?)) } else { None };
+        let open = || Ok::<_, Error>(Arc::new(context.open_without_index()?.with_node_cache(NODE_CACHE_LEN)));
+        let store = needs_store.then(open).transpose()?;
         let output = output(context.json());
         let (mut runner, processors, protection) = match (&self.from, &store) {
             (Some(from), Some(store)) => {

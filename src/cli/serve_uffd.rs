@@ -124,7 +124,7 @@ impl ServeUffd {
 
     /// What the worker is started with, but for the epoch.
     fn arguments(&self, context: &Context, monitor: Option<&Path>) -> Result<Vec<OsString>> {
-        let mut arguments: Vec<OsString> = vec!["--repo".into(), context.repository_url()?.into()];
+        let mut arguments: Vec<OsString> = vec!["--repo".into(), context.location()?.url()?.into()];
         arguments.extend(["--state-dir".into(), context.state_directory().into()]);
         arguments.extend(match context.verbosity() {
             (_, true) => vec!["--quiet".into()],

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::context::Context;
 use super::output::{plain, size, table, time};
 use crate::error::{Error, Result};
-use crate::ops::control::{Client, DaemonStatus, socket_path, sockets};
+use crate::ops::control::{Client, DaemonStatus, Protected, sockets};
 use crate::ops::mounts::{Liveness, liveness, mounts};
 
 /// Show what is mounted: each daemon with its machines, what they have written and not committed, and the kernel's
@@ -22,7 +22,7 @@ pub struct Status {}
 impl Status {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let paths: Vec<PathBuf> = match context.names_repository() {
-            true => vec![socket_path(&context.local_directory(&context.open()?))],
+            true => vec![context.socket()?],
             false => sockets(&context.state_directory()),
         };
         let mut daemons = Vec::new();
@@ -57,12 +57,7 @@ impl Status {
     /// Mounts whose daemons died, with their repositories; only those of the repository that is named, if one is.
     fn dead_mounts(&self, context: &Context) -> Result<Vec<(String, String)>> {
         let only = match context.names_repository() {
-            true => {
-                let path = context.repository_path()?;
-                let absolute = std::path::absolute(&path)
-                    .map_err(|error| Error::io(format!("the path {}", path.display()), error))?;
-                Some(absolute.display().to_string())
-            }
+            true => Some(context.location()?.absolute()?.to_string()),
             false => None,
         };
         Ok(mounts()?
@@ -72,6 +67,34 @@ impl Status {
             .map(|mount| (mount.at.display().to_string(), mount.repository()))
             .collect())
     }
+}
+
+/// An agent that has said nothing for so long is gone, or hangs.
+const SILENT_MS: f64 = 5000.0;
+
+fn protected_row(protected: &Protected) -> Vec<String> {
+    let Protected { status, said_ms_ago } = protected;
+    let is_silent = *said_ms_ago > SILENT_MS && status.state != "ended";
+    let state = if is_silent { "agent silent".to_owned() } else { status.state.clone() };
+    let ms = |ms: f64| if ms < 100.0 { format!("{ms:.1} ms") } else { format!("{ms:.0} ms") };
+    let age = status.age_ms.map_or("-".to_owned(), |age| format!("{:.1} s", (age + said_ms_ago) / 1000.0));
+    let why = match (&status.why, status.meets_rpo) {
+        (Some(why), _) => why.clone(),
+        (None, Some(false)) => format!("{}; misses its target", status.reason),
+        (None, _) => status.reason.clone(),
+    };
+    vec![
+        status.machine.clone(),
+        state,
+        status.newest_epoch.map_or("-".to_owned(), |epoch| epoch.to_string()),
+        age,
+        ms(status.interval_ms),
+        ms(status.pause_p50_ms),
+        ms(status.pause_p99_ms),
+        ms(status.durable_ms),
+        format!("{:.1} %", status.overhead * 100.0),
+        plain(&why).replace('\n', " "),
+    ]
 }
 
 fn render(status: &DaemonStatus) -> String {
@@ -107,6 +130,40 @@ fn render(status: &DaemonStatus) -> String {
         ),
     ));
     facts.push(("cache", format!("{} of trees and objects", size(filesystem.cached_bytes))));
+    let store = &filesystem.store;
+    if let Some(requests) = &store.requests {
+        facts.push((
+            "store",
+            format!(
+                "{} reads, {} writes, {} lists, {} deletes, {} failed; {} read, {} written",
+                requests.reads,
+                requests.writes,
+                requests.lists,
+                requests.deletes,
+                requests.failures,
+                size(store.read_bytes),
+                size(store.written_bytes)
+            ),
+        ));
+    }
+    if let Some(cache) = &store.cache {
+        let percent = 100 * cache.hit_bytes / (cache.hit_bytes + cache.missed_bytes).max(1);
+        let mut text = format!(
+            "{} of {}; {} of {} reads were in it, {percent} % of the bytes",
+            size(cache.used_bytes),
+            size(cache.max_bytes),
+            cache.hits,
+            cache.hits + cache.misses
+        );
+        if let Some(why) = &cache.paused {
+            text += &format!("; not used for now: {why}");
+        }
+        facts.push(("disk cache", text));
+    }
+    if let Some(since) = store.unreachable_since_ns {
+        let why = store.last_failure.as_deref().unwrap_or("it does not answer");
+        facts.push(("unreachable", format!("since {} (UTC): {why}; commits wait for it", time(since))));
+    }
     let spooled = filesystem.machines.iter().map(|machine| machine.spool_bytes).fold(0, u64::saturating_add);
     facts.push(("spool", format!("{} of {}", size(spooled), size(status.spool_bytes_max))));
     if filesystem.waiting_bytes > 0 {
@@ -140,6 +197,22 @@ fn render(status: &DaemonStatus) -> String {
     if !rows.is_empty() {
         let headings =
             ["machine", ">base", "state", ">dirty", ">spooled", ">commits", ">longest freeze", ">files", "error"];
+        text += &format!("\n{}", table(&headings, &rows));
+    }
+    let rows: Vec<Vec<String>> = status.protected.iter().map(protected_row).collect();
+    if !rows.is_empty() {
+        let headings = [
+            "protected",
+            "state",
+            ">newest",
+            ">age",
+            ">interval",
+            ">pause p50",
+            ">p99",
+            ">durable",
+            ">overhead",
+            "set by",
+        ];
         text += &format!("\n{}", table(&headings, &rows));
     }
     let rows: Vec<Vec<String>> = filesystem

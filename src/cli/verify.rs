@@ -17,7 +17,7 @@ pub struct Verify {}
 
 impl Verify {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
-        let store = context.open()?;
+        let store = context.open_without_cache()?;
         let bar = context.progress("verifying");
         let verified = store.verify(&mut |done, total| bar.set_bytes(done, total))?;
         bar.finish();

@@ -26,6 +26,7 @@ fn draft(record: Option<&Record>, body: Body) -> Draft {
         latest_epoch: record.map_or(0, |record| record.latest_epoch),
         body,
         inline: Inline::empty(),
+        writer: None,
     }
 }
 

@@ -38,6 +38,8 @@ pub struct CommitOptions {
     pub term: Option<u64>,
     /// Ends another owner's term. Only right when that owner is known to be dead.
     pub take_over: bool,
+    /// What the record says its writer is, for a caller who may have to find out later whether it arrived.
+    pub writer: Option<[u8; 16]>,
 }
 
 impl Default for CommitOptions {
@@ -51,6 +53,7 @@ impl Default for CommitOptions {
             parent: None,
             term: None,
             take_over: false,
+            writer: None,
         }
     }
 }
@@ -64,6 +67,20 @@ pub struct Committed {
     pub counts: CommitCounts,
     /// Bytes of all objects written for it.
     pub stored_bytes: u64,
+}
+
+impl Committed {
+    /// What is known of a commit from its record alone.
+    pub(super) fn of_record(record: Record) -> Result<Self> {
+        let commit = commit_of(&record)?;
+        let counts = CommitCounts {
+            changed_pages: commit.changed_pages,
+            new_pages: commit.new_pages,
+            ..CommitCounts::default()
+        };
+        let (machine, epoch, stored_bytes) = (record.machine.clone(), record.seq, commit.stored_len);
+        Ok(Self { machine, epoch, counts, stored_bytes, record })
+    }
 }
 
 /// A file of the epoch whose tree is not stored yet.
@@ -119,7 +136,12 @@ impl CommitBuilder {
         if options.message.len() > 64 << 10 || options.notes.len() > 1000 || options.tags.len() > 1000 {
             return Err(Error::usage("an epoch takes a message of at most 64 KiB, and at most 1,000 tags and notes"));
         }
-        let head = repository.log_head(&machine)?;
+        // The owner knows its machine's newest record. Should another have come, the put of the next one will show it.
+        let known = options.term.and_then(|term| repository.known_head(&machine, term));
+        let head = match known {
+            Some(head) => Some(head),
+            None => repository.log_head(&machine)?,
+        };
         if let Some(head) = &head {
             check_ownership(&head.record, &options)?;
         }
@@ -405,7 +427,8 @@ impl CommitBuilder {
             manifest: manifest_place,
         };
         let footer = inline.footer.clone();
-        let draft = Draft { term, owner, latest_epoch: 0, body: Body::Commit(commit), inline };
+        let draft =
+            Draft { term, owner, latest_epoch: 0, body: Body::Commit(commit), inline, writer: self.options.writer };
         let (machine, options) = (&self.machine, &self.options);
         let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, draft| {
             let rebase = after_other(record, base_term, machine, options);

@@ -105,13 +105,8 @@ fn count_changed_bytes(before: &Epoch, after: &Epoch, old: &Image, new: &Image, 
     Ok(changed)
 }
 
-/// Calls `each` with every page number at which an epoch's image differs from an older one, in order.
-pub(crate) fn changed_pages_of(after: &Epoch, old: &Image, new: &Image, each: &mut dyn FnMut(u64)) -> Result<()> {
-    changed_pages(after.nodes(), old, new, each)
-}
-
 /// Calls `each` with every page number at which the images differ, in order.
-fn changed_pages(nodes: &Nodes, old: &Image, new: &Image, each: &mut dyn FnMut(u64)) -> Result<()> {
+pub(crate) fn changed_pages(nodes: &Nodes, old: &Image, new: &Image, each: &mut dyn FnMut(u64)) -> Result<()> {
     let levels = [old, new].map(|image| if image.root.is_some() { levels_for(image.length) } else { 0 });
     let top = levels[0].max(levels[1]);
     if top > 0 {

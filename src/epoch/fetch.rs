@@ -6,7 +6,7 @@ use std::slice;
 use epochfs_format::{Block, BlockKind, Hash, PAGE_SIZE, Page, PageDecoder, Place, hash_pages};
 
 use super::nodes::describe;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::repo::Objects;
 
 /// Blocks closer together than this are fetched in one read.
@@ -106,14 +106,24 @@ impl Fetcher {
             self.blocks.resize(len, 0);
         }
         match objects.read_into(&group[0].place.object, offset, &mut self.blocks[..len]) {
-            Ok(()) => group.chunks(PROVEN_TOGETHER).try_for_each(|some| self.decode(some, offset, first, pages)),
+            Ok(()) => match self.decode_group(group, offset, first, pages) {
+                Err(error) if error.kind() == Kind::Damaged && objects.distrust(&group[0].place.object) => {
+                    objects.read_into(&group[0].place.object, offset, &mut self.blocks[..len])?;
+                    self.decode_group(group, offset, first, pages)
+                }
+                decoded => decoded,
+            },
             // What cannot be read may lie between the pages: each is tried alone.
-            Err(_) if group.len() > 1 => group.iter().try_for_each(|one| {
+            Err(error) if group.len() > 1 && error.kind() != Kind::Unavailable => group.iter().try_for_each(|one| {
                 let start = u64::from(one.place.offset);
                 self.fetch_group(objects, start..start + u64::from(one.place.len), slice::from_ref(one), first, pages)
             }),
             Err(error) => Err(error),
         }
+    }
+
+    fn decode_group(&mut self, group: &[Wanted], offset: u32, first: u64, pages: &mut [Page]) -> Result<()> {
+        group.chunks(PROVEN_TOGETHER).try_for_each(|some| self.decode(some, offset, first, pages))
     }
 
     /// Decodes pages from blocks that were read from `offset` on, and proves them.

@@ -22,7 +22,7 @@ mod window;
 
 pub use admin::Ownership;
 pub use commit::{CommitBuilder, CommitOptions, Committed};
-pub(crate) use diff::changed_pages_of;
+pub(crate) use diff::changed_pages;
 pub use diff::{Change, FileDiff, diff};
 pub use export::{Exported, export};
 pub use pipeline::CommitCounts;
@@ -33,5 +33,5 @@ pub use source::{BytesSource, FileSource, PagesSource, Source};
 pub use stats::Stats;
 pub(crate) use tree::{LEAF_PAGES, page_count};
 pub use verify::{BrokenEpoch, Problem, Verified};
-pub use view::{EpochName, EpochStore, Which, commit_of, directory_store};
+pub use view::{EpochName, EpochStore, Which, commit_of, open_store};
 pub(crate) use window::Window;

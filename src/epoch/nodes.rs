@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use epochfs_format::{Node, Place, Root, StoredNode, decode_node};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::repo::{Objects, TwoGenerations, object_key};
 
 const CACHE_LEN: usize = 48 << 20;
@@ -70,7 +70,13 @@ impl Nodes {
         let loaded = match cached {
             Some(loaded) => loaded,
             None => {
-                let loaded = Arc::new(self.read(root)?);
+                let read = match self.read(root) {
+                    Err(error) if error.kind() == Kind::Damaged && self.objects.distrust(&root.place.object) => {
+                        self.read(root)
+                    }
+                    read => read,
+                };
+                let loaded = Arc::new(read?);
                 let weight = 256 + loaded.node.count() * 44;
                 let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
                 cache.insert(root.place.clone(), loaded.clone(), weight);

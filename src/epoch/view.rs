@@ -12,7 +12,7 @@ use super::nodes::Nodes;
 use super::reader::{Epoch, read_image};
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::RealFiles;
-use crate::platform::store::{LocalStore, Store};
+use crate::platform::store::{LocalStore, Location, Store};
 use crate::repo::{Index, Rebuilt, Repository};
 
 /// Which epoch of a machine.
@@ -72,6 +72,19 @@ impl EpochStore {
     /// Opens the repository in a directory.
     pub fn open_directory(path: &Path) -> Result<Self> {
         Ok(Self::new(Repository::open(directory_store(path)?)?))
+    }
+
+    /// Makes a new repository, and a directory for it where one is named.
+    pub fn create(location: &Location) -> Result<Self> {
+        match location {
+            Location::Directory(path) => Self::create_directory(path),
+            Location::Bucket(_) => Ok(Self::new(Repository::create(location.open()?)?)),
+        }
+    }
+
+    /// Opens the repository in a directory or a bucket.
+    pub fn open_at(location: &Location) -> Result<Self> {
+        Ok(Self::new(Repository::open(open_store(location)?)?))
     }
 
     /// Works without an index: pages are compared with the parent epoch only.
@@ -146,8 +159,15 @@ impl EpochStore {
 /// A temporary file that nobody has written to for so long is nobody's.
 const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// The store in a directory that holds a repository.
-pub fn directory_store(path: &Path) -> Result<Arc<dyn Store>> {
+/// The store of a repository.
+pub fn open_store(location: &Location) -> Result<Arc<dyn Store>> {
+    match location {
+        Location::Directory(path) => directory_store(path),
+        Location::Bucket(_) => location.open(),
+    }
+}
+
+fn directory_store(path: &Path) -> Result<Arc<dyn Store>> {
     let store = LocalStore::open(path, Arc::new(RealFiles)).map_err(|error| match error.kind() {
         Kind::NotFound => Error::not_found(format!("there is no repository at {}", path.display()))
             .hint(format!("make one: epochfs --repo {} init", path.display())),

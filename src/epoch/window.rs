@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use epochfs_format::{Block, BlockKind, Hash, Image, ObjectRef, PAGE_SIZE, Place, TRACE_WINDOWS_MAX};
 
 use super::reader::wanted_pages;
@@ -71,8 +72,8 @@ impl Window {
         }
         let mut stored = BTreeSet::new();
         wanted.retain(|wanted| stored.insert(wanted.hash));
-        let mut blocks: HashMap<usize, Vec<u8>> = HashMap::new();
         for group in wanted.chunks(PAGES_AT_ONCE) {
+            let mut blocks = vec![Bytes::new(); group.len()];
             let mut order: Vec<usize> = (0..group.len()).collect();
             order.sort_by_key(|at| (&group[*at].place.object, group[*at].place.offset));
             for at in &order {
@@ -84,10 +85,10 @@ impl Window {
                 let block = nodes.objects().read(&group[at].place)?;
                 // What is damaged must not be stored as if it were not.
                 Block::only(&block, BlockKind::Page).map_err(Error::from)?;
-                blocks.insert(at, block.to_vec());
+                blocks[at] = block;
             }
-            for (at, wanted) in group.iter().enumerate() {
-                packs.push_page(wanted.hash, &blocks.remove(&at).expect("it was just read"))?;
+            for (wanted, block) in group.iter().zip(blocks) {
+                packs.push_page(wanted.hash, &block)?;
             }
         }
         let (packs, _) = packs.finish(false)?;

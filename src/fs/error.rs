@@ -51,7 +51,7 @@ fn of_error(error: &Error) -> Errno {
             tracing::warn!("{error}");
             Errno::NOSPC
         }
-        Kind::Damaged | Kind::Unsupported | Kind::Io => {
+        Kind::Damaged | Kind::Unsupported | Kind::Io | Kind::Unavailable => {
             tracing::error!("{error}");
             Errno::IO
         }

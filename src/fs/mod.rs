@@ -20,6 +20,7 @@ mod names;
 mod object;
 mod parked;
 mod restores;
+mod store_status;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -35,9 +36,10 @@ pub use fuse::{Mount, MountOptions, Unmounter, mount};
 pub use inodes::Line;
 pub use names::Found;
 pub use restores::PageCache;
+pub use store_status::StoreStatus;
 
 pub use crate::epoch::live::LiveCommit;
-use crate::epoch::live::{Answer, Budget, Live, LiveSettings, Refusal, machines_kept};
+use crate::epoch::live::{Answer, Budget, CommitTicket, Live, LiveSettings, Refusal, machines_kept};
 use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
@@ -103,6 +105,8 @@ pub struct Status {
     /// What the daemon keeps of trees and objects. Pages are kept by the kernel.
     #[serde(default)]
     pub cached_bytes: u64,
+    #[serde(default)]
+    pub store: StoreStatus,
 }
 
 /// A machine whose live is in use.
@@ -250,9 +254,21 @@ impl FileSystem {
 
     /// Commits what the machine's live holds; returns when the epoch is durable.
     pub fn commit(&self, machine: &str, options: LiveCommit) -> Result<Committed> {
+        self.freeze(machine, options)?.wait()
+    }
+
+    /// Freezes what the machine's live holds, and begins to make an epoch of it.
+    pub fn freeze(&self, machine: &str, options: LiveCommit) -> Result<CommitTicket> {
         let machine: Arc<str> = machine.into();
-        self.store.repository().require(&machine)?;
-        self.live(&machine).map_err(Error::from)?.commit(options)?.wait()
+        if !self.owns(&machine) {
+            self.store.repository().require(&machine)?;
+        }
+        self.live(&machine).map_err(Error::from)?.commit(options)
+    }
+
+    /// Whether this host owns a machine. Then it is there, also while the store is away.
+    fn owns(&self, machine: &str) -> bool {
+        self.lives().get(machine).is_some_and(|live| live.is_owned())
     }
 
     /// So many more written-back bytes wait for room, or fewer.
@@ -290,6 +306,7 @@ impl FileSystem {
             written_bytes: self.written_bytes.load(Ordering::Relaxed),
             waiting_bytes: self.parked_bytes.load(Ordering::Relaxed).max(0).cast_unsigned(),
             cached_bytes: self.store.nodes().cached_len(),
+            store: StoreStatus::of(&**self.store.repository().objects().store()),
         }
     }
 

@@ -69,6 +69,9 @@ impl FileSystem {
     }
 
     fn exists(&self, machine: &Arc<str>) -> Answer<()> {
+        if self.owns(machine) {
+            return Ok(());
+        }
         match self.store.repository().head(machine)? {
             Some(_) => Ok(()),
             None => Err(Refusal::NotFound),

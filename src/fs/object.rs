@@ -101,6 +101,11 @@ pub fn epoch_number(machine: &str, epoch: u64, tag: Option<&str>) -> u64 {
     number_of(5, machine, epoch, b"", tag.unwrap_or_default())
 }
 
+/// The number of a stream of an epoch.
+pub fn stream_number(machine: &str, epoch: u64, path: &[u8]) -> u64 {
+    number_of(5, machine, epoch, path, "")
+}
+
 impl Object {
     /// The number by which the kernel knows it.
     pub fn number(&self) -> u64 {

@@ -8,7 +8,7 @@ use epochfs_format::{Image, PAGE_SIZE, Page};
 
 use super::FileSystem;
 use super::mapped::used_pages;
-use super::object::{Object, Stored};
+use super::object::{Stored, stream_number};
 use crate::error::{Error, Result};
 use crate::restore::{Extent, Foreseen, Prefetch, PrefetchStatus, Prefetcher, Residency, Sink, Target};
 
@@ -78,7 +78,7 @@ impl Restores {
 impl FileSystem {
     /// A stream of an epoch was opened: what its readers have, and the beginning of a prefetch if it is the first.
     pub(super) fn restore(&self, stored: &Stored, image: &Image) -> Arc<Residency> {
-        let inode = Object::Stored(stored.clone()).number();
+        let inode = stream_number(stored.epoch.machine(), stored.epoch.number(), &stored.path);
         let mut open = self.restores.lock();
         let (residency, prefetch) = open.entry(inode).or_insert_with(|| (Arc::new(Residency::new(image.length)), None));
         if prefetch.is_none()
@@ -136,10 +136,11 @@ impl FileSystem {
     pub fn hydrate(&self, machine: &str, epoch: u64, stream: &[u8], everything: bool) -> Result<PrefetchStatus> {
         let name = || format!("{machine}@{epoch} {}", stream.escape_ascii());
         let prefetcher = self.prefetcher()?;
-        let stored = self.stored_stream(machine, epoch, stream)?;
-        let inode = Object::Stored(stored).number();
+        let inode = stream_number(machine, epoch, stream);
         let prefetch = self.restores.lock().get(&inode).and_then(|(_, prefetch)| prefetch.clone());
         let Some(prefetch) = prefetch else {
+            // It may not exist at all.
+            self.stored_stream(machine, epoch, stream)?;
             return Err(Error::not_found(format!("nobody has {} open on this mount, or it is short", name()))
                 .hint("open it first, and keep it open: pages are pushed to files of 4 MiB and more that are in use"));
         };

@@ -1,10 +1,11 @@
-//! Operating a host: examining it, measuring what it can do, and running the daemon that has a repository mounted.
+//! Operating a host: examining it, measuring what it can do, running the daemon that has a repository mounted, and
+//! protecting the machines on it.
 
 pub mod bench;
 pub mod control;
 pub mod daemon;
 pub mod doctor;
-pub mod flush;
 pub mod kernel;
 pub mod machine;
 pub mod mounts;
+pub mod protect;

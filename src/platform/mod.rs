@@ -3,5 +3,7 @@
 
 pub mod clock;
 pub mod files;
+pub mod flush;
+pub mod lock;
 pub mod random;
 pub mod store;

@@ -7,7 +7,7 @@ use epochfs_format::{Body, Hash, ObjectRef, Owner, RECORDS_A_SEGMENT, Record, en
 use super::log::Head;
 use super::objects::Objects;
 use super::packs::Inline;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::store::Put;
 use crate::platform::{clock, random};
 
@@ -20,6 +20,8 @@ pub struct Draft {
     pub body: Body,
     /// Blocks that the record carries.
     pub inline: Inline,
+    /// By what the record is known again if the store does not say whether it arrived; random unless given.
+    pub writer: Option<[u8; 16]>,
 }
 
 /// What to do when another record came first.
@@ -79,7 +81,7 @@ pub(super) fn append(
     mut draft: Draft,
     rebase: &mut dyn FnMut(&Record, &mut Draft) -> Result<Rebase>,
 ) -> Result<Head> {
-    let writer = random::id16();
+    let writer = draft.writer.unwrap_or_else(random::id16);
     loop {
         let encoded = draft.encode(objects, machine, head.as_ref(), writer)?;
         let seq = encoded.record.seq;
@@ -89,10 +91,14 @@ pub(super) fn append(
             objects.store().settle(&record_key(machine, head.record.seq))?;
         }
         let parts: [&[u8]; 4] = [&encoded.header, &draft.inline.blocks, &encoded.block, &encoded.end];
-        let put = objects.store().put_if_absent(&record_key(machine, seq), &parts).map_err(|error| {
-            let hint =
+        let put = objects.put_until_known(&record_key(machine, seq), &parts).map_err(|error| {
+            let unknown =
                 format!("whether record {seq} of {machine} was written is not known; `epochfs log {machine}` tells");
-            if error.next_step().is_none() { error.hint(hint) } else { error }
+            match error.next_step().map(str::to_owned) {
+                None => error.hint(unknown),
+                Some(first) if error.kind() == Kind::Unavailable => error.hint(format!("{first}; {unknown}")),
+                Some(_) => error,
+            }
         })?;
         if put == Put::Created {
             return Ok(Head { record: encoded.record, digest: encoded.digest });

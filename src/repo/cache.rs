@@ -39,6 +39,11 @@ impl<K: Eq + Hash + Clone, V: Clone> TwoGenerations<K, V> {
         self.young_weight += weight;
     }
 
+    pub fn remove(&mut self, key: &K) {
+        self.young_weight -= self.young.remove(key).map_or(0, |(_, weight)| weight);
+        self.old_weight -= self.old.remove(key).map_or(0, |(_, weight)| weight);
+    }
+
     /// The weight of all there is.
     pub fn weight(&self) -> usize {
         self.young_weight + self.old_weight

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use epochfs_format::{
@@ -11,7 +12,8 @@ use epochfs_format::{
 
 use super::cache::TwoGenerations;
 use crate::error::{Error, Kind, Result};
-use crate::platform::store::{Store, Tail};
+use crate::platform::lock::lock;
+use crate::platform::store::{Put, Store, Tail};
 
 /// The end of a record that is read first: enough for a small one, its roots included.
 const RECORD_TAIL_LEN: u64 = 32 << 10;
@@ -20,6 +22,10 @@ const TAIL_CACHE_LEN: usize = 4 << 20;
 
 /// So many pages of one object are confirmed by its footer, which costs as much as about as many blocks.
 const FOOTER_FROM_CLAIMS: usize = 256;
+
+/// A put of which a remote store does not say what became is tried so often.
+const PUT_TRIES: usize = 2;
+const PUT_PAUSE: Duration = Duration::from_millis(200);
 
 /// The key under which an object is stored.
 pub fn object_key(object: &ObjectRef) -> String {
@@ -91,9 +97,16 @@ impl Objects {
         }
     }
 
+    /// Forgets what is kept of an object, whose bytes were found wrong; says whether it is worth while to read it again.
+    pub fn distrust(&self, object: &ObjectRef) -> bool {
+        self.store.distrust(&object_key(object))
+    }
+
     /// Bytes of an object that will be read soon.
     pub fn will_need(&self, object: &ObjectRef, range: Range<u64>) {
-        self.store.will_need(&object_key(object), range);
+        if self.tail_range(object, &range).is_none() {
+            self.store.will_need(&object_key(object), range);
+        }
     }
 
     /// These bytes of a record that was read lately.
@@ -107,6 +120,21 @@ impl Objects {
         within.then(|| tail.bytes.slice((range.start - tail_start) as usize..(range.end - tail_start) as usize))
     }
 
+    /// Puts an object unless its key is taken. Where the store does not say what became of it, the same bytes are put
+    /// again: if an earlier try arrived after all, the key is taken, and whoever is told so reads back by whom.
+    pub fn put_until_known(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
+        for _ in 1..PUT_TRIES {
+            match self.store.put_if_absent(key, parts) {
+                Err(error) if error.kind() == Kind::Unavailable => {
+                    tracing::warn!("{error}: trying again");
+                    std::thread::sleep(PUT_PAUSE);
+                }
+                known => return known,
+            }
+        }
+        self.store.put_if_absent(key, parts)
+    }
+
     /// A log record and its digest, or `None` when the log has no such record.
     pub fn record(&self, machine: &Arc<str>, seq: u64) -> Result<Option<(Record, Hash)>> {
         let object = ObjectRef::Record { machine: machine.clone(), seq };
@@ -116,7 +144,15 @@ impl Objects {
             Err(error) if error.kind() == Kind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let decoded = self.decode_record(&object, &tail).map_err(|error| error.context(&key))?;
+        let (tail, decoded) = match self.decode_record(&object, &tail) {
+            Err(error) if error.kind() == Kind::Damaged && self.distrust(&object) => {
+                let tail = self.store.get_tail(&key, RECORD_TAIL_LEN)?;
+                let decoded = self.decode_record(&object, &tail);
+                (tail, decoded)
+            }
+            decoded => (tail, decoded),
+        };
+        let decoded = decoded.map_err(|error| error.context(&key))?;
         let weight = tail.bytes.len();
         lock(&self.tails).insert(object, tail, weight);
         Ok(Some(decoded))
@@ -148,7 +184,11 @@ impl Objects {
         if let Some(footer) = lock(&self.footers).get(object) {
             return Ok(footer);
         }
-        let footer = Arc::new(self.read_footer(object).map_err(|error| error.context(object_key(object)))?);
+        let read = match self.read_footer(object) {
+            Err(error) if error.kind() == Kind::Damaged && self.distrust(object) => self.read_footer(object),
+            read => read,
+        };
+        let footer = Arc::new(read.map_err(|error| error.context(object_key(object)))?);
         lock(&self.footers).insert(object.clone(), footer.clone(), footer.weight());
         Ok(footer)
     }
@@ -185,6 +225,11 @@ impl Objects {
         for group in order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object) {
             let object = &claims[group[0]].1.object;
             let by_footer = group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
+            if !by_footer && group.len() > 1 && self.store.is_remote() {
+                for Place { offset, len, .. } in group.iter().map(|claim| &claims[*claim].1) {
+                    self.will_need(object, u64::from(*offset)..u64::from(*offset) + u64::from(*len));
+                }
+            }
             for claim in group {
                 let (hash, place) = &claims[*claim];
                 answers[*claim] = if by_footer {
@@ -227,8 +272,4 @@ fn missing_is_damage(error: Error) -> Error {
             .hint("an object that epochs refer to is missing; `epochfs verify` lists what is affected"),
         _ => error,
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

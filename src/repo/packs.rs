@@ -64,7 +64,7 @@ impl OpenPack {
             None => {
                 let key = object_key(&self.object);
                 // A store that repeats by itself may find its own first try in its way.
-                if objects.store().put_if_absent(&key, &[&self.buffer, &end])? == Put::Exists
+                if objects.put_until_known(&key, &[&self.buffer, &end])? == Put::Exists
                     && objects.store().get(&key)? != [self.buffer, end].concat()
                 {
                     return Err(Error::conflict(format!("{key}: a random pack name is taken")));

@@ -1,29 +1,44 @@
 //! A repository: opened by its URL, asked for machines, epochs and records.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, Record, check_machine, check_tag, hex};
+use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, ManifestPlace, Record, check_machine, check_tag, hex};
 
 use super::append::{Draft, Rebase, append};
+use super::cache::TwoGenerations;
 use super::log::{Edits, Head, MachineState, head, machines};
 use super::objects::Objects;
 use crate::error::{Error, Kind, Result};
-use crate::platform::store::{Put, Store};
+use crate::platform::store::{CacheSettings, CachedStore, Put, Store};
 use crate::platform::{clock, random};
 
 /// An open repository.
 #[derive(Clone)]
 pub struct Repository {
     objects: Arc<Objects>,
+    heads: Heads,
 }
 
+/// The newest records that this process appended, by machine.
+type Heads = Arc<Mutex<TwoGenerations<Arc<str>, Head>>>;
+
+const HEADS_LEN: usize = 8 << 20;
+
 impl Repository {
+    fn of(objects: Objects) -> Self {
+        Self { objects: Arc::new(objects), heads: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))) }
+    }
+
     /// Makes a new repository in a store that holds none.
     pub fn create(store: Arc<dyn Store>) -> Result<Self> {
         let descriptor = Descriptor { id: random::id16(), created_ns: clock::now_ns() };
         match store.put_if_absent(DESCRIPTOR_KEY, &[&descriptor.encode()])? {
-            Put::Created => Ok(Self { objects: Arc::new(Objects::new(store, descriptor.id)) }),
+            Put::Created => Ok(Self::of(Objects::new(store, descriptor.id))),
+            // A store that repeats by itself may find its own first try in its way.
+            Put::Exists if store.get(DESCRIPTOR_KEY)? == descriptor.encode() => {
+                Ok(Self::of(Objects::new(store, descriptor.id)))
+            }
             Put::Exists => Err(Error::conflict(format!("{} already holds a repository", store.url()))
                 .hint("use it as it is, or choose an empty place")),
         }
@@ -33,12 +48,20 @@ impl Repository {
     pub fn open(store: Arc<dyn Store>) -> Result<Self> {
         let url = store.url();
         let bytes = store.get(DESCRIPTOR_KEY).map_err(|error| match error.kind() {
-            Kind::NotFound => Error::not_found(format!("{url} holds no repository"))
+            // Where more than the object is missing, the store says what to do.
+            Kind::NotFound if error.next_step().is_none() => Error::not_found(format!("{url} holds no repository"))
                 .hint(format!("make one: epochfs --repo {url} init")),
             _ => error,
         })?;
         let descriptor = Descriptor::decode(&bytes).map_err(|error| Error::from(error).context(&url))?;
-        Ok(Self { objects: Arc::new(Objects::new(store, descriptor.id)) })
+        Ok(Self::of(Objects::new(store, descriptor.id)))
+    }
+
+    /// The same repository, with what is read of it kept on a local disk.
+    #[must_use]
+    pub fn cached(self, settings: CacheSettings) -> Self {
+        let store = CachedStore::new(self.objects.store().clone(), settings);
+        Self::of(Objects::new(Arc::new(store), *self.id()))
     }
 
     pub fn objects(&self) -> &Arc<Objects> {
@@ -153,6 +176,12 @@ impl Repository {
         }
     }
 
+    /// The newest record of a machine, if this process appended it in this term. Others may have appended more since.
+    pub fn known_head(&self, machine: &Arc<str>, term: u64) -> Option<Head> {
+        let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+        heads.get(machine).filter(|head| head.record.term == term)
+    }
+
     /// Appends a record after `head`; see [`append`].
     pub fn append(
         &self,
@@ -161,8 +190,27 @@ impl Repository {
         draft: Draft,
         rebase: &mut dyn FnMut(&Record, &mut Draft) -> Result<Rebase>,
     ) -> Result<Head> {
-        append(&self.objects, machine, head, draft, rebase)
+        let appended = append(&self.objects, machine, head, draft, rebase);
+        let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+        match &appended {
+            Ok(head) => heads.insert(machine.clone(), head.clone(), weight_of(&head.record)),
+            // What is newest now is not known here.
+            Err(_) => heads.remove(machine),
+        }
+        drop(heads);
+        appended
     }
+}
+
+/// About how many bytes a record takes in memory.
+fn weight_of(record: &Record) -> usize {
+    let Body::Commit(commit) = &record.body else { return 512 };
+    let entries = match &commit.manifest {
+        ManifestPlace::Inline(manifest) => manifest.entries().len(),
+        ManifestPlace::Image(_) => 0,
+    };
+    let notes: usize = commit.notes.iter().map(|(name, value)| name.len() + value.len()).sum();
+    1024 + commit.message.len() + notes + 40 * (commit.packs.len() + commit.tags.len()) + 300 * entries
 }
 
 /// Where this host keeps derived data unless told otherwise: per user, or for the system when that is root's.

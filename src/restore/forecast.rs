@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use epochfs_format::{EntryKind, Image};
+use epochfs_format::{EntryKind, Image, TraceRun};
 
 use super::bits::PageBits;
 use super::traces::Traces;
-use crate::epoch::{Epoch, EpochStore, changed_pages_of, page_count};
+use crate::epoch::{Epoch, EpochStore, changed_pages, page_count};
 use crate::error::Result;
 
 /// Where a forecast comes from.
@@ -49,7 +49,7 @@ const NEIGHBOURS: u64 = 16;
 pub fn forecast(store: &EpochStore, traces: &Traces, epoch: &Epoch, stream: &[u8], image: &Image) -> Forecast {
     let pages = page_count(image.length);
     if let Some(trace) = traces.of(epoch, stream) {
-        let runs = trace.runs.iter().map(|run| run.first.min(pages)..(run.first + run.count).min(pages));
+        let runs = trace.runs.iter().map(TraceRun::pages).map(|run| run.start.min(pages)..run.end.min(pages));
         let runs = runs.filter(|run| !run.is_empty()).collect();
         return Forecast { source: Source::Trace, runs, restores: trace.restores, windows: trace.windows };
     }
@@ -76,7 +76,7 @@ fn changes(store: &EpochStore, epoch: &Epoch, stream: &[u8], image: &Image) -> R
         let Some(EntryKind::Stream(older_image)) = older.manifest().get(stream).map(|entry| entry.kind.clone()) else {
             break;
         };
-        changed_pages_of(&newer, &older_image, &newer_image, &mut |page| {
+        changed_pages(newer.nodes(), &older_image, &newer_image, &mut |page| {
             if count < CHANGED_PAGES_MAX {
                 seen.add(page..page + 1, &mut |run| {
                     count += 1;

@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use super::traces::Traces;
 use crate::epoch::{Epoch, EpochStore, LEAF_PAGES, SharedImage, Window, page_count};
 use crate::error::{Error, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
 
 /// Pages that are read and pushed at a time: few at first, so that the first are there soon.
 const BATCH_PAGES_FIRST: usize = 64;
@@ -166,8 +167,10 @@ pub struct Prefetch {
 
 struct Queue {
     waiting: VecDeque<Arc<Prefetch>>,
-    /// All whose trace is not kept yet, those that are waiting included.
+    /// All whose readers are not gone, those that are waiting included.
     all: Vec<Arc<Prefetch>>,
+    /// When a thread last set out to look whether restores are over.
+    looked: Option<Stopwatch>,
     stopped: bool,
 }
 
@@ -189,10 +192,6 @@ pub struct Prefetcher {
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Prefetcher {
     pub fn start(store: Arc<EpochStore>, settings: Settings) -> Result<Self> {
         let shared = Arc::new(Shared {
@@ -200,7 +199,7 @@ impl Prefetcher {
             store,
             rate: settings.rate.filter(|rate| *rate > 0),
             keeps_traces: settings.keeps_traces,
-            queue: Mutex::new(Queue { waiting: VecDeque::new(), all: Vec::new(), stopped: false }),
+            queue: Mutex::new(Queue { waiting: VecDeque::new(), all: Vec::new(), looked: None, stopped: false }),
             called: Condvar::new(),
             stopped: AtomicBool::new(false),
             paid_until: Mutex::default(),
@@ -490,22 +489,25 @@ impl Shared {
                 continue;
             }
             queue = self.called.wait_timeout(queue, LOOK_INTERVAL).unwrap_or_else(PoisonError::into_inner).0;
-            if queue.waiting.is_empty() && !queue.stopped {
+            // One thread looks at a time: the others are idle, too.
+            let is_due = queue.looked.as_ref().is_none_or(|looked| looked.elapsed() >= LOOK_INTERVAL);
+            if is_due && queue.waiting.is_empty() && !queue.stopped {
+                queue.looked = Some(Stopwatch::start());
                 let all = queue.all.clone();
                 drop(queue);
-                let over: Vec<&Arc<Prefetch>> = all
-                    .iter()
-                    .filter(|prefetch| {
-                        self.look(prefetch);
-                        let is_gone = prefetch.target.residency.is_gone();
-                        self.keep_trace(prefetch, is_gone, true);
-                        is_gone
-                    })
-                    .collect();
+                let over: Vec<Arc<Prefetch>> = all.into_iter().filter(|prefetch| self.is_over(prefetch)).collect();
                 queue = lock(&self.queue);
                 queue.all.retain(|prefetch| !over.iter().any(|over| Arc::ptr_eq(over, prefetch)));
             }
         }
+    }
+
+    /// Whether a restore's readers are gone. What it touched is kept, once that is known.
+    fn is_over(&self, prefetch: &Prefetch) -> bool {
+        self.look(prefetch);
+        let is_gone = prefetch.target.residency.is_gone();
+        self.keep_trace(prefetch, is_gone, true);
+        is_gone
     }
 
     fn plan(&self, prefetch: &Prefetch) {
@@ -603,30 +605,23 @@ impl Shared {
         }
         let (foreseen, restores, window, windows) = {
             let work = lock(&prefetch.work);
-            let (window, windows) = (work.window.clone(), work.windows.clone());
             // What was foreseen wrongly is forgotten. That shows while pages are pushed: nobody asks for those that are
             // there, and later all requests are for others.
-            if work.was_mistaken {
-                (Vec::new(), 0, window, windows)
-            } else {
-                (work.foreseen.clone(), work.restores, window, windows)
-            }
+            let kept = if work.was_mistaken { &[][..] } else { &work.foreseen };
+            let foreseen: Vec<TraceRun> = kept.iter().cloned().map(TraceRun::from).collect();
+            let restores = if work.was_mistaken { 0 } else { work.restores };
+            (foreseen, restores, work.window.clone(), work.windows.clone())
         };
         let mut store_window = |runs: &[TraceRun]| {
-            let runs: Vec<Range<u64>> = runs.iter().map(|run| run.first..run.first + run.count).collect();
-            let is_wanted = has_time && window.leaves_scattered(epoch.nodes(), image, &runs).unwrap_or(false);
-            let written = is_wanted.then(|| Window::write(epoch, image, &runs));
-            match written {
-                None => windows.clone(),
-                Some(Ok(packs)) => packs,
-                Some(Err(error)) => {
-                    tracing::info!(epoch = epoch.name(), "scattered pages are not stored together: {error}");
-                    windows.clone()
-                }
+            let runs: Vec<Range<u64>> = runs.iter().map(TraceRun::pages).collect();
+            if !has_time || !window.leaves_scattered(epoch.nodes(), image, &runs).unwrap_or(false) {
+                return windows.clone();
             }
+            Window::write(epoch, image, &runs).unwrap_or_else(|error| {
+                tracing::info!(epoch = epoch.name(), "scattered pages are not stored together: {error}");
+                windows.clone()
+            })
         };
-        let foreseen: Vec<TraceRun> =
-            foreseen.into_iter().map(|run| TraceRun { first: run.start, count: run.end - run.start }).collect();
         let (foreseen, touched) = (residency.used_of(&foreseen), residency.used_of(&touched));
         if let Err(error) = self.traces.keep(epoch, stream, foreseen, restores, &touched, &mut store_window) {
             tracing::info!(epoch = epoch.name(), "the trace is not kept: {error}");

@@ -132,8 +132,7 @@ impl Residency {
         }
         let mut used: Vec<TraceRun> = Vec::new();
         for run in runs {
-            let end = run.first + run.count;
-            for page in (run.first..end).filter(|page| self.used.holds(*page)) {
+            for page in run.pages().filter(|page| self.used.holds(*page)) {
                 match used.last_mut() {
                     Some(last) if last.first + last.count == page => last.count += 1,
                     _ => used.push(TraceRun { first: page, count: 1 }),
@@ -162,7 +161,7 @@ impl Touched {
         match self.runs.last_mut() {
             Some(last) if last.first + last.count == run.start => last.count += run.end - run.start,
             _ if has_room => {
-                self.runs.push(TraceRun { first: run.start, count: run.end - run.start });
+                self.runs.push(run.into());
             }
             _ => {}
         }

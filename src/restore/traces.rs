@@ -97,7 +97,7 @@ impl Traces {
 
 /// What earlier restores touched, then what this one did beyond. Where both are too much, the newer is kept.
 fn merge(before: Vec<TraceRun>, touched: &[TraceRun]) -> Vec<TraceRun> {
-    let end = before.iter().chain(touched).map(|run| run.first + run.count).max().unwrap_or(0);
+    let end = before.iter().chain(touched).map(|run| run.pages().end).max().unwrap_or(0);
     let new: u64 = touched.iter().map(|run| run.count).sum();
     let seen = PageBits::new(end);
     let mut runs = Vec::new();
@@ -105,7 +105,7 @@ fn merge(before: Vec<TraceRun>, touched: &[TraceRun]) -> Vec<TraceRun> {
     let mut add = |all: &[TraceRun], limit: u64, runs: &mut Vec<TraceRun>| {
         let mut left = limit.min(room);
         for run in all {
-            seen.add(run.first..run.first + run.count, &mut |run| {
+            seen.add(run.pages(), &mut |run| {
                 let count = (run.end - run.start).min(left);
                 if count > 0 && runs.len() < TRACE_RUNS_MAX {
                     runs.push(TraceRun { first: run.start, count });

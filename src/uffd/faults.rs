@@ -43,7 +43,7 @@ impl Retry {
     pub fn after(&mut self, error: &Error, patience: Duration) -> Option<Duration> {
         self.tries += 1;
         let is_over = match error.kind() {
-            Kind::Io | Kind::NoSpace => self.since.elapsed() >= patience,
+            Kind::Io | Kind::Unavailable | Kind::NoSpace => self.since.elapsed() >= patience,
             _ => self.tries >= Self::DAMAGE_TRIES,
         };
         (!is_over).then(|| Self::WAIT.saturating_mul(1 << self.tries.min(16)).min(Self::WAIT_MAX))

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use super::layout::HUGE;
 use super::vm::{PAGE, Vm};
 use crate::epoch::StreamReader;
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 
 /// So many pages are read and pushed as one piece; as many as a huge page has.
 const PIECE: u64 = HUGE / PAGE;
@@ -282,8 +283,4 @@ fn next_data(vm: &Vm, reader: &StreamReader, from: u64) -> Result<Option<Range<u
         return Ok(Some(part.start..part.end.min(part.start + PIECE)));
     }
     Ok(None)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use super::listen::Listening;
 use super::populate::{Outcome, Populator};
 use super::vm::{Admission, End, Vm, VmStatus, kill};
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::restore::{Extent, Prefetcher};
 
 /// What becomes of a VM whose memory cannot be served.
@@ -232,8 +233,4 @@ fn ended(inner: &Weak<Inner>, id: u64, end: End) {
         told(id, end);
     }
     inner.fewer.notify_all();
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

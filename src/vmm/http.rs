@@ -18,7 +18,12 @@ const SLICE: Duration = Duration::from_millis(200);
 
 /// Sends a PUT, and returns when it was answered with success.
 pub fn put(socket: &Path, path: &str, body: Option<&Value>, wait: Duration) -> Result<()> {
-    let what = || format!("PUT {path} at {}", socket.display());
+    send("PUT", socket, path, body, wait).map(|_| ())
+}
+
+/// Sends a request, and returns the body of the answer if that is success.
+pub fn send(method: &str, socket: &Path, path: &str, body: Option<&Value>, wait: Duration) -> Result<Vec<u8>> {
+    let what = || format!("{method} {path} at {}", socket.display());
     let failed = |error: std::io::Error| {
         let is_missing = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
         let error = Error::io(what(), error);
@@ -29,7 +34,7 @@ pub fn put(socket: &Path, path: &str, body: Option<&Value>, wait: Duration) -> R
     stream.set_write_timeout(Some(wait)).map_err(failed)?;
     let body = body.map(Value::to_string).unwrap_or_default();
     let request = format!(
-        "PUT {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nContent-Type: application/json\r\n\
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\nContent-Type: application/json\r\n\
          Content-Length: {}\r\n\r\n{body}",
         body.len()
     );
@@ -39,7 +44,7 @@ pub fn put(socket: &Path, path: &str, body: Option<&Value>, wait: Duration) -> R
     let mut buffer = [0; 4096];
     loop {
         match parse(&received).map_err(|text| Error::new(Kind::Io, format!("{}: {text}", what())))? {
-            Some((status, _)) if (200..300).contains(&status) => return Ok(()),
+            Some((status, answer)) if (200..300).contains(&status) => return Ok(answer.to_vec()),
             Some((status, answer)) => {
                 return Err(Error::new(Kind::Io, format!("{} was refused ({status}): {}", what(), reason(answer))));
             }

@@ -3,6 +3,7 @@
 //! A monitor reads the epoch's memory when the machine touches it. Nothing here copies memory, and nothing is left
 //! behind by a restore that fails: no process, no socket, no clone.
 
+pub mod agent;
 mod child;
 mod cloud_hypervisor;
 mod feed;

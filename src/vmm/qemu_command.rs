@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::place::{Place, text};
+use super::qmp::file_channel;
 use crate::error::{Error, Result};
 
 /// The file that is the machine's RAM.
@@ -29,7 +30,8 @@ pub struct CommandLine {
 }
 
 /// Options that say what a restore says itself, and what to do instead.
-const TAKEN: [(&str, &str); 4] = [
+const TAKEN: [(&str, &str); 5] = [
+    ("-S", "give --paused to `epochfs restore` instead"),
     ("-incoming", "leave it out: the state is loaded by this command"),
     ("-daemonize", "give --detach to `epochfs restore` instead"),
     ("-mem-path", "leave it out: the memory is a file of the epoch or of the clone"),
@@ -75,7 +77,7 @@ impl CommandLine {
         words.push("-S".into());
         let mut commands = vec![
             ("migrate-set-capabilities", json!({"capabilities": [{"capability": "x-ignore-shared", "state": true}]})),
-            ("migrate-incoming", json!({"uri": format!("file:{}", text(state)?)})),
+            ("migrate-incoming", file_channel(state)?),
         ];
         if !paused {
             commands.push(("cont", Value::Null));
@@ -232,7 +234,7 @@ mod tests {
         );
         let documents = made.documents();
         assert_eq!(documents.len(), 3);
-        assert_eq!(documents[1]["arguments"]["uri"], "file:/mnt/a,b/web1/epochs/42/vmstate");
+        assert_eq!(documents[1]["arguments"]["channels"][0]["addr"]["filename"], "/mnt/a,b/web1/epochs/42/vmstate");
         assert_eq!(documents[2], json!({"execute": "cont"}));
         let clone = line(&["qemu", "-m", "1G", "{live}/disk0", "{machine}"], Some("web2"), true).unwrap();
         let text = clone.shell();
@@ -243,7 +245,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused() {
-        let refused: [(&[&str], &str); 10] = [
+        let refused: [(&[&str], &str); 11] = [
+            (&["qemu", "-S"], "-S"),
             (&[], "how to start QEMU"),
             (&["qemu", "-incoming", "defer"], "-incoming"),
             (&["qemu", "--daemonize"], "-daemonize"),

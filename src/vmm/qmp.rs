@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::place::text;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 
@@ -19,23 +20,33 @@ const SLICE: Duration = Duration::from_millis(20);
 /// How often it is tried to connect, and what is waited for is asked about.
 const NAP: Duration = Duration::from_millis(1);
 
+/// The same, while a machine stands still.
+const STATE_NAP: Duration = Duration::from_micros(200);
+
 /// How long an answer may take. Commands that take longer only begin their work, and are asked about.
 const ANSWER_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// How long a QEMU that closed its monitor may take to end.
 const END_WAIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
+/// What `migrate` and `migrate-incoming` are given to use a file. As a URI, a name with `,offset=` in it would be another.
+pub fn file_channel(path: &Path) -> Result<Value> {
+    let name = text(path)?;
+    Ok(json!({"channels": [{"channel-type": "main", "addr": {"transport": "file", "filename": name, "offset": 0}}]}))
+}
+
 /// A connection to QEMU. While it waits it calls `check`, whose error ends the wait.
 pub struct Monitor<'a> {
     socket: UnixStream,
     received: Vec<u8>,
-    check: &'a mut dyn FnMut() -> Result<()>,
+    check: Box<dyn FnMut() -> Result<()> + Send + 'a>,
     answer_wait_max: Duration,
+    end_wait: Duration,
 }
 
 impl<'a> Monitor<'a> {
     /// Connects, as soon as QEMU listens.
-    pub fn connect(path: &Path, wait: Duration, check: &'a mut dyn FnMut() -> Result<()>) -> Result<Self> {
+    pub fn connect(path: &Path, wait: Duration, mut check: impl FnMut() -> Result<()> + Send + 'a) -> Result<Self> {
         let failed = |error| Error::io(format!("the monitor {}", path.display()), error);
         let since = Stopwatch::start();
         let socket = loop {
@@ -56,13 +67,25 @@ impl<'a> Monitor<'a> {
         };
         socket.set_read_timeout(Some(SLICE)).map_err(failed)?;
         socket.set_write_timeout(Some(ANSWER_WAIT_MAX)).map_err(failed)?;
-        let mut monitor = Self { socket, received: Vec::new(), check, answer_wait_max: wait.min(ANSWER_WAIT_MAX) };
+        let mut monitor = Self {
+            socket,
+            received: Vec::new(),
+            check: Box::new(check),
+            answer_wait_max: wait.min(ANSWER_WAIT_MAX),
+            end_wait: END_WAIT,
+        };
         let greeting = monitor.receive("its greeting", wait)?;
         if greeting.get("QMP").is_none() {
             return Err(Error::new(Kind::Io, format!("{} is no monitor of QEMU", path.display())));
         }
         monitor.run("qmp_capabilities", Value::Null)?;
         Ok(monitor)
+    }
+
+    /// Nobody tells how QEMU ended: a connection that is closed is not worth a wait.
+    pub fn does_not_wait_for_the_end(mut self) -> Self {
+        self.end_wait = Duration::ZERO;
+        self
     }
 
     /// Runs a command to its answer.
@@ -104,11 +127,37 @@ impl<'a> Monitor<'a> {
         Ok(())
     }
 
+    /// Saves the state of a machine that is stopped, without memory that others see, too.
+    pub fn save_state(&mut self, path: &Path, wait: Duration) -> Result<()> {
+        let since = Stopwatch::start();
+        self.run("migrate", file_channel(path)?)?;
+        loop {
+            let migration = self.run("query-migrate", Value::Null)?;
+            let failed = |status: &str| {
+                let why = migration["error-desc"].as_str().unwrap_or("QEMU gives no reason");
+                Error::new(Kind::Io, format!("the state could not be saved: migration {status}: {why}"))
+            };
+            match migration["status"].as_str() {
+                Some("completed") => return Ok(()),
+                Some(status @ ("failed" | "cancelled")) => return Err(failed(status)),
+                _ if since.elapsed() > wait => {
+                    // It would go on writing when the machine runs again.
+                    let _ = self.run("migrate_cancel", Value::Null);
+                    return Err(Error::new(
+                        Kind::Io,
+                        format!("QEMU did not save the state within {} s", wait.as_secs()),
+                    ));
+                }
+                _ => std::thread::sleep(STATE_NAP),
+            }
+        }
+    }
+
     /// Why there is no connection any more: that QEMU ended, and how, says more than that it was closed. It may take it a
     /// moment.
     fn closed(&mut self, what: &str) -> Error {
         let since = Stopwatch::start();
-        while since.elapsed() < END_WAIT {
+        while since.elapsed() < self.end_wait {
             if let Err(error) = (self.check)() {
                 return error;
             }
@@ -198,9 +247,8 @@ mod tests {
         with: impl FnOnce(&mut Monitor<'_>) -> Result<()>,
     ) -> (Result<()>, Vec<Value>) {
         let (_dir, path, thread) = peer(answers, stays);
-        let mut check = || Ok(());
         let result =
-            Monitor::connect(&path, Duration::from_millis(300), &mut check).and_then(|mut monitor| with(&mut monitor));
+            Monitor::connect(&path, Duration::from_millis(300), || Ok(())).and_then(|mut monitor| with(&mut monitor));
         (result, thread.join().unwrap())
     }
 
@@ -239,8 +287,7 @@ mod tests {
             let error = result.unwrap_err();
             assert!(error.to_string().contains(text), "{error}, not {text}");
         }
-        let mut check = || Ok(());
-        let error = Monitor::connect(Path::new("/nonexistent/qmp"), Duration::ZERO, &mut check).err().unwrap();
+        let error = Monitor::connect(Path::new("/nonexistent/qmp"), Duration::ZERO, || Ok(())).err().unwrap();
         assert!(error.to_string().contains("did not open its monitor"), "{error}");
     }
 
@@ -249,8 +296,7 @@ mod tests {
         let long: &'static str = Box::leak("x".repeat(LINE_LEN_MAX + (64 << 10)).into_boxed_str());
         let answers: &'static [&'static str] = Box::leak(Box::new([GREETING, DONE, long]));
         let (_dir, path, _thread) = peer(answers, true);
-        let mut check = || Ok(());
-        let mut monitor = Monitor::connect(&path, Duration::from_secs(10), &mut check).unwrap();
+        let mut monitor = Monitor::connect(&path, Duration::from_secs(10), || Ok(())).unwrap();
         assert!(monitor.run("stop", Value::Null).unwrap_err().to_string().contains("too long"));
     }
 

@@ -2,6 +2,8 @@
 //!
 //! A hint and nothing else: whoever loses it, or gets a wrong one, is slower and not wrong.
 
+use std::ops::Range;
+
 use crate::error::{FormatError, Result, invalid};
 use crate::manifest::IMAGE_LEN_MAX;
 use crate::name::check_stream_path;
@@ -25,6 +27,18 @@ const PAGES_MAX: u64 = IMAGE_LEN_MAX / PAGE_SIZE as u64;
 pub struct TraceRun {
     pub first: u64,
     pub count: u64,
+}
+
+impl TraceRun {
+    pub fn pages(&self) -> Range<u64> {
+        self.first..self.first + self.count
+    }
+}
+
+impl From<Range<u64>> for TraceRun {
+    fn from(pages: Range<u64>) -> Self {
+        Self { first: pages.start, count: pages.end - pages.start }
+    }
 }
 
 /// What restores of one stream touched, in order.

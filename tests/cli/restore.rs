@@ -212,7 +212,10 @@ fn what_would_be_done_is_printed_and_not_done() {
         "{text}"
     );
     assert!(lines[0].contains(&format!("mem-path={epoch}/memory,share=off,readonly=on,rom=off")), "{text}");
-    assert!(lines[1].contains("x-ignore-shared") && lines[2].contains(&format!("file:{epoch}/vmstate")), "{text}");
+    assert!(
+        lines[1].contains("x-ignore-shared") && lines[2].contains(&format!("\"filename\":\"{epoch}/vmstate\"")),
+        "{text}"
+    );
     assert_eq!((lines[3], lines.len()), ("{\"execute\":\"cont\"}", 4));
     let words = ["restore", "web1@1", "--clone", "web2", "--paused", "--print", "--json", "--qmp", "/run/q"];
     let ran = world.ok(words.into_iter().chain(["--", "qemu", "-drive", "file={live}/disk0"]));

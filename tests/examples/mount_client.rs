@@ -19,6 +19,10 @@ use rustix::fs::{Advice as FileAdvice, fadvise};
 use rustix::mm::{Advice, MapFlags, MsyncFlags, ProtFlags, madvise, mmap, msync, munmap};
 use serde_json::{Value, json};
 
+mod reference;
+
+use reference::Reference;
+
 const PAGE: usize = 4096;
 const MIB: usize = 1 << 20;
 
@@ -97,33 +101,7 @@ fn main() -> io::Result<()> {
     Ok(())
 }
 
-/// What a raw image holds: a word of each page that tells it from others, or none for a page of zeros.
-struct Reference {
-    words: Vec<Option<(u32, u64)>>,
-}
-
 impl Reference {
-    fn load(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let pages = file.metadata()?.len() as usize / PAGE;
-        let mut words = Vec::with_capacity(pages);
-        let mut buffer = vec![0; MIB];
-        for piece in 0..(pages * PAGE).div_ceil(MIB) {
-            let len = MIB.min(pages * PAGE - piece * MIB);
-            file.read_exact_at(&mut buffer[..len], (piece * MIB) as u64)?;
-            words.extend(buffer[..len].chunks(PAGE).map(|page| {
-                // The last word that is not zero, so that a page with a common beginning is told from others.
-                let word = |at: usize| u64::from_ne_bytes(page[at..at + 8].try_into().expect("eight bytes"));
-                (0..PAGE).step_by(8).rev().find(|at| word(*at) != 0).map(|at| (at as u32, word(at)))
-            }));
-        }
-        Ok(Self { words })
-    }
-
-    fn data_pages(&self) -> Vec<usize> {
-        (0..self.words.len()).filter(|page| self.words[*page].is_some()).collect()
-    }
-
     /// The pieces of 1 MiB in which most pages hold data.
     fn data_pieces(&self) -> Vec<usize> {
         let a_piece = MIB / PAGE;

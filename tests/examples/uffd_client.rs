@@ -7,9 +7,7 @@
 
 #![allow(clippy::disallowed_macros, clippy::disallowed_methods, reason = "an example prints and measures plainly")]
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,6 +18,9 @@ use serde_json::{Value, json};
 #[allow(dead_code, reason = "tests use the rest")]
 mod vmm;
 
+mod reference;
+
+use reference::Reference;
 use vmm::{Guest, Memory, PAGE};
 
 #[derive(Parser)]
@@ -58,35 +59,10 @@ fn main() -> io::Result<()> {
     Ok(())
 }
 
-/// What a raw image holds: a word of each page that tells it from others, or none for a page of zeros.
-struct Reference {
-    words: Vec<Option<(usize, u64)>>,
-}
-
 impl Reference {
-    fn load(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let pages = file.metadata()?.len() as usize / PAGE;
-        let mut words = Vec::with_capacity(pages);
-        let mut buffer = vec![0; 256 * PAGE];
-        while words.len() < pages {
-            let len = buffer.len().min((pages - words.len()) * PAGE);
-            file.read_exact_at(&mut buffer[..len], (words.len() * PAGE) as u64)?;
-            words.extend(buffer[..len].chunks(PAGE).map(|page| {
-                let word = |at: usize| u64::from_ne_bytes(page[at..at + 8].try_into().expect("eight bytes"));
-                (0..PAGE).step_by(8).rev().find(|at| word(*at) != 0).map(|at| (at, word(at)))
-            }));
-        }
-        Ok(Self { words })
-    }
-
-    fn data_pages(&self) -> Vec<usize> {
-        (0..self.words.len()).filter(|page| self.words[*page].is_some()).collect()
-    }
-
     fn is_right(&self, memory: &Memory, page: usize) -> bool {
         let (at, word) = self.words[page].unwrap_or_default();
-        memory.word(page * PAGE + at) == word
+        memory.word(page * PAGE + at as usize) == word
     }
 
     fn wrong_pages(&self, memory: &Memory) -> usize {

@@ -5,6 +5,8 @@
 //! they prove themselves: what they expect must hold on ext4. `EPOCHFS_TEST_BINARY` names another program to mount with,
 //! `EPOCHFS_SEED` repeats a random run, and `EPOCHFS_LONG=1` makes the random runs long.
 
+#[path = "../common/asked.rs"]
+mod asked;
 mod child;
 mod crash;
 mod crash_check;
@@ -22,6 +24,8 @@ mod place;
 mod posix;
 mod posix_rights;
 mod posix_times;
+#[path = "../common/process.rs"]
+mod process;
 mod raw;
 mod restores;
 mod support;

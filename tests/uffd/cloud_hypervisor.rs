@@ -294,7 +294,7 @@ fn commit(world: &World, cut: usize) {
 fn start_monitor(world: &World, cut: usize, operations: u64, refuses_state: bool) -> Child {
     let orders = Orders { socket: world.socket(), image: world.image.clone(), cut, seed: 1, operations, refuses_state };
     let orders = serde_json::to_string(&orders).unwrap();
-    let child = crate::child::command("monitor", &[&orders]).stderr(Stdio::inherit()).spawn().unwrap();
+    let child = crate::process::command("monitor", &[&orders]).stderr(Stdio::inherit()).spawn().unwrap();
     wait_until("the monitor listens", || world.socket().exists());
     child
 }

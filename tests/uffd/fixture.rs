@@ -24,29 +24,24 @@ use tempfile::TempDir;
 use crate::guest::Orders;
 use crate::vmm::{EVENT_REMOVE, PAGE, userfaultfd};
 
+pub use crate::asked::{is_long, seed, skip};
+
 /// The program under test.
 pub fn binary() -> PathBuf {
     std::env::var_os("EPOCHFS_TEST_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_epochfs").into(), PathBuf::from)
 }
 
-pub fn is_long() -> bool {
-    std::env::var_os("EPOCHFS_LONG").is_some_and(|value| value != "0")
-}
-
-/// `EPOCHFS_SEED`, or a number that is the same each time.
-pub fn seed() -> u64 {
-    std::env::var("EPOCHFS_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
-}
-
-/// Says loudly that a test does not run here, and why.
-pub fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED {test}: {why}\n");
-    eprint!("{line}");
-    if let Some(path) = std::env::var_os("EPOCHFS_SKIPS") {
-        let file = File::options().append(true).create(true).open(&path);
-        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("EPOCHFS_SKIPS can be written");
+/// How a process ended, if it does in time.
+fn ended(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+    let started = Stopwatch::start();
+    while started.elapsed() < patience {
+        let status = child.try_wait().unwrap();
+        if status.is_some() {
+            return status;
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
-    assert!(std::env::var_os("EPOCHFS_NO_SKIPS").is_none(), "a test was skipped: {line}");
+    None
 }
 
 /// A repository of one's own, with `web1@1`, whose memory is the image.
@@ -191,7 +186,7 @@ pub struct GuestProcess {
 
 impl GuestProcess {
     pub fn start(orders: &Orders) -> Self {
-        let mut command = crate::child::command("guest", &[&serde_json::to_string(orders).unwrap()]);
+        let mut command = crate::process::command("guest", &[&serde_json::to_string(orders).unwrap()]);
         let mut child = command.stderr(Stdio::inherit()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         let stdin = child.stdin.take();
@@ -229,14 +224,7 @@ impl GuestProcess {
     /// Waits for its end, but not for ever.
     #[track_caller]
     pub fn ended(&mut self, patience: Duration) -> ExitStatus {
-        let started = Stopwatch::start();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(started.elapsed() < patience, "the guest does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        ended(&mut self.child, patience).expect("the guest ends")
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -332,14 +320,7 @@ impl Program {
 
     #[track_caller]
     pub fn ended(&mut self, patience: Duration) -> ExitStatus {
-        let started = Stopwatch::start();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(started.elapsed() < patience, "the server does not end: {}", self.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        ended(&mut self.child, patience).unwrap_or_else(|| panic!("the server does not end: {}", self.log()))
     }
 }
 

@@ -90,7 +90,7 @@ fn a_vm_that_cannot_be_served_is_killed_and_not_left_waiting() {
     let program = Program::start(&world, &[]);
     let socket = world.socket();
     let text = r#"[{"base_host_virt_addr":ADDRESS,"size":16384,"offset":1048576,"page_size":4096}]"#;
-    let mut child = crate::child::command("hostile", &[socket.to_str().unwrap(), text]).spawn().unwrap();
+    let mut child = crate::process::command("hostile", &[socket.to_str().unwrap(), text]).spawn().unwrap();
     let _watchdog = crate::fixture::Watchdog::new(child.id(), PATIENCE);
     assert_eq!(child.wait().unwrap().signal(), Some(9));
     assert!(program.log().contains("its memory cannot be served"), "{}", program.log());

@@ -4,6 +4,8 @@
 //! `EPOCHFS_TEST_BINARY` names another program to test, `EPOCHFS_SEED` repeats a random run, and `EPOCHFS_LONG=1` makes the
 //! random runs long.
 
+#[path = "../common/asked.rs"]
+mod asked;
 mod child;
 mod cloud_hypervisor;
 mod damage;
@@ -12,6 +14,8 @@ mod guest;
 mod hostile;
 mod huge;
 mod many;
+#[path = "../common/process.rs"]
+mod process;
 mod random;
 mod removal;
 mod sockets;

@@ -88,7 +88,7 @@ fn last_word(child: &mut std::process::Child) -> String {
 fn the_kernel_fills_nothing_while_a_removal_waits_to_be_read() {
     let Some(_world) = World::new("removals in the kernel", 1) else { return };
     let mut child =
-        crate::child::command("removal", &["kernel"]).stderr(std::process::Stdio::inherit()).spawn().unwrap();
+        crate::process::command("removal", &["kernel"]).stderr(std::process::Stdio::inherit()).spawn().unwrap();
     assert_eq!(last_word(&mut child), "ok");
 }
 
@@ -97,7 +97,7 @@ fn p5_what_is_removed_while_it_is_pushed_is_zeros() {
     let Some(world) = World::new("removals and pushes", PAGES) else { return };
     let server = world.server(Options::default());
     let socket = world.socket();
-    let mut child = crate::child::command("removal", &["race", socket.to_str().unwrap()])
+    let mut child = crate::process::command("removal", &["race", socket.to_str().unwrap()])
         .stderr(std::process::Stdio::inherit())
         .spawn()
         .unwrap();

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use epochfs_format::{IMAGE_LEN_MAX, Image, PAGE_SIZE};
 
+use super::Live;
 use super::file::{Io, LiveFile};
 use super::refusal::{Answer, Refusal};
 use super::tree::{Content, Creator, Node, ROOT, Tree};
-use super::{Live, lock};
 use crate::error::Result;
 use crate::platform::clock;
+use crate::platform::lock::lock;
 
 const EXTENDED_NAME_LEN_MAX: usize = 255;
 const EXTENDED_VALUE_LEN_MAX: usize = 64 << 10;

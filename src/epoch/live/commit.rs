@@ -14,12 +14,14 @@ use super::frozen::FrozenSource;
 use super::refusal::Refusal;
 use super::spool::Spool;
 use super::tree::{Content, ROOT, Tree};
-use super::{Halt, Live, ROOT_NOTE, lock};
+use super::{Halt, Live, ROOT_NOTE};
 use crate::epoch::commit::{CommitBuilder, CommitOptions, Committed};
 use crate::epoch::ranges::Ranges;
 use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
+use crate::platform::random;
 
 /// What is said about an epoch that is made of a live.
 #[derive(Clone, Debug, Default)]
@@ -80,6 +82,9 @@ struct Job {
     changes: u64,
     done: Sender<Result<Committed>>,
 }
+
+/// How long to wait before a store that is away is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
 #[derive(Default)]
 pub struct Pipeline {
@@ -171,6 +176,15 @@ impl Live {
         Ok(CommitTicket { result, frozen_for })
     }
 
+    /// Ends commits that wait for a store that is away, and waits until none is on its way. What they would have
+    /// committed stays in live.
+    pub fn end_commits(&self) {
+        self.ending.store(true, Ordering::Release);
+        self.pipeline_moved.notify_all();
+        self.wait_for_commits();
+        self.ending.store(false, Ordering::Release);
+    }
+
     /// Waits until no commit is on its way.
     pub fn wait_for_commits(&self) {
         let mut pipeline = lock(&self.pipeline);
@@ -191,8 +205,9 @@ impl Live {
                 job
             };
             // Whoever waits must hear of it, and the pages must go back, whatever goes wrong.
-            let result = catch_unwind(AssertUnwindSafe(|| self.make_epoch(&job)))
+            let result = catch_unwind(AssertUnwindSafe(|| self.make_epoch_when_possible(&job)))
                 .unwrap_or_else(|_| Err(Error::new(Kind::Io, "making the epoch failed badly")));
+            *lock(&self.waits_for) = None;
             match &result {
                 Ok(committed) => tracing::info!(machine = %self.machine, epoch = committed.epoch, "committed"),
                 Err(error) => {
@@ -216,7 +231,39 @@ impl Live {
         }
     }
 
-    fn make_epoch(&self, job: &Job) -> Result<Committed> {
+    /// Makes the epoch; where the store is away, as soon as it is back. Nothing is acknowledged before, and the moments
+    /// behind this one wait, so that epochs come in their order.
+    fn make_epoch_when_possible(&self, job: &Job) -> Result<Committed> {
+        let mut tried = Vec::new();
+        loop {
+            let writer = random::id16();
+            let error = match self.make_epoch(job, writer) {
+                Err(error) if matches!(error.kind(), Kind::Unavailable | Kind::Conflict) => error,
+                result => return result,
+            };
+            tried.push(writer);
+            // What an earlier try put may have arrived after it was given up.
+            match self.store.repository().latest_record(&self.machine) {
+                Ok(record) if tried.contains(&record.writer) => {
+                    tracing::info!(machine = %self.machine, epoch = record.seq, "it was committed by a try that was given up");
+                    let committed = Committed::of_record(record)?;
+                    self.rebase(job, &committed)?;
+                    return Ok(committed);
+                }
+                _ => {}
+            }
+            if error.kind() == Kind::Conflict || self.ending.load(Ordering::Acquire) {
+                return Err(error);
+            }
+            if lock(&self.waits_for).replace(error.to_string()).is_none() {
+                tracing::warn!(machine = %self.machine, "a commit waits for the store: {error}");
+            }
+            let pipeline = lock(&self.pipeline);
+            drop(self.pipeline_moved.wait_timeout(pipeline, RETRY_PAUSE).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    fn make_epoch(&self, job: &Job, writer: [u8; 16]) -> Result<Committed> {
         let spool = self.spool.get().expect("a machine that is owned has a spool");
         let mut notes = job.options.notes.clone();
         notes.retain(|(name, _)| name != ROOT_NOTE);
@@ -229,6 +276,7 @@ impl Live {
             notes,
             compression_level: self.settings.compression_level,
             term: self.term(),
+            writer: Some(writer),
             ..CommitOptions::default()
         };
         // Whoever recovers the journal above this epoch must find in it what the epoch holds, or something newer: never

@@ -19,7 +19,7 @@ mod tree;
 use std::cmp::Ordering as Order;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use epochfs_format::{JournalBase, Owner, encode_component};
@@ -35,6 +35,7 @@ use super::admin::Ownership;
 use super::view::EpochStore;
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::Files;
+use crate::platform::lock::lock;
 use commit::Pipeline;
 use file::Io;
 use journal::{Journal, Recovered, entries_of, recover};
@@ -107,6 +108,10 @@ pub struct Live {
     rebased: AtomicBool,
     pipeline: Mutex<Pipeline>,
     pipeline_moved: Condvar,
+    /// Commits that wait for the store are to end.
+    ending: AtomicBool,
+    /// Why a commit waits for the store, if one does.
+    waits_for: Mutex<Option<String>>,
     longest_freeze_ns: AtomicU64,
     wake: Wake,
 }
@@ -127,10 +132,6 @@ pub struct LiveStatus {
     pub longest_freeze: Duration,
     pub files: u64,
     pub error: Option<String>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Live {
@@ -166,6 +167,8 @@ impl Live {
                 rebased: AtomicBool::new(false),
                 pipeline: Mutex::default(),
                 pipeline_moved: Condvar::new(),
+                ending: AtomicBool::new(false),
+                waits_for: Mutex::default(),
                 longest_freeze_ns: AtomicU64::new(0),
                 wake,
             })
@@ -594,14 +597,17 @@ impl Live {
             commits_in_flight: lock(&self.pipeline).len(),
             longest_freeze: Duration::from_nanos(self.longest_freeze_ns.load(Ordering::Relaxed)),
             files,
-            error: halt.map(|_| self.halted().to_string()),
+            error: match halt {
+                Some(_) => Some(self.halted().to_string()),
+                None => lock(&self.waits_for).as_ref().map(|why| format!("a commit waits for the store: {why}")),
+            },
         }
     }
 
     /// Ends the live: what is on its way is finished; what no epoch holds stays in the spool, and the machine stays
     /// this host's. A machine without such changes is given up.
     pub fn close(&self) -> Result<()> {
-        self.wait_for_commits();
+        self.end_commits();
         self.sync()?;
         {
             let _tree = self.exclusive();

@@ -6,12 +6,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction};
 use super::protocol::{PrefetchRequest, Request, Unmounted};
-use super::protocol::{decode_answer, read_line};
+use super::protocol::{decode_answer, decode_news, read_line};
 use super::with_address;
 use crate::error::{Error, Kind, Result};
+use crate::ha::ProtectionStatus;
 use crate::platform::clock::Stopwatch;
 use crate::restore::{Foreseen, PrefetchStatus};
 use crate::vmm::Daemon;
@@ -60,9 +62,16 @@ impl Client {
     }
 
     /// Commits a machine's live, and returns when the epoch is durable.
-    pub fn commit(&mut self, request: CommitRequest) -> Result<CommitSummary> {
+    /// `frozen` is called before, as soon as what is written belongs to the next epoch.
+    pub fn commit(&mut self, mut request: CommitRequest, frozen: &mut dyn FnMut(Duration)) -> Result<CommitSummary> {
         let machine = request.machine.clone();
-        self.call(&Request::Commit(request)).map_err(|error| match error.next_step() {
+        request.tells_frozen = true;
+        let mut heed = |news: Value| {
+            if let Some(ms) = news["frozen_ms"].as_f64() {
+                frozen(Duration::from_secs_f64(ms.max(0.0) / 1000.0));
+            }
+        };
+        self.ask_for(&Request::Commit(request), &mut heed).map_err(|error| match error.next_step() {
             None if error.kind() == Kind::Io => {
                 error.hint(format!("`epochfs log {machine}` tells whether the epoch is there"))
             }
@@ -75,14 +84,9 @@ impl Client {
         self.call(&Request::Forget { machine: machine.to_owned() })
     }
 
-    /// How far the prefetch of a stream that is open is; or has everything of it pushed.
-    pub fn prefetch(&mut self, request: PrefetchRequest) -> Result<PrefetchStatus> {
-        self.call(&Request::Prefetch(request))
-    }
-
-    /// Which pages of an epoch's stream a restore will need, in order.
-    pub fn forecast(&mut self, request: ForecastRequest) -> Result<Foreseen> {
-        self.call(&Request::Forecast(request))
+    /// Says how a machine's protection is.
+    pub fn tell_protection(&mut self, status: &ProtectionStatus) -> Result<()> {
+        self.call_briefly::<Value>(&Request::Protection(Box::new(status.clone()))).map(|_| ())
     }
 
     pub fn umount(&mut self, lazy: bool) -> Result<Unmounted> {
@@ -113,6 +117,11 @@ impl Client {
 
     /// Asks and waits for the answer, however long it takes.
     fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
+        self.ask_for(request, &mut |_| ())
+    }
+
+    /// The same; news before the answer goes to `heed`.
+    fn ask_for<T: DeserializeOwned>(&mut self, request: &Request, heed: &mut dyn FnMut(Value)) -> Result<T> {
         let gone = |error| Error::io("the daemon went away", error);
         let sent = self.stream.get_mut().write_all(&request.encode()?);
         match sent {
@@ -120,22 +129,25 @@ impl Client {
             Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
             sent => sent.map_err(gone)?,
         }
-        match read_line(&mut self.stream)? {
-            Some(line) => decode_answer(&line),
-            None => Err(Error::new(Kind::Io, "the daemon ended before it answered")),
+        while let Some(line) = read_line(&mut self.stream)? {
+            match decode_news(&line)? {
+                Some(news) => heed(news),
+                None => return decode_answer(&line),
+            }
         }
+        Err(Error::new(Kind::Io, "the daemon ended before it answered"))
     }
 }
 
 impl Daemon for Client {
     fn prefetch(&mut self, machine: &str, epoch: u64, stream: &str, everything: bool) -> Result<PrefetchStatus> {
         let (machine, stream) = (machine.to_owned(), stream.to_owned());
-        Client::prefetch(self, PrefetchRequest { machine, epoch, stream, everything })
+        self.call(&Request::Prefetch(PrefetchRequest { machine, epoch, stream, everything }))
     }
 
     fn forecast(&mut self, machine: &str, epoch: u64, stream: &str) -> Result<Foreseen> {
         let (machine, stream) = (machine.to_owned(), stream.to_owned());
-        Client::forecast(self, ForecastRequest { machine, epoch, stream })
+        self.call(&Request::Forecast(ForecastRequest { machine, epoch, stream }))
     }
 }
 

@@ -1,8 +1,10 @@
-//! What is said over the control socket: a request a line, answered by a line.
+//! What is said over the control socket: a request a line, answered by a line. Before the answer to a request that asks for
+//! it there may be lines of news.
 //!
 //! ```text
 //! {"version":1,"request":"commit","machine":"web1","message":"","tags":["a"],"notes":[]}
 //! {"version":1,"answer":{...}}    or    {"version":1,"error":{"kind":"conflict","message":"...","next_step":null}}
+//! {"version":1,"news":{"frozen_ms":0.03}}
 //! ```
 
 use std::io::{BufRead, Read};
@@ -14,6 +16,7 @@ use serde_json::{Value, json};
 use crate::epoch::{Committed, commit_of};
 use crate::error::{Error, Kind, Result};
 use crate::fs;
+use crate::ha::ProtectionStatus;
 use crate::ops::kernel::KernelSetting;
 
 /// Rises when an older peer would misunderstand a request or an answer. New fields do not raise it.
@@ -23,7 +26,7 @@ const VERSION: u64 = 1;
 pub const LINE_LEN_MAX: usize = 4 << 20;
 
 /// What a client may ask.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Request {
     /// Who is there? Answered with an [`Introduction`].
@@ -40,6 +43,8 @@ pub enum Request {
     Forecast(ForecastRequest),
     /// A machine was removed from the repository: what is kept of it here is given up. Answered with whether it is gone.
     Forget { machine: String },
+    /// How the protection of a machine is, for `status`. Answered with nothing.
+    Protection(Box<ProtectionStatus>),
     /// Unmounts. Answered with [`Unmounted`] when the daemon has finished its work; where the unmount is lazy and
     /// files are still open, when no path leads to the mount any more.
     Umount { lazy: bool },
@@ -54,6 +59,10 @@ pub struct CommitRequest {
     pub tags: Vec<String>,
     #[serde(default)]
     pub notes: Vec<(String, String)>,
+    /// Whether there is to be news of the moment in which everything was frozen: what is written from then on belongs
+    /// to the next epoch.
+    #[serde(default)]
+    pub tells_frozen: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,8 +148,20 @@ pub struct DaemonStatus {
     /// Whether the kernel knows that this process writes its dirty pages back, and lets it allocate accordingly.
     pub io_flusher: bool,
     pub kernel: Vec<KernelSetting>,
+    /// The machines that agents protect, as they said last.
+    #[serde(default)]
+    pub protected: Vec<Protected>,
     #[serde(flatten)]
     pub filesystem: fs::Status,
+}
+
+/// What an agent said of a machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Protected {
+    #[serde(flatten)]
+    pub status: ProtectionStatus,
+    /// How long ago it said so. Agents speak every second.
+    pub said_ms_ago: f64,
 }
 
 /// How an unmount went.
@@ -226,6 +247,17 @@ pub fn encode_answer(answer: Result<Value>) -> Vec<u8> {
     encode_answer(Err(Error::new(Kind::Unsupported, "the answer is too long for the control socket")))
 }
 
+/// News before the answer, as a line.
+pub fn encode_news(news: Value) -> Vec<u8> {
+    line(json!({"news": news}))
+}
+
+/// What a line has for news, if it is no answer.
+pub fn decode_news(line: &[u8]) -> Result<Option<Value>> {
+    let mut document = parse(line)?;
+    Ok(document.get_mut("news").map(Value::take))
+}
+
 /// What a line answers, or the error that it is.
 pub fn decode_answer<T: DeserializeOwned>(line: &[u8]) -> Result<T> {
     let mut document = parse(line)?;
@@ -258,6 +290,7 @@ mod tests {
             message: "two\nlines".into(),
             tags: vec!["a".into()],
             notes: vec![("b".into(), "c".into())],
+            tells_frozen: true,
         };
         for request in [Request::Ping, Request::Status, Request::Commit(commit), Request::Umount { lazy: true }] {
             let line = request.encode().unwrap();

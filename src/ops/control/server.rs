@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::protocol::{Request, encode_answer, read_line};
+use super::protocol::{Request, encode_answer, encode_news, read_line};
 use super::with_address;
 use crate::error::{Error, Result};
 
 /// What answers requests, from several threads at once.
 pub trait Service: Send + Sync {
-    fn answer(&self, request: Request) -> Result<Value>;
+    /// Answers one. News before the answer goes to `tell`.
+    fn answer(&self, request: Request, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<Value>;
 }
 
 /// So many connections are served at once. A waiting commit occupies one.
@@ -220,7 +221,8 @@ fn converse(stream: &UnixStream, service: &dyn Service, shared: &Shared) -> Resu
         };
         shared.change(|counts| counts.requests += 1);
         let _answering = Answering(shared);
-        let answer = Request::decode(&line).and_then(|request| service.answer(request));
+        let mut tell = |news| (&mut &*stream).write_all(&encode_news(news)).map_err(failed);
+        let answer = Request::decode(&line).and_then(|request| service.answer(request, &mut tell));
         (&mut &*stream).write_all(&encode_answer(answer)).map_err(failed)?;
     }
 }
@@ -241,7 +243,7 @@ mod tests {
     }
 
     impl Service for Scripted {
-        fn answer(&self, request: Request) -> Result<Value> {
+        fn answer(&self, request: Request, _: &mut dyn FnMut(Value) -> Result<()>) -> Result<Value> {
             match request {
                 Request::Ping => Ok(
                     json!({"repository": "r", "id": "i", "mountpoint": "/m", "pid": 1, "epochfs": "0", "state": "mounted", "later": true}),
@@ -249,6 +251,7 @@ mod tests {
                 Request::Status => Err(Error::new(Kind::Fenced, "fenced").hint("stop")),
                 Request::Commit(commit) => Err(Error::not_found(commit.machine)),
                 Request::Forget { machine } => Err(Error::not_found(machine)),
+                Request::Protection(status) => Err(Error::not_found(status.machine)),
                 Request::Prefetch(request) => Err(Error::not_found(request.machine)),
                 Request::Forecast(request) => Err(Error::not_found(request.machine)),
                 Request::Umount { .. } => {
@@ -276,8 +279,9 @@ mod tests {
         assert_eq!(client.ping().unwrap().mountpoint, "/m");
         let error = client.status().unwrap_err();
         assert_eq!((error.kind(), error.next_step()), (Kind::Fenced, Some("stop")));
-        let error =
-            client.commit(super::super::CommitRequest { machine: "web1".into(), ..Default::default() }).unwrap_err();
+        let error = client
+            .commit(super::super::CommitRequest { machine: "web1".into(), ..Default::default() }, &mut |_| ())
+            .unwrap_err();
         assert_eq!((error.kind(), error.exit_code()), (Kind::NotFound, 5));
         drop(server);
         assert!(!path.exists());

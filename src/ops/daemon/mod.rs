@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::fs::fuse::{self, Mount, MountOptions};
 use crate::fs::{FileSystem, Settings};
 use crate::platform::clock::Stopwatch;
+use crate::platform::store::Location;
 use crate::restore;
 use service::{DaemonService, State};
 use watch::{End, Event, Watch};
@@ -90,14 +91,14 @@ pub struct Claim {
 
 impl Claim {
     /// Claims a repository for a mount, or says why it cannot be mounted there.
-    pub fn new(store: &EpochStore, repository: &Path, state_directory: &Path, mountpoint: &Path) -> Result<Self> {
+    pub fn new(store: &EpochStore, repository: &Location, state_directory: &Path, mountpoint: &Path) -> Result<Self> {
         let found = mountpoint::find(mountpoint)?;
         let state_directory = std::path::absolute(state_directory)
             .map_err(|error| Error::io(format!("the state directory {}", state_directory.display()), error))?;
         let directory = store.repository().local_directory(&state_directory);
         make_directory(&directory)?;
         let who = Introduction {
-            repository: repository.display().to_string(),
+            repository: repository.to_string(),
             id: hex(store.repository().id()),
             mountpoint: found.display().to_string(),
             pid: std::process::id(),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::ops::mounts::{Liveness, liveness, mount_at, resolve, unmount};
+use crate::platform::store::Location;
 
 /// Dead mounts on top of each other that are taken away, one after the other.
 const DEAD_MAX: usize = 100;
@@ -23,9 +24,11 @@ pub fn find(mountpoint: &Path) -> Result<PathBuf> {
 }
 
 /// Checks that a repository can be mounted there, after taking away what a dead daemon left.
-pub fn prepare(mountpoint: &Path, repository: &Path, state: &Path) -> Result<()> {
+pub fn prepare(mountpoint: &Path, repository: &Location, state: &Path) -> Result<()> {
     // Before anything looks at it: what is in the repository must not be looked up through its own mount.
-    check_apart(mountpoint, repository, "repository")?;
+    if let Some(directory) = repository.directory() {
+        check_apart(mountpoint, directory, "repository")?;
+    }
     check_apart(mountpoint, state, "state directory")?;
     take_dead_away(mountpoint)?;
     let failed = |error| Error::io(format!("the mountpoint {}", mountpoint.display()), error);
@@ -98,7 +101,7 @@ mod tests {
         std::os::unix::fs::symlink(root.join("repository"), root.join("a/link")).unwrap();
         let check = |mountpoint: &str| {
             let mountpoint = find(&root.join(mountpoint))?;
-            prepare(&mountpoint, &root.join("a/link"), &root.join("state"))
+            prepare(&mountpoint, &Location::Directory(root.join("a/link")), &root.join("state"))
         };
         check("mount").unwrap();
         check("repository2").unwrap();

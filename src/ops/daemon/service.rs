@@ -1,11 +1,12 @@
 //! What the daemon answers over its control socket.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Sender, bounded};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::DaemonOptions;
 use super::watch::Event;
@@ -13,13 +14,15 @@ use crate::epoch::EpochStore;
 use crate::epoch::live::LiveCommit;
 use crate::error::{Error, Kind, Result};
 use crate::fs::{self, FileSystem};
+use crate::ha::ProtectionStatus;
 use crate::ops::control::{
-    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, PrefetchRequest, Request, Service,
-    Unmounted,
+    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, PrefetchRequest, Protected, Request,
+    Service, Unmounted,
 };
 use crate::ops::kernel;
 use crate::ops::mounts::device_at;
 use crate::platform::clock::{self, Stopwatch};
+use crate::platform::lock::lock;
 
 /// What a daemon is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +49,7 @@ type Served = (Arc<EpochStore>, Arc<FileSystem>);
 enum Content {
     Served(Served),
     /// The daemon is done, and this is how it left the filesystem.
-    Done(fs::Status),
+    Done(Box<fs::Status>),
 }
 
 pub struct DaemonService {
@@ -54,6 +57,8 @@ pub struct DaemonService {
     events: Sender<Event>,
     state: AtomicU8,
     device: Option<(u32, u32)>,
+    /// What agents said of their machines, and when.
+    protected: Mutex<BTreeMap<String, (Stopwatch, ProtectionStatus)>>,
     /// What does not change.
     fixed: Fixed,
 }
@@ -79,6 +84,7 @@ impl DaemonService {
             events,
             state: AtomicU8::new(State::Mounted as u8),
             device,
+            protected: Mutex::default(),
             fixed: Fixed {
                 who: who.clone(),
                 options: options.clone(),
@@ -100,7 +106,7 @@ impl DaemonService {
     /// Lets go of the filesystem and the store.
     pub fn release(&self) {
         let status = self.filesystem_status();
-        *self.content() = Content::Done(status);
+        *self.content() = Content::Done(Box::new(status));
     }
 
     fn content(&self) -> MutexGuard<'_, Content> {
@@ -110,7 +116,7 @@ impl DaemonService {
     fn filesystem_status(&self) -> fs::Status {
         match &*self.content() {
             Content::Served((_, filesystem)) => filesystem.status(),
-            Content::Done(status) => status.clone(),
+            Content::Done(status) => (**status).clone(),
         }
     }
 
@@ -153,18 +159,30 @@ impl DaemonService {
             log: options.log.as_ref().map(|log| log.display().to_string()),
             io_flusher: options.io_flusher,
             kernel: self.device.map(|device| kernel::inspect(&kernel::directory(device))).unwrap_or_default(),
+            protected: lock(&self.protected)
+                .values()
+                .map(|(said, status)| Protected {
+                    status: status.clone(),
+                    said_ms_ago: said.elapsed().as_secs_f64() * 1000.0,
+                })
+                .collect(),
             filesystem: self.filesystem_status(),
         }
     }
 
-    fn commit(&self, request: CommitRequest) -> Result<CommitSummary> {
-        let CommitRequest { machine, message, tags, notes } = request;
+    fn commit(&self, request: CommitRequest, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<CommitSummary> {
+        let CommitRequest { machine, message, tags, notes, tells_frozen } = request;
         epochfs_format::check_machine(&machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
         let (store, filesystem) = self.served()?;
         let index = &store.index(None).0.counters;
         let counted = || (index.lookups.load(Ordering::Relaxed), index.hits.load(Ordering::Relaxed));
         let (started, before) = (Stopwatch::start(), counted());
-        let committed = filesystem.commit(&machine, LiveCommit { message, tags, notes })?;
+        let ticket = filesystem.freeze(&machine, LiveCommit { message, tags, notes })?;
+        if tells_frozen {
+            // Whoever went away meanwhile does not stop the commit.
+            let _ = tell(json!({"frozen_ms": ticket.frozen_for.as_secs_f64() * 1000.0}));
+        }
+        let committed = ticket.wait()?;
         let after = counted();
         // Commits of other machines at the same time count here too: the index does not know who asks.
         CommitSummary::new(&committed, (after.0 - before.0, after.1 - before.1), started.elapsed())
@@ -179,14 +197,14 @@ impl DaemonService {
 }
 
 impl Service for DaemonService {
-    fn answer(&self, request: Request) -> Result<Value> {
+    fn answer(&self, request: Request, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<Value> {
         let document = |result: serde_json::Result<Value>| {
             result.map_err(|error| Error::new(Kind::Io, format!("the answer cannot be written: {error}")))
         };
         match request {
             Request::Ping => document(serde_json::to_value(self.introduction())),
             Request::Status => document(serde_json::to_value(self.status())),
-            Request::Commit(commit) => document(serde_json::to_value(self.commit(commit)?)),
+            Request::Commit(commit) => document(serde_json::to_value(self.commit(commit, tell)?)),
             Request::Prefetch(PrefetchRequest { machine, epoch, stream, everything }) => {
                 let (_, filesystem) = self.served()?;
                 document(serde_json::to_value(filesystem.hydrate(&machine, epoch, stream.as_bytes(), everything)?))
@@ -198,6 +216,10 @@ impl Service for DaemonService {
             Request::Forget { machine } => {
                 let (_, filesystem) = self.served()?;
                 Ok(Value::Bool(filesystem.forget_removed(&machine)?))
+            }
+            Request::Protection(status) => {
+                lock(&self.protected).insert(status.machine.clone(), (Stopwatch::start(), *status));
+                Ok(Value::Null)
             }
             Request::Umount { lazy } => document(serde_json::to_value(self.umount(lazy)?)),
         }

@@ -13,11 +13,13 @@ mod repository;
 mod space;
 mod virtualization;
 
+pub use race::prove_put_if_absent;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::platform::store::Store;
+use crate::platform::store::{Location, Store};
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -83,8 +85,7 @@ impl Check {
 
 /// How to reach the repository that is examined.
 pub struct RepositorySubject {
-    /// The directory that it is in, if it is in one.
-    pub directory: Option<PathBuf>,
+    pub location: Location,
     /// Opens the store anew, as another process would.
     pub open: Box<dyn Fn() -> Result<Arc<dyn Store>> + Sync>,
 }

@@ -7,6 +7,7 @@ use super::{Check, Subject};
 use crate::ops::control::{Client, DaemonStatus, socket_path};
 use crate::ops::kernel::{self, KernelSetting};
 use crate::ops::mounts::{Liveness, MountEntry, liveness, mount_at, mounts, source_of};
+use crate::platform::store::Location;
 use crate::repo::Repository;
 
 const NAME: &str = "daemon";
@@ -33,11 +34,11 @@ pub(super) fn skipped(why: &str) -> Vec<Check> {
     std::iter::once(NAME).chain(names).map(|name| Check::skipped(name, why)).collect()
 }
 
-pub(super) fn check(repository: &Repository, directory: &Path, subject: &Subject) -> Vec<Check> {
+pub(super) fn check(repository: &Repository, location: &Location, subject: &Subject) -> Vec<Check> {
     let socket = socket_path(&repository.local_directory(&subject.state_directory));
     let status = match Client::ask(&socket, Client::status) {
         Ok(Some(status)) => status,
-        Ok(None) => return without_daemon(directory),
+        Ok(None) => return without_daemon(location),
         Err(error) => {
             let mut checks = skipped("the daemon cannot be asked");
             checks[0] = Check::failed(NAME, &error, "look into its log, and mount again");
@@ -52,9 +53,8 @@ pub(super) fn check(repository: &Repository, directory: &Path, subject: &Subject
     checks
 }
 
-fn without_daemon(directory: &Path) -> Vec<Check> {
-    let source = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
-    let source = source_of(&source.display().to_string());
+fn without_daemon(location: &Location) -> Vec<Check> {
+    let source = source_of(&location.to_string());
     let is_dead = |mount: &MountEntry| {
         mount.is_ours() && mount.source.to_str() == Some(&source) && liveness(&mount.at) == Liveness::Dead
     };

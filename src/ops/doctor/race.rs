@@ -7,7 +7,7 @@ use std::time::Duration;
 use epochfs_format::hex;
 
 use super::Check;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::random;
 use crate::platform::store::{Put, Store};
@@ -20,31 +20,71 @@ const ROUNDS_MIN: usize = 4;
 /// On a slow store the rounds end early.
 const TIME_MAX: Duration = Duration::from_secs(3);
 
+/// Some stores let the losers of a race wait for seconds: then fewer run in the next one.
+const ROUND_IS_SLOW: Duration = Duration::from_millis(800);
+const WRITERS_MIN: usize = 4;
+
 /// Where the scratch objects are. No part of a repository lives there.
 pub(super) const PREFIX: &str = "doctor/";
 
+type Open<'a> = &'a (dyn Fn() -> Result<Arc<dyn Store>> + Sync);
+
+const NEXT_STEP: &str = "do not use this store for a repository; on NFS, use version 4 and a server with hard links; of S3 \
+                         services, use one that enforces If-None-Match";
+
+/// Refuses a store that lets several racing writers create the same object.
+pub fn prove_put_if_absent(open: Open) -> Result<()> {
+    let stores = (0..WRITERS).map(|_| open()).collect::<Result<Vec<_>>>()?;
+    match race(&stores).outcome {
+        Ok(()) => Ok(()),
+        Err(Flaw::Store(error)) => Err(error),
+        Err(Flaw::Broken(what)) => {
+            let message = format!("{} is not safe for a repository: {}", stores[0].url(), consequence(&what));
+            Err(Error::new(Kind::Unsupported, message).hint(NEXT_STEP))
+        }
+    }
+}
+
+fn consequence(what: &str) -> String {
+    format!("{what}: two hosts could both believe that they own a machine")
+}
+
+struct Race {
+    rounds: usize,
+    outcome: std::result::Result<(), Flaw>,
+    prefix: String,
+    /// Objects that could not be removed again.
+    left: usize,
+}
+
 /// Races writers, each with a store of its own as on a host of its own, and removes what they wrote.
-pub(super) fn check(open: &(dyn Fn() -> Result<Arc<dyn Store>> + Sync)) -> Check {
+fn race(stores: &[Arc<dyn Store>]) -> Race {
     let prefix = format!("{PREFIX}{}", hex(&random::id16()));
+    let started = Stopwatch::start();
+    let (mut rounds, mut writers) = (0, stores.len());
+    let mut outcome = Ok(());
+    while outcome.is_ok() && rounds < ROUNDS_MAX && (rounds < ROUNDS_MIN || started.elapsed() < TIME_MAX) {
+        let before = started.elapsed();
+        outcome = round(&stores[..writers], &format!("{prefix}/{rounds}"));
+        rounds += 1;
+        if started.elapsed() - before > ROUND_IS_SLOW {
+            writers = (writers / 2).max(WRITERS_MIN.min(stores.len()));
+        }
+    }
+    let left = (0..rounds).filter(|round| stores[0].delete(&format!("{prefix}/{round}")).is_err()).count();
+    Race { rounds, outcome, prefix, left }
+}
+
+pub(super) fn check(open: Open) -> Check {
     let stores = match (0..WRITERS).map(|_| open()).collect::<Result<Vec<_>>>() {
         Ok(stores) => stores,
         Err(error) => return Check::failed(NAME, &error, "open the repository again"),
     };
     let started = Stopwatch::start();
-    let mut rounds = 0;
-    let mut outcome = Ok(());
-    while outcome.is_ok() && rounds < ROUNDS_MAX && (rounds < ROUNDS_MIN || started.elapsed() < TIME_MAX) {
-        outcome = round(&stores, &format!("{prefix}/{rounds}"));
-        rounds += 1;
-    }
-    let left = (0..rounds).filter(|round| stores[0].delete(&format!("{prefix}/{round}")).is_err()).count();
+    let Race { rounds, outcome, prefix, left } = race(&stores);
     match outcome {
         Err(Flaw::Store(error)) => Check::failed(NAME, &error, "make the repository writable, and repeat"),
-        Err(Flaw::Broken(what)) => Check::fail(
-            NAME,
-            format!("{what}: two hosts could both believe that they own a machine"),
-            "do not use this store for a repository; on NFS, use version 4 and a server with hard links",
-        ),
+        Err(Flaw::Broken(what)) => Check::fail(NAME, consequence(&what), NEXT_STEP),
         Ok(()) if left > 0 => Check::warn(
             NAME,
             format!("one winner in each of {rounds} races, but {left} scratch objects could not be removed"),
@@ -95,7 +135,7 @@ fn round(stores: &[Arc<dyn Store>], key: &str) -> std::result::Result<(), Flaw> 
                 })
             })
             .collect();
-        let failed = || Err(Error::new(crate::Kind::Io, "a writing thread failed"));
+        let failed = || Err(Error::new(Kind::Io, "a writing thread failed"));
         writers.into_iter().map(|writer| writer.join().unwrap_or_else(|_| failed())).collect()
     });
     let mut winners = Vec::new();
@@ -103,6 +143,11 @@ fn round(stores: &[Arc<dyn Store>], key: &str) -> std::result::Result<(), Flaw> 
         if put? == Put::Created {
             winners.push(writer);
         }
+    }
+    if winners.is_empty() {
+        // A store that repeats by itself may tell the winner that its own first try was in its way.
+        let bytes = stores[0].get(key)?;
+        winners.extend((0..stores.len()).find(|writer| content(*writer) == bytes));
     }
     let [winner] = winners[..] else {
         return Err(Flaw::Broken(format!(

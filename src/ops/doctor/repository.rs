@@ -27,20 +27,17 @@ pub(super) fn check(subject: &Subject) -> Vec<Check> {
         }
     };
     let mut checks = vec![machines(&opened)];
-    match &repository.directory {
+    match repository.location.directory() {
         None => checks.extend(directory_skipped("it is not in a directory")),
         Some(directory) => checks.extend(check_directory(directory)),
     }
     checks.push(race::check(&*repository.open));
-    if let Some(directory) = &repository.directory {
+    if let Some(directory) = repository.location.directory() {
         forget_scratch(directory);
     }
-    checks.push(leftovers(&**opened.objects().store(), repository.directory.as_deref()));
+    checks.push(leftovers(&**opened.objects().store(), repository.location.directory()));
     checks.push(page_index::check(&opened, &subject.state_directory));
-    checks.extend(match &repository.directory {
-        None => mount::skipped("it is not in a directory"),
-        Some(directory) => mount::check(&opened, directory, subject),
-    });
+    checks.extend(mount::check(&opened, &repository.location, subject));
     checks
 }
 

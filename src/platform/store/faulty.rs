@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use bytes::Bytes;
 
 use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail};
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::platform::random::Seeded;
 
 /// One way to fail.
@@ -209,10 +210,6 @@ fn spoilt(bytes: &Bytes, fault: Fault, seeded: &mut Seeded) -> Bytes {
     let mut wrong = bytes.to_vec();
     wrong[place] ^= 1 << seeded.below(8);
     wrong.into()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Store for FaultyStore {

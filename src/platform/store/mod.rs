@@ -6,22 +6,28 @@
 //! - an object is absent or whole, never half there;
 //! - what was written is never changed, only deleted.
 
+mod cached;
+mod cloud;
 #[cfg(test)]
 pub(crate) mod contract;
 mod counters;
 pub mod faulty;
 mod key;
 pub mod local;
+mod location;
 pub mod remote;
 
 use std::ops::Range;
 
 use bytes::Bytes;
 
+pub use cached::{CacheSettings, CacheTotals, CachedStore};
+pub use cloud::{Reach, TrafficTotals, Variables};
 pub use counters::{Counters, Totals};
 pub use faulty::FaultyStore;
 pub use key::{TEMPORARY, check_key, check_prefix};
 pub use local::LocalStore;
+pub use location::{BucketUrl, Location, Service};
 pub use remote::RemoteStore;
 
 use crate::error::{Error, Result};
@@ -55,6 +61,32 @@ pub trait Store: Send + Sync {
 
     /// What was asked of this store so far.
     fn counters(&self) -> &Counters;
+
+    /// Whether each request travels, so that fewer and larger ones are better.
+    fn is_remote(&self) -> bool {
+        false
+    }
+
+    /// The requests that went over a network for it, if there is one.
+    fn traffic(&self) -> Option<TrafficTotals> {
+        None
+    }
+
+    /// Whether it answers, as far as requests told.
+    fn reach(&self) -> Reach {
+        Reach::default()
+    }
+
+    /// What is kept of it on a local disk, if anything is.
+    fn cache(&self) -> Option<CacheTotals> {
+        None
+    }
+
+    /// Forgets what is kept of an object, whose bytes were found wrong; says whether there was anything, so that it is
+    /// worth while to read it again.
+    fn distrust(&self, _key: &str) -> bool {
+        false
+    }
 
     /// The whole object.
     fn get(&self, key: &str) -> Result<Bytes>;

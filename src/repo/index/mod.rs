@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use epochfs_format::{FooterBuilder, Hash, ObjectRef, Place};
 
 use super::objects::Objects;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use database::{Database, Opened};
 pub use inspect::IndexState;
 use learner::Learner;
@@ -95,6 +95,11 @@ impl Index {
                 pending::ingest(directory, &database, objects)?;
                 Ok((database, None))
             }
+            // To read every object of a bucket would take long, and cost; what this host stores and restores is learnt.
+            Opened::Empty(database, _) if objects.store().is_remote() => {
+                database.set_complete()?;
+                Ok((database, None))
+            }
             Opened::Empty(database, reason) => {
                 let rebuilt = rebuild::rebuild(&database, objects, reason, progress)?;
                 Ok((database, Some(rebuilt)))
@@ -128,6 +133,8 @@ impl Index {
                     self.distrust("it names a place where the page is not");
                     *slot = None;
                 }
+                // It says nothing about the index.
+                Err(error) if error.kind() == Kind::Unavailable => *slot = None,
                 Err(error) => {
                     self.counters.refuted.fetch_add(1, Ordering::Relaxed);
                     self.distrust(&format!("it names an object that cannot be read: {error}"));

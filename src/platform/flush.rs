@@ -2,6 +2,7 @@
 //! daemon must never do that on its own mount.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
@@ -11,6 +12,20 @@ use crate::error::{Error, Result};
 
 /// Syncs every regular file below a directory, and says how many there were. `progress` is told how many are done.
 pub fn flush_files(directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<u64> {
+    each_file(directory, &|file| rustix::fs::fsync(file), progress)
+}
+
+/// Hands what was stored into mapped files below a directory over to their filesystem, whose own business it then is to keep
+/// it: nothing is durable by this, and no disk is waited for.
+pub fn hand_over_files(directory: &Path) -> Result<u64> {
+    each_file(directory, &|file| hand_over(file), &mut |_| ())
+}
+
+fn each_file(
+    directory: &Path,
+    flush: &dyn Fn(&OwnedFd) -> rustix::io::Result<()>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<u64> {
     let mut files = 0;
     let mut directories = vec![directory.to_owned()];
     while let Some(directory) = directories.pop() {
@@ -25,7 +40,7 @@ pub fn flush_files(directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<u6
             match entry.file_type() {
                 Ok(kind) if kind.is_dir() => directories.push(path),
                 Ok(kind) if kind.is_file() => {
-                    sync(&path)?;
+                    flush_file(&path, flush)?;
                     files += 1;
                     progress(files);
                 }
@@ -38,14 +53,24 @@ pub fn flush_files(directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<u6
     Ok(files)
 }
 
-fn sync(path: &PathBuf) -> Result<()> {
+fn flush_file(path: &PathBuf, flush: &dyn Fn(&OwnedFd) -> rustix::io::Result<()>) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(file) => file,
         Err(Errno::NOENT) => return Ok(()),
         Err(error) => return Err(Error::io(format!("cannot open {} to sync it", path.display()), error.into())),
     };
-    rustix::fs::fsync(&file).map_err(|error| Error::io(format!("cannot sync {}", path.display()), error.into()))
+    flush(&file).map_err(|error| Error::io(format!("cannot sync {}", path.display()), error.into()))
+}
+
+/// Writes the dirty pages of a file back, and waits for that.
+fn hand_over(file: &OwnedFd) -> rustix::io::Result<()> {
+    let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the descriptor is open, and no memory is passed.
+    match unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, how) } {
+        0 => Ok(()),
+        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
+    }
 }
 
 #[cfg(test)]
@@ -64,6 +89,7 @@ mod tests {
         let mut told = Vec::new();
         assert_eq!(flush_files(dir.path(), &mut |done| told.push(done)).unwrap(), 3);
         assert_eq!(told, [1, 2, 3]);
+        assert_eq!(hand_over_files(dir.path()).unwrap(), 3);
         let missing = flush_files(&dir.path().join("missing"), &mut |_| {}).unwrap_err();
         assert_eq!(missing.kind(), crate::error::Kind::NotFound);
     }

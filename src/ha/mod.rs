@@ -1,0 +1,13 @@
+//! Keeping machines available: how often each is checkpointed, and who does it.
+
+mod budget;
+mod config;
+mod host;
+mod policy;
+mod protect;
+
+pub use budget::{Demand, share};
+pub use config::{Config, MachineConfig, parse_duration};
+pub use host::Host;
+pub use policy::{Decision, Limit, Observation, Policy, Target};
+pub use protect::{Epochs, Protection, ProtectionStatus, Stored, Ticket, protect};

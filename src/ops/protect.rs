@@ -1,0 +1,247 @@
+//! Protecting the machines of a host: a thread for each, whose epochs the daemon makes.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+
+use super::control::{Client, CommitRequest};
+use crate::error::{Error, Kind, Result};
+use crate::ha::{Config, Epochs, Host, MachineConfig, Policy, Protection, ProtectionStatus, Stored, Ticket, protect};
+use crate::platform::clock::Stopwatch;
+use crate::vmm::agent::MachineAgent;
+
+/// How often it is tried to reach a machine that is not there.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// How often the daemon is told at most.
+const TELL_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Where machines and their epochs are.
+#[derive(Clone, Debug)]
+pub struct Here {
+    /// The daemon's socket.
+    pub socket: PathBuf,
+    pub mountpoint: PathBuf,
+    /// This program, which guards machines while they are stopped.
+    pub program: PathBuf,
+}
+
+/// Epochs that the daemon makes of a machine's live.
+struct DaemonEpochs {
+    socket: PathBuf,
+    machine: String,
+}
+
+impl Epochs for DaemonEpochs {
+    fn freeze(&mut self) -> Result<Ticket> {
+        let mut client = Client::connect(&self.socket)?.ok_or_else(|| no_daemon(&self.socket))?;
+        let request = CommitRequest { machine: self.machine.clone(), ..CommitRequest::default() };
+        let (done, is_done) = bounded(1);
+        let (frozen, is_frozen) = bounded(1);
+        std::thread::Builder::new()
+            .name("epoch".into())
+            .spawn(move || {
+                // Nobody waits any more where this cannot be sent.
+                let result = client.commit(request, &mut |_| {
+                    let _ = frozen.try_send(());
+                });
+                let stored = result.map(|summary| Stored {
+                    epoch: summary.epoch,
+                    changed_pages: summary.changed_pages,
+                    stored_bytes: summary.stored_bytes,
+                });
+                drop(frozen);
+                let _ = done.send(stored);
+            })
+            .map_err(|error| Error::io("cannot start a thread for the epoch", error))?;
+        match is_frozen.recv() {
+            Ok(()) => Ok(Ticket { done: is_done }),
+            // It ended before anything was frozen.
+            Err(_) => match is_done.recv() {
+                Ok(Err(error)) => Err(error),
+                _ => Err(Error::new(Kind::Io, "the daemon did not say when everything was frozen")
+                    .hint("unmount, and mount again with the program that is installed now")),
+            },
+        }
+    }
+}
+
+fn no_daemon(socket: &Path) -> Error {
+    Error::not_found(format!("no daemon listens at {}: the repository is not mounted here", socket.display()))
+        .hint("mount it: epochfs mount MOUNTPOINT --background")
+}
+
+/// Tells the daemon how a machine is, so that `status` can say it.
+struct Teller {
+    socket: PathBuf,
+    client: Option<Client>,
+    told: Option<Stopwatch>,
+}
+
+impl Teller {
+    fn tell(&mut self, status: &ProtectionStatus) {
+        let is_soon = self.told.is_some_and(|told| told.elapsed() < TELL_INTERVAL);
+        if is_soon && status.state == "protected" {
+            return;
+        }
+        self.told = Some(Stopwatch::start());
+        // A daemon that is away is told when it is there again.
+        let client = match self.client.take() {
+            Some(client) => Some(client),
+            None => Client::connect(&self.socket).ok().flatten(),
+        };
+        self.client = client.and_then(|mut client| client.tell_protection(status).ok().map(|()| client));
+    }
+}
+
+/// What is new of a machine.
+pub type News = (String, ProtectionStatus);
+
+/// The machines that are protected.
+pub struct Protector {
+    here: Here,
+    host: Arc<Host>,
+    running: BTreeMap<String, Running>,
+    sender: Sender<News>,
+    pub news: Receiver<News>,
+}
+
+struct Running {
+    config: MachineConfig,
+    /// Closed to end it.
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Running {
+    fn end(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Protector {
+    pub fn new(here: Here, overhead: f64) -> Self {
+        let (sender, news) = unbounded();
+        Self { here, host: Arc::new(Host::new(overhead)), running: BTreeMap::new(), sender, news }
+    }
+
+    /// From now on these machines are protected, and no others. Those whose description is the same go on as they are.
+    pub fn apply(&mut self, config: &Config) -> Result<()> {
+        let is_kept = |name: &str, running: &Running| config.machines.get(name) == Some(&running.config);
+        let running = std::mem::take(&mut self.running).into_iter();
+        let (kept, mut gone): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            running.partition(|(name, running)| is_kept(name, running));
+        self.running = kept;
+        // All at once: each may be waiting for an epoch.
+        gone.values_mut().for_each(|running| drop(running.stop.take()));
+        gone.values_mut().for_each(Running::end);
+        for (name, machine) in &config.machines {
+            if !self.running.contains_key(name) {
+                let running = self.start(name, machine)?;
+                self.running.insert(name.clone(), running);
+            }
+        }
+        Ok(())
+    }
+
+    fn start(&self, name: &str, config: &MachineConfig) -> Result<Running> {
+        let target = config.target()?;
+        let (stop, stopped) = bounded(0);
+        let (here, host, sender) = (self.here.clone(), self.host.clone(), self.sender.clone());
+        let (machine, of_thread) = (name.to_owned(), config.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("protect {name}").chars().take(15).collect())
+            .spawn(move || {
+                let mut teller = Teller { socket: here.socket.clone(), client: None, told: None };
+                let mut tell = |status: &ProtectionStatus| {
+                    teller.tell(status);
+                    // Whoever listened may be gone.
+                    let _ = sender.send((status.machine.clone(), status.clone()));
+                };
+                keep(&here, &machine, &of_thread, Policy::new(target), &host, &stopped, &mut tell);
+            })
+            .map_err(|error| Error::io("cannot start a thread", error))?;
+        Ok(Running { config: config.clone(), stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// One epoch of one machine.
+    pub fn once(here: &Here, machine: &str, config: &MachineConfig) -> Result<ProtectionStatus> {
+        let (_stop, stopped) = bounded(0);
+        let protection = protection(here, machine, config, Policy::new(config.target()?), &Arc::new(Host::new(1.0)))?;
+        protect(protection, true, &stopped, &mut |_| ())
+    }
+}
+
+impl Drop for Protector {
+    fn drop(&mut self) {
+        self.running.values_mut().for_each(|running| drop(running.stop.take()));
+        self.running.values_mut().for_each(Running::end);
+    }
+}
+
+fn protection(
+    here: &Here,
+    machine: &str,
+    config: &MachineConfig,
+    policy: Policy,
+    host: &Arc<Host>,
+) -> Result<Protection> {
+    let live = here.mountpoint.join(machine).join("live");
+    let notes = here.socket.parent().unwrap_or(Path::new("/"));
+    Ok(Protection {
+        machine: machine.to_owned(),
+        policy,
+        weight: config.weight,
+        agent: Box::new(MachineAgent::new(&config.monitor()?, &live, config.state(), notes, &here.program)?),
+        epochs: Box::new(DaemonEpochs { socket: here.socket.clone(), machine: machine.to_owned() }),
+        host: host.clone(),
+    })
+}
+
+/// Protects a machine whenever it is there.
+fn keep(
+    here: &Here,
+    machine: &str,
+    config: &MachineConfig,
+    policy: Policy,
+    host: &Arc<Host>,
+    stop: &Receiver<()>,
+    tell: &mut dyn FnMut(&ProtectionStatus),
+) {
+    let mut said = None;
+    loop {
+        match protection(here, machine, config, policy.clone(), host) {
+            Ok(protection) => match protect(protection, false, stop, tell) {
+                Ok(_) => return,
+                Err(error) => {
+                    tracing::error!(machine, "the machine is protected no more: {error}");
+                    return;
+                }
+            },
+            Err(error) => {
+                let why = error.to_string();
+                if said.as_ref() != Some(&why) {
+                    tracing::warn!(machine, "the machine is not protected: {why}");
+                }
+                let status = ProtectionStatus {
+                    machine: machine.to_owned(),
+                    state: "lost".to_owned(),
+                    why: Some(why.clone()),
+                    ..ProtectionStatus::default()
+                };
+                said = Some(why);
+                tell(&status);
+            }
+        }
+        if !matches!(stop.recv_timeout(RETRY), Err(RecvTimeoutError::Timeout)) {
+            return;
+        }
+    }
+}

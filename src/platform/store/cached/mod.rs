@@ -1,0 +1,144 @@
+//! A store whose immutable objects are kept, as far as they were read, on a local disk.
+//!
+//! The cache is derived: losing it, or its disk, costs speed only. Whatever is wrong with it, reads go to the store.
+
+mod directory;
+mod frame;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+pub use self::directory::{Cache, CacheTotals};
+use super::{Counters, ObjectInfo, ObjectWriter, Put, Reach, Store, Tail, TrafficTotals};
+use crate::error::Result;
+
+/// Where a cache is and how large it may become.
+#[derive(Clone, Debug)]
+pub struct CacheSettings {
+    pub directory: PathBuf,
+    /// Bytes on the disk.
+    pub len_max: u64,
+}
+
+/// A store behind a cache.
+pub struct CachedStore {
+    inner: Arc<dyn Store>,
+    cache: Cache,
+}
+
+impl CachedStore {
+    pub fn new(inner: Arc<dyn Store>, settings: CacheSettings) -> Self {
+        Self { inner, cache: Cache::new(settings) }
+    }
+}
+
+/// Objects that never change, and whose names are never used again.
+fn is_immutable(key: &str) -> bool {
+    key.starts_with("packs/") || key.starts_with("machines/")
+}
+
+impl Store for CachedStore {
+    fn url(&self) -> String {
+        self.inner.url()
+    }
+
+    fn counters(&self) -> &Counters {
+        self.inner.counters()
+    }
+
+    fn is_remote(&self) -> bool {
+        self.inner.is_remote()
+    }
+
+    fn traffic(&self) -> Option<TrafficTotals> {
+        self.inner.traffic()
+    }
+
+    fn reach(&self) -> Reach {
+        self.inner.reach()
+    }
+
+    fn cache(&self) -> Option<CacheTotals> {
+        Some(self.cache.totals())
+    }
+
+    fn distrust(&self, key: &str) -> bool {
+        // Both: what is wrong here may have come from there.
+        let was_kept = self.cache.forget(key);
+        self.inner.distrust(key) || was_kept
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        self.inner.get(key)
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        if range.is_empty() || !is_immutable(key) {
+            return self.inner.get_range(key, range);
+        }
+        if let Some(bytes) = self.cache.read(key, &range) {
+            return Ok(bytes);
+        }
+        let bytes = self.inner.get_range(key, range.clone())?;
+        self.cache.keep(key, range.start, &bytes, None);
+        Ok(bytes)
+    }
+
+    fn will_need(&self, key: &str, range: Range<u64>) {
+        if !is_immutable(key) || !self.cache.has(key, &range) {
+            self.inner.will_need(key, range);
+        }
+    }
+
+    fn get_tail(&self, key: &str, len: u64) -> Result<Tail> {
+        if len == 0 || !is_immutable(key) {
+            return self.inner.get_tail(key, len);
+        }
+        if let Some((bytes, object_len)) = self.cache.read_tail(key, len) {
+            return Ok(Tail { bytes, object_len });
+        }
+        let tail = self.inner.get_tail(key, len)?;
+        self.cache.keep(key, tail.object_len - tail.bytes.len() as u64, &tail.bytes, Some(tail.object_len));
+        Ok(tail)
+    }
+
+    fn len(&self, key: &str) -> Result<Option<u64>> {
+        self.inner.len(key)
+    }
+
+    fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
+        let put = self.inner.put_if_absent(key, parts)?;
+        if put == Put::Created && is_immutable(key) {
+            // Who commits reads it again: the next commit compares with it.
+            let bytes = parts.concat();
+            self.cache.keep(key, 0, &bytes, Some(bytes.len() as u64));
+        }
+        Ok(put)
+    }
+
+    fn settle(&self, key: &str) -> Result<()> {
+        self.inner.settle(key)
+    }
+
+    fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
+        self.inner.writer(key)
+    }
+
+    fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
+        self.inner.list(prefix, after, each)
+    }
+
+    fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
+        self.inner.list_dirs(prefix)
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        self.cache.forget(key);
+        self.inner.delete(key)
+    }
+}

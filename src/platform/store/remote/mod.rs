@@ -1,0 +1,468 @@
+//! A store in a bucket, through the `object_store` crate, which nothing outside of this directory and `cloud` names.
+//!
+//! The trait is blocking and the crate is not, so each store has a small runtime of its own on which callers wait.
+//! A thread of another such runtime must not wait here: it would stall the tasks it is there to drive. Such a call
+//! is refused with an error.
+
+mod explain;
+mod flights;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::future::Future;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::future::{Either, select};
+use object_store::path::Path;
+use object_store::{
+    Error as RemoteError, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload,
+};
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use self::explain::{explain, missing};
+pub(super) use self::explain::{innermost, is_about_trust};
+use self::flights::{AHEAD_LEN_MAX, Demand, Flights};
+use self::writer::RemoteWriter;
+use super::cloud::{Reach, Traffic};
+use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix, check_range};
+use crate::error::{Error, Kind, Result};
+
+/// How many keys of a listing are taken at a time, which is what the usual services answer at once.
+const LIST_PAGE: usize = 1000;
+
+/// So many reads ahead are on their way at once.
+const AHEAD_MAX: usize = 48;
+
+/// A read without an answer after so long, and so much longer for each MiB, is asked for a second time: the first may have
+/// met a server that is just failing. Not more than a few at once, so that a slow service is not made slower.
+const SECOND_TRY_AFTER: Duration = Duration::from_secs(1);
+const SECOND_TRY_MIB: Duration = Duration::from_millis(500);
+const SECOND_TRIES_MAX: usize = 4;
+
+/// How long callers wait unless they say otherwise.
+pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(30);
+
+/// How long callers wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For a read, a listing, a small put.
+    pub answer: Duration,
+    /// For a part of a large object.
+    pub part: Duration,
+}
+
+impl Patience {
+    /// For a store that is asked again for so long.
+    pub fn of(patience: Duration) -> Self {
+        // Whoever tried last is heard, for what it says is worth more than that time is up.
+        let answer = patience + patience / 4 + Duration::from_secs(1);
+        Self { answer, part: answer * 2 }
+    }
+}
+
+/// A store in a bucket.
+pub struct RemoteStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    remote: Arc<dyn ObjectStore>,
+    url: String,
+    runtime: Threads,
+    counters: Counters,
+    patience: Patience,
+    traffic: Option<Arc<Traffic>>,
+    flights: Flights,
+    ahead: Semaphore,
+    second_tries: Semaphore,
+}
+
+/// The runtime, which one of its own tasks may be the last to let go of.
+struct Threads(Option<Runtime>);
+
+impl Threads {
+    fn get(&self) -> &Runtime {
+        self.0.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+type RemoteResult<T> = std::result::Result<T, RemoteError>;
+
+impl RemoteStore {
+    pub fn new(remote: Arc<dyn ObjectStore>, url: impl Into<String>) -> Result<Self> {
+        Self::with(remote, url.into(), Patience::of(ANSWER_WAIT), None)
+    }
+
+    /// One whose requests somebody counts, for callers who wait so long.
+    pub(super) fn with(
+        remote: Arc<dyn ObjectStore>,
+        url: String,
+        patience: Patience,
+        traffic: Option<Arc<Traffic>>,
+    ) -> Result<Self> {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("remote-store")
+            .enable_all()
+            .build()
+            .map_err(|error| Error::io("cannot start the threads of a remote store", error))?;
+        let shared = Shared {
+            remote,
+            url,
+            runtime: Threads(Some(runtime)),
+            counters: Counters::default(),
+            patience,
+            traffic,
+            flights: Flights::default(),
+            ahead: Semaphore::new(AHEAD_MAX),
+            second_tries: Semaphore::new(SECOND_TRIES_MAX),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+}
+
+impl Shared {
+    /// Runs the future on this thread while its helpers run on those of the runtime.
+    fn wait<F: Future>(&self, future: F) -> Result<F::Output> {
+        if Handle::try_current().is_ok() {
+            let message = format!("{} was used from within an asynchronous task", self.url);
+            return Err(Error::new(Kind::Io, message).hint("call it from a thread of its own"));
+        }
+        Ok(self.runtime.get().block_on(future))
+    }
+
+    /// Waits for an answer, but not for ever.
+    async fn answer<T>(
+        &self,
+        verb: &str,
+        key: &str,
+        patience: Duration,
+        future: impl Future<Output = RemoteResult<T>>,
+    ) -> Result<T> {
+        match timeout(patience, future).await {
+            Ok(answer) => answer.map_err(|error| self.error(verb, key, &error)),
+            Err(_) => Err(self.no_answer(verb, key, patience)),
+        }
+    }
+
+    fn no_answer(&self, verb: &str, key: &str, patience: Duration) -> Error {
+        let last = self.traffic.as_ref().and_then(|traffic| traffic.reach().last_failure);
+        let last = last.map_or(String::new(), |last| format!("; the last failure was: {last}"));
+        let message = format!("cannot {verb} {key} in {}: no answer within {} s{last}", self.url, patience.as_secs());
+        Error::new(Kind::Unavailable, message)
+            .hint("check the network and the service; EPOCHFS_STORE_TIMEOUT says how long to wait")
+    }
+
+    fn path(&self, key: &str) -> Result<Path> {
+        check_key(key)?;
+        Path::parse(key).map_err(|error| Error::usage(format!("the key {key:?} is not for {}: {error}", self.url)))
+    }
+
+    fn prefix(&self, prefix: &str) -> Result<Option<Path>> {
+        check_prefix(prefix)?;
+        prefix.strip_suffix('/').map(|prefix| self.path(prefix)).transpose()
+    }
+
+    fn error(&self, verb: &str, key: &str, error: &RemoteError) -> Error {
+        explain(&self.url, verb, key, error)
+    }
+
+    /// The object, or a part of it, with what is known of it.
+    async fn get_once(&self, path: &Path, range: Option<GetRange>) -> RemoteResult<(Bytes, Range<u64>, u64)> {
+        let options = GetOptions { range, ..GetOptions::default() };
+        let result = self.remote.get_opts(path, options).await?;
+        let (range, object_len) = (result.range.clone(), result.meta.size);
+        Ok((result.bytes().await?, range, object_len))
+    }
+
+    /// The same; a second time where the first takes too long.
+    async fn get(&self, path: &Path, range: Option<GetRange>) -> RemoteResult<(Bytes, Range<u64>, u64)> {
+        let mib = match &range {
+            Some(GetRange::Bounded(range)) => (range.end - range.start) >> 20,
+            Some(_) => 0,
+            None => return self.get_once(path, None).await,
+        };
+        let after = SECOND_TRY_AFTER + SECOND_TRY_MIB * u32::try_from(mib).unwrap_or(u32::MAX);
+        let mut first = Box::pin(self.get_once(path, range.clone()));
+        if let Ok(result) = timeout(after, &mut first).await {
+            return result;
+        }
+        let Ok(_permit) = self.second_tries.try_acquire() else { return first.await };
+        tracing::debug!(key = %path, "a read takes long: asking again");
+        match select(first, Box::pin(self.get_once(path, range))).await {
+            Either::Left((result @ Ok(_), _)) | Either::Right((result @ Ok(_), _)) => result,
+            Either::Left((Err(_), other)) => other.await,
+            Either::Right((Err(_), other)) => other.await,
+        }
+    }
+
+    /// Bytes of an object, which must be as many as it said.
+    async fn body(
+        &self,
+        key: &str,
+        path: &Path,
+        range: Option<GetRange>,
+    ) -> std::result::Result<(Bytes, Range<u64>, u64), GetError> {
+        let patience = self.patience.answer;
+        let (bytes, range, object_len) = match timeout(patience, self.get(path, range)).await {
+            Ok(answer) => answer.map_err(GetError::Remote)?,
+            Err(_) => return Err(GetError::Told(self.no_answer("read", key, patience))),
+        };
+        let expected = range.end - range.start;
+        if bytes.len() as u64 != expected {
+            let (url, got) = (&self.url, bytes.len());
+            let message = format!("object {key} in {url} is shorter than it said: {got} of {expected} bytes");
+            return Err(GetError::Told(Error::damaged(message)));
+        }
+        self.counters.get(expected);
+        Ok((bytes, range, object_len))
+    }
+
+    /// Fetches a part of an object that is not empty.
+    async fn fetch(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let path = self.path(key)?;
+        let (bytes, got, object_len) = match self.body(key, &path, Some(GetRange::Bounded(range.clone()))).await {
+            Ok(body) => body,
+            Err(GetError::Told(error)) => return Err(error),
+            Err(GetError::Remote(error)) => {
+                let told = self.error("read", key, &error);
+                // A service reports a range that begins after the end in words of its own. The length tells.
+                if told.kind() == Kind::Io
+                    && let Some(len) = self.len(key).await?
+                {
+                    check_range(key, || self.url.clone(), &range, len)?;
+                }
+                return Err(told);
+            }
+        };
+        check_range(key, || self.url.clone(), &range, object_len)?;
+        if got != range {
+            return Err(Error::new(Kind::Io, format!("{} answered with {got:?} of {key} for {range:?}", self.url)));
+        }
+        Ok(bytes)
+    }
+
+    async fn len(&self, key: &str) -> Result<Option<u64>> {
+        let path = self.path(key)?;
+        match timeout(self.patience.answer, self.remote.head(&path)).await {
+            Ok(Ok(meta)) => Ok(Some(meta.size)),
+            Ok(Err(RemoteError::NotFound { .. })) => Ok(None),
+            Ok(Err(error)) => Err(self.error("look at", key, &error)),
+            Err(_) => Err(self.no_answer("look at", key, self.patience.answer)),
+        }
+    }
+
+    /// The length of an object that must exist.
+    async fn len_of(&self, key: &str) -> Result<u64> {
+        self.len(key).await?.ok_or_else(|| missing(&self.url, key))
+    }
+
+    async fn put(&self, key: &str, payload: PutPayload, mode: PutMode) -> Result<Put> {
+        let path = self.path(key)?;
+        let len = payload.content_length() as u64;
+        loop {
+            let put = self.remote.put_opts(&path, payload.clone(), mode.clone().into());
+            let put = match timeout(self.patience.answer, put).await {
+                Ok(Ok(_)) => Put::Created,
+                // Some services also say so of a key that two are just writing, and of which nobody is yet.
+                Ok(Err(RemoteError::AlreadyExists { .. } | RemoteError::Precondition { .. })) => {
+                    if self.len(key).await?.is_none() {
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                        continue;
+                    }
+                    Put::Exists
+                }
+                Ok(Err(error)) => return Err(self.error("write", key, &error)),
+                Err(_) => return Err(self.no_answer("write", key, self.patience.answer)),
+            };
+            self.counters.put(len);
+            return Ok(put);
+        }
+    }
+}
+
+enum GetError {
+    Remote(RemoteError),
+    Told(Error),
+}
+
+impl Store for RemoteStore {
+    fn url(&self) -> String {
+        self.shared.url.clone()
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+
+    fn traffic(&self) -> Option<super::TrafficTotals> {
+        self.shared.traffic.as_ref().map(|traffic| traffic.totals())
+    }
+
+    fn reach(&self) -> Reach {
+        self.shared.traffic.as_ref().map(|traffic| traffic.reach()).unwrap_or_default()
+    }
+
+    fn distrust(&self, key: &str) -> bool {
+        self.shared.flights.forget(key)
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        let path = self.shared.path(key)?;
+        match self.shared.wait(self.shared.body(key, &path, None))? {
+            Ok((bytes, ..)) => Ok(bytes),
+            Err(GetError::Told(error)) => Err(error),
+            Err(GetError::Remote(error)) => Err(self.shared.error("read", key, &error)),
+        }
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let shared = &self.shared;
+        if range.is_empty() {
+            // No service answers to an empty range.
+            let len = shared.wait(shared.len_of(key))??;
+            shared.counters.get(0);
+            return check_range(key, || shared.url.clone(), &range, len).map(|()| Bytes::new());
+        }
+        if range.end - range.start > AHEAD_LEN_MAX {
+            return shared.wait(shared.fetch(key, range))?;
+        }
+        match shared.flights.demand(key, &range) {
+            Demand::Here(bytes) => Ok(bytes),
+            Demand::Fetch(ticket) => {
+                let fetched = shared.wait(shared.fetch(key, range)).and_then(|fetched| fetched);
+                shared.flights.land(key, ticket, fetched.as_ref().ok().cloned());
+                fetched
+            }
+        }
+    }
+
+    fn will_need(&self, key: &str, range: Range<u64>) {
+        if range.is_empty() || range.end - range.start > AHEAD_LEN_MAX {
+            return;
+        }
+        let Some(ticket) = self.shared.flights.foresee(key, &range) else { return };
+        let (shared, key) = (self.shared.clone(), key.to_owned());
+        self.shared.runtime.get().spawn(async move {
+            let Ok(_permit) = shared.ahead.acquire().await else { return };
+            if shared.flights.depart(&key, ticket) {
+                // Whoever reads it finds out what is wrong.
+                let fetched = shared.fetch(&key, range).await.ok();
+                shared.flights.land(&key, ticket, fetched);
+            }
+        });
+    }
+
+    fn get_tail(&self, key: &str, tail_len: u64) -> Result<Tail> {
+        let shared = &self.shared;
+        let path = shared.path(key)?;
+        if tail_len > 0 {
+            match shared.wait(shared.body(key, &path, Some(GetRange::Suffix(tail_len))))? {
+                Ok((bytes, _, object_len)) => return Ok(Tail { bytes, object_len }),
+                Err(GetError::Told(error)) => return Err(error),
+                Err(GetError::Remote(error)) => {
+                    let told = shared.error("read", key, &error);
+                    if told.kind() != Kind::Io {
+                        return Err(told);
+                    }
+                    // Some services have no suffix ranges, and some refuse them for an empty object.
+                }
+            }
+        }
+        let object_len = shared.wait(shared.len_of(key))??;
+        let bytes = self.get_range(key, object_len.saturating_sub(tail_len)..object_len)?;
+        Ok(Tail { bytes, object_len })
+    }
+
+    fn len(&self, key: &str) -> Result<Option<u64>> {
+        self.shared.wait(self.shared.len(key))?
+    }
+
+    fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
+        let payload = parts.iter().map(|part| Bytes::copy_from_slice(part)).collect();
+        self.shared.wait(self.shared.put(key, payload, PutMode::Create))?
+    }
+
+    fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
+        Ok(Box::new(RemoteWriter::new(Arc::clone(&self.shared), key)?))
+    }
+
+    fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
+        let shared = &self.shared;
+        let path = shared.prefix(prefix)?;
+        shared.counters.list();
+        // The service skips what it can; where `after` is no key, the check below does.
+        let offset = after.and_then(|after| Path::parse(after).ok()).filter(|offset| Some(offset.as_ref()) == after);
+        let stream = match &offset {
+            Some(offset) => shared.remote.list_with_offset(path.as_ref(), offset),
+            None => shared.remote.list(path.as_ref()),
+        };
+        // In pages, so that `each` runs outside of the runtime and may use this store.
+        let mut pages = stream.ready_chunks(LIST_PAGE);
+        let mut last: Option<String> = None;
+        loop {
+            let page = shared.wait(async { timeout(shared.patience.answer, pages.next()).await })?;
+            let Ok(page) = page else { return Err(shared.no_answer("list", prefix, shared.patience.answer)) };
+            let Some(page) = page else { return Ok(()) };
+            for meta in page {
+                let ObjectMeta { location, size, .. } = meta.map_err(|error| shared.error("list", prefix, &error))?;
+                let key = location.to_string();
+                if after.is_some_and(|after| key.as_str() <= after) || !key.starts_with(prefix) {
+                    continue;
+                }
+                if last.as_ref().is_some_and(|last| *last >= key) {
+                    let message = format!("{} lists {key} out of order", shared.url);
+                    return Err(Error::new(Kind::Io, message).hint("use a service that lists objects in byte order"));
+                }
+                last = Some(key.clone());
+                if !each(ObjectInfo { key, len: size })? {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
+        let shared = &self.shared;
+        let path = shared.prefix(prefix)?;
+        shared.counters.list();
+        let listed = shared.remote.list_with_delimiter(path.as_ref());
+        let listed = shared.wait(shared.answer("list", prefix, shared.patience.answer, listed))??;
+        let name = |dir: &Path| dir.as_ref().strip_prefix(prefix).map(str::to_owned);
+        let mut names: Vec<String> = listed.common_prefixes.iter().filter_map(name).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        let shared = &self.shared;
+        let path = shared.path(key)?;
+        shared.flights.forget(key);
+        let deleted = shared.wait(async { timeout(shared.patience.answer, shared.remote.delete(&path)).await })?;
+        shared.flights.forget(key);
+        match deleted {
+            Ok(Ok(()) | Err(RemoteError::NotFound { .. })) => Ok(()),
+            Ok(Err(error)) => Err(shared.error("delete", key, &error)),
+            Err(_) => Err(shared.no_answer("delete", key, shared.patience.answer)),
+        }
+    }
+}

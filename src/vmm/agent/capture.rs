@@ -1,0 +1,148 @@
+//! The order of a capture, whatever the monitor: prepare, tell the guard, stop, save, hand over, freeze, go on.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::cloud_hypervisor::CloudHypervisorControl;
+use super::firecracker::FirecrackerControl;
+use super::guard::{Guard, go_on};
+use super::qemu::QemuControl;
+use super::{Agent, Capture, Control, Health, MonitorAt};
+use crate::error::{Kind, Result};
+use crate::platform::clock::Stopwatch;
+use crate::platform::flush::hand_over_files;
+
+/// An agent that has a machine stopped for so long hangs, and is killed by the guard.
+const STOPPED_MAX: Duration = Duration::from_secs(60);
+
+/// How long it is tried to let a machine go on over a connection of its own.
+const GO_ON_WAIT: Duration = Duration::from_secs(3);
+
+/// Memory is gone through while the machine runs until that takes no longer than this, or does not get quicker; so often
+/// at most.
+const ROUND_WANTED: Duration = Duration::from_millis(3);
+const ROUNDS_MAX: u32 = 5;
+
+/// A machine with files on the mount, and its monitor.
+pub struct MachineAgent {
+    monitor: MonitorAt,
+    live: PathBuf,
+    program: PathBuf,
+    control: Box<dyn Control>,
+    guard: Option<Guard>,
+}
+
+impl MachineAgent {
+    /// Looks whether the machine can be captured. `live` is its directory on the mount, `state` the stream (for Cloud
+    /// Hypervisor, the directory) that its state goes to; in `notes` agents note what the next one must know; `program`
+    /// is this one, of which guards are started.
+    pub fn new(monitor: &MonitorAt, live: &Path, state: &str, notes: &Path, program: &Path) -> Result<Self> {
+        let control: Box<dyn Control> = match monitor {
+            MonitorAt::Qemu(path) => Box::new(QemuControl::new(path, live, state)?),
+            MonitorAt::Firecracker(path) => Box::new(FirecrackerControl::new(path, live, state, notes)?),
+            MonitorAt::CloudHypervisor(path) => Box::new(CloudHypervisorControl::new(path, live, state)?),
+        };
+        Ok(Self { monitor: monitor.clone(), live: live.to_owned(), program: program.to_owned(), control, guard: None })
+    }
+
+    /// What the machine stored into its memory so far is the mount's: the epoch makes it durable.
+    fn hand_over(&self) -> Result<()> {
+        hand_over_files(&self.live).map(|_| ())
+    }
+
+    /// Has what the machine stored go to the mount while it runs, as long as that gets less.
+    fn prepare(&mut self) -> Result<(Duration, u32)> {
+        let since = Stopwatch::start();
+        self.control.prepare()?;
+        let (mut before, mut rounds) = (Duration::MAX, 0);
+        while rounds < ROUNDS_MAX {
+            let round = Stopwatch::start();
+            self.hand_over()?;
+            rounds += 1;
+            let took = round.elapsed();
+            if took <= ROUND_WANTED || took > before.mul_f64(0.7) {
+                break;
+            }
+            before = took;
+        }
+        Ok((since.elapsed(), rounds))
+    }
+
+    /// Nothing is stopped before somebody else would let it go on.
+    fn guard_stopping(&mut self) -> Result<()> {
+        if self.guard.as_mut().is_some_and(|guard| guard.stopping().is_ok()) {
+            return Ok(());
+        }
+        // It is started with the first capture, and when it was killed.
+        let mut guard = Guard::start(&self.program, &self.monitor, STOPPED_MAX)?;
+        guard.stopping()?;
+        self.guard = Some(guard);
+        Ok(())
+    }
+
+    /// What happens while the machine stands still.
+    fn capture_stopped(&mut self, freeze: &mut dyn FnMut() -> Result<()>, parts: &mut Parts) -> Result<()> {
+        self.control.stop()?;
+        parts.end("stop");
+        self.control.save()?;
+        parts.end("state");
+        self.hand_over()?;
+        parts.end("memory");
+        freeze()?;
+        parts.end("freeze");
+        Ok(())
+    }
+
+    /// Lets the machine go on, whatever became of the connection.
+    fn resume(&mut self) -> Result<()> {
+        if let Err(error) = self.control.resume() {
+            tracing::warn!("the machine does not go on at once: {error}");
+            self.control.reset();
+            go_on(&self.monitor, GO_ON_WAIT)?;
+        }
+        // One that is gone has nothing left to do: the machine runs.
+        if self.guard.as_mut().is_some_and(|guard| guard.running().is_err()) {
+            self.guard = None;
+        }
+        Ok(())
+    }
+}
+
+/// The parts of a pause, as they end.
+struct Parts {
+    since: Stopwatch,
+    told: Duration,
+    parts: Vec<(&'static str, Duration)>,
+}
+
+impl Parts {
+    fn end(&mut self, part: &'static str) {
+        let now = self.since.elapsed();
+        self.parts.push((part, now - self.told));
+        self.told = now;
+    }
+}
+
+impl Agent for MachineAgent {
+    fn health(&mut self) -> Health {
+        self.control.health().unwrap_or_else(|error| {
+            self.control.reset();
+            Health::Lost(error.to_string())
+        })
+    }
+
+    fn capture(&mut self, freeze: &mut dyn FnMut() -> Result<()>) -> Result<Capture> {
+        let (prepared, rounds) = self.prepare()?;
+        self.guard_stopping()?;
+        let mut parts = Parts { since: Stopwatch::start(), told: Duration::ZERO, parts: Vec::with_capacity(5) };
+        let captured = self.capture_stopped(freeze, &mut parts);
+        let resumed = self.resume();
+        parts.end("resume");
+        if captured.as_ref().is_err_and(|error| error.kind() == Kind::Io) {
+            self.control.reset();
+        }
+        resumed?;
+        captured?;
+        Ok(Capture { pause: parts.told, parts: parts.parts, prepared, rounds })
+    }
+}

@@ -1,0 +1,70 @@
+//! A Cloud Hypervisor, by its API: each snapshot goes to a directory that was just made. Zones that are shared files on the
+//! mount stay out of it.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::super::http::put;
+use super::super::place::text;
+use super::{ANSWER_WAIT, Control, Health, ask};
+use crate::error::{Error, Kind, Result};
+
+/// How long a snapshot may take: memory that is not on the mount is written whole.
+const SNAPSHOT_WAIT: Duration = Duration::from_secs(50);
+
+pub struct CloudHypervisorControl {
+    path: PathBuf,
+    directory: PathBuf,
+}
+
+impl CloudHypervisorControl {
+    pub fn new(path: &Path, live: &Path, directory: &str) -> Result<Self> {
+        let mut control = Self { path: path.to_owned(), directory: live.join(directory) };
+        match control.health()? {
+            Health::Lost(why) => Err(Error::new(Kind::Io, why)),
+            _ => Ok(control),
+        }
+    }
+}
+
+pub fn resume(path: &Path) -> Result<()> {
+    match ask(path, "/api/v1/vm.info")?["state"].as_str() {
+        Some("Running") => Ok(()),
+        _ => put(path, "/api/v1/vm.resume", None, ANSWER_WAIT),
+    }
+}
+
+impl Control for CloudHypervisorControl {
+    fn health(&mut self) -> Result<Health> {
+        Ok(match ask(&self.path, "/api/v1/vm.info")?["state"].as_str() {
+            Some("Running") => Health::Running,
+            Some(state) => Health::Idle(state.to_owned()),
+            None => Health::Lost(format!("{} is no API of Cloud Hypervisor", self.path.display())),
+        })
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        let failed = |error| Error::io(format!("cannot make {} anew", self.directory.display()), error);
+        match std::fs::remove_dir_all(&self.directory) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        std::fs::create_dir(&self.directory).map_err(failed)
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        put(&self.path, "/api/v1/vm.pause", None, ANSWER_WAIT)
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let body = json!({"destination_url": format!("file://{}", text(&self.directory)?)});
+        put(&self.path, "/api/v1/vm.snapshot", Some(&body), SNAPSHOT_WAIT)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        put(&self.path, "/api/v1/vm.resume", None, ANSWER_WAIT)
+    }
+}

@@ -1,0 +1,92 @@
+//! A Firecracker, by its API: a snapshot of the pages that changed goes onto the file of the last one.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::super::http::{put, send};
+use super::super::place::text;
+use super::base::Base;
+use super::{ANSWER_WAIT, Control, Health, ask};
+use crate::error::{Error, Kind, Result};
+
+const CREATE: &str = "/snapshot/create";
+
+/// How long a snapshot may take: one of everything writes all memory.
+const SNAPSHOT_WAIT: Duration = Duration::from_secs(50);
+
+/// The stream that the memory goes to.
+const MEMORY: &str = "memory";
+
+pub struct FirecrackerControl {
+    path: PathBuf,
+    live: PathBuf,
+    state: PathBuf,
+    base: Base,
+}
+
+impl FirecrackerControl {
+    pub fn new(path: &Path, live: &Path, state: &str, notes: &Path) -> Result<Self> {
+        let machine = live.parent().and_then(Path::file_name).unwrap_or_default();
+        let base = Base::of(notes, &machine.to_string_lossy());
+        let mut control = Self { path: path.to_owned(), live: live.to_owned(), state: live.join(state), base };
+        match control.health()? {
+            Health::Lost(why) => Err(Error::new(Kind::Io, why)),
+            _ => Ok(control),
+        }
+    }
+
+    fn create(&self, kind: &str) -> Result<()> {
+        let body = json!({
+            "snapshot_type": kind,
+            "snapshot_path": text(&self.state)?,
+            "mem_file_path": text(&self.live.join(MEMORY))?,
+        });
+        put(&self.path, CREATE, Some(&body), SNAPSHOT_WAIT)
+    }
+}
+
+fn change_state(path: &Path, state: &str) -> Result<()> {
+    send("PATCH", path, "/vm", Some(&json!({"state": state})), ANSWER_WAIT).map(|_| ())
+}
+
+pub fn resume(path: &Path) -> Result<()> {
+    match ask(path, "/")?["state"].as_str() {
+        Some("Running") => Ok(()),
+        _ => change_state(path, "Resumed"),
+    }
+}
+
+impl Control for FirecrackerControl {
+    fn health(&mut self) -> Result<Health> {
+        Ok(match ask(&self.path, "/")?["state"].as_str() {
+            Some("Running") => Health::Running,
+            Some(state) => Health::Idle(state.to_owned()),
+            None => Health::Lost(format!("{} is no API of Firecracker", self.path.display())),
+        })
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        change_state(&self.path, "Paused")
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let is_base = self.base.is_of(&self.path) && self.live.join(MEMORY).exists();
+        // A snapshot that breaks off leaves pages behind that nobody will call changed again.
+        self.base.forget()?;
+        let made = match is_base {
+            true => self.create("Diff").or_else(|error| {
+                tracing::warn!("all memory is captured, and not only what changed: {error}");
+                self.create("Full")
+            }),
+            false => self.create("Full"),
+        };
+        made?;
+        self.base.note(&self.path)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        change_state(&self.path, "Resumed")
+    }
+}

@@ -1,0 +1,124 @@
+//! Capturing running machines: what is done with each kind of monitor, so that all of a machine's files on the mount are of
+//! one moment, and the machine stands still for as short a time as can be.
+
+mod base;
+mod capture;
+mod cloud_hypervisor;
+mod firecracker;
+mod guard;
+mod qemu;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+
+pub use base::Base;
+pub use capture::MachineAgent;
+pub use guard::{Guard, guard};
+
+use super::http::send;
+use super::qmp::Monitor;
+use crate::error::{Error, Kind, Result};
+
+/// What a capture did to a machine.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Capture {
+    /// For how long the machine stood still, and what that time went into, in order.
+    pub pause: Duration,
+    pub parts: Vec<(&'static str, Duration)>,
+    /// What was done before, while it ran: how long, and how often its memory was gone through.
+    pub prepared: Duration,
+    pub rounds: u32,
+}
+
+/// What a machine is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    Running,
+    /// It stands still, and not for us: there is nothing new to capture.
+    Idle(String),
+    /// It is gone or does not answer.
+    Lost(String),
+}
+
+/// One machine's monitor.
+pub trait Agent: Send {
+    /// How the machine is.
+    fn health(&mut self) -> Health;
+
+    /// Stops the machine, has its state and memory in its files on the mount, calls `freeze`, and lets it go on; what can
+    /// be done before is done while it runs. Whatever fails, the machine runs afterwards.
+    fn capture(&mut self, freeze: &mut dyn FnMut() -> Result<()>) -> Result<Capture>;
+}
+
+/// Where a monitor listens, and of which kind it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MonitorAt {
+    Qemu(PathBuf),
+    Firecracker(PathBuf),
+    CloudHypervisor(PathBuf),
+}
+
+/// How long a monitor may take for what it does at once.
+const ANSWER_WAIT: Duration = Duration::from_secs(3);
+
+impl MonitorAt {
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Qemu(path) | Self::Firecracker(path) | Self::CloudHypervisor(path) => path,
+        }
+    }
+
+    /// The option of `epochfs protect` that names it.
+    pub fn option(&self) -> &'static str {
+        match self {
+            Self::Qemu(_) => "--qmp",
+            Self::Firecracker(_) => "--firecracker",
+            Self::CloudHypervisor(_) => "--cloud-hypervisor",
+        }
+    }
+
+    /// Whether the machine runs, asked over a connection of its own; and lets it run if not.
+    fn run(&self) -> Result<()> {
+        match self {
+            Self::Qemu(path) => {
+                let mut monitor = Monitor::connect(path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end();
+                match monitor.run("query-status", Value::Null)?["status"] == "running" {
+                    true => Ok(()),
+                    false => monitor.run("cont", Value::Null).map(|_| ()),
+                }
+            }
+            Self::Firecracker(path) => firecracker::resume(path),
+            Self::CloudHypervisor(path) => cloud_hypervisor::resume(path),
+        }
+    }
+}
+
+/// What capturing takes of a kind of monitor. Each may be called again after it failed.
+trait Control: Send {
+    fn health(&mut self) -> Result<Health>;
+
+    /// What must be done before the machine is stopped.
+    fn prepare(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<()>;
+
+    /// Has the state of the machine that stands still in its files, and the memory that is not in them anyway.
+    fn save(&mut self) -> Result<()>;
+
+    fn resume(&mut self) -> Result<()>;
+
+    /// Something failed: answers to what was asked may still be on their way.
+    fn reset(&mut self) {}
+}
+
+/// Asks an API over HTTP for a document.
+fn ask(socket: &Path, path: &str) -> Result<Value> {
+    let body = send("GET", socket, path, None, ANSWER_WAIT)?;
+    serde_json::from_slice(&body).map_err(|error| {
+        Error::new(Kind::Io, format!("GET {path} at {}: the answer is no document: {error}", socket.display()))
+    })
+}

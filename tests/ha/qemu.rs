@@ -1,0 +1,194 @@
+//! P6: whatever goes wrong with a capture, the machine runs afterwards, and nothing is taken for captured that was not.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use epochfs::Error;
+use epochfs::platform::clock::Stopwatch;
+use epochfs::vmm::agent::{Agent, Health, MachineAgent, MonitorAt};
+
+use crate::monitor::{FakeMonitor, Fault};
+
+fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_epochfs"))
+}
+
+struct World {
+    _directory: tempfile::TempDir,
+    live: PathBuf,
+    monitor: FakeMonitor,
+}
+
+impl World {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let live = directory.path().join("live");
+        std::fs::create_dir(&live).unwrap();
+        std::fs::write(live.join("memory"), vec![7; 4096]).unwrap();
+        let monitor = FakeMonitor::start(directory.path(), &live.join("memory"));
+        Self { _directory: directory, live, monitor }
+    }
+
+    fn try_agent(&self) -> epochfs::Result<MachineAgent> {
+        let monitor = MonitorAt::Qemu(self.monitor.path.clone());
+        MachineAgent::new(&monitor, &self.live, "vmstate", self.live.parent().unwrap(), program())
+    }
+
+    fn agent(&self) -> MachineAgent {
+        self.try_agent().unwrap()
+    }
+
+    fn status(&self) -> &'static str {
+        self.monitor.machine().status
+    }
+}
+
+#[test]
+fn a_capture_freezes_a_machine_that_stands_still_and_lets_it_go_on() {
+    let world = World::new();
+    let mut agent = world.agent();
+    assert_eq!(agent.health(), Health::Running);
+    let mut frozen = 0;
+    let capture = agent
+        .capture(&mut || {
+            frozen += 1;
+            assert_ne!(world.status(), "running");
+            assert_eq!(std::fs::read(world.live.join("vmstate")).unwrap(), b"the state of its devices");
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!((frozen, world.status()), (1, "running"));
+    let parts: Vec<&str> = capture.parts.iter().map(|(name, _)| *name).collect();
+    assert_eq!(parts, ["stop", "state", "memory", "freeze", "resume"]);
+    assert_eq!(capture.parts.iter().map(|(_, time)| *time).sum::<Duration>(), capture.pause);
+    assert_eq!(world.monitor.machine().told, ["migrate-set-capabilities", "stop", "migrate", "cont"]);
+}
+
+#[test]
+fn p6_whatever_fails_the_machine_runs_and_the_next_capture_succeeds() {
+    for command in ["stop", "migrate", "query-migrate", "cont"] {
+        for fault in [Fault::Refuse, Fault::Close, Fault::CloseAfter] {
+            let world = World::new();
+            let mut agent = world.agent();
+            world.monitor.machine().fault = Some((command, fault));
+            let mut frozen = false;
+            let result = agent.capture(&mut || {
+                frozen = true;
+                Ok(())
+            });
+            // That it went on is known when another connection says so.
+            let is_saved = command == "cont";
+            assert_eq!((result.is_ok(), frozen), (is_saved, is_saved), "{command} {fault:?}: {result:?}");
+            assert_eq!(world.status(), "running", "{command} {fault:?}");
+            assert_eq!(world.monitor.machine().fault, None, "{command} {fault:?} was not met");
+            agent.capture(&mut || Ok(())).unwrap();
+            assert_eq!(world.status(), "running");
+        }
+    }
+}
+
+#[test]
+fn p6_a_state_that_is_not_saved_is_not_frozen() {
+    let world = World::new();
+    let mut agent = world.agent();
+    world.monitor.machine().fails_to_save = true;
+    let error = agent.capture(&mut || panic!("nothing was saved")).unwrap_err();
+    assert!(error.to_string().contains("no room"), "{error}");
+    assert_eq!(world.status(), "running");
+}
+
+#[test]
+fn p6_a_store_that_takes_no_epoch_leaves_the_machine_running() {
+    let world = World::new();
+    let mut agent = world.agent();
+    let error = agent.capture(&mut || Err(Error::conflict("the store is away"))).unwrap_err();
+    assert!(error.to_string().contains("the store is away"));
+    assert_eq!(world.status(), "running");
+}
+
+#[test]
+fn a_machine_that_others_stopped_is_left_alone_and_one_that_is_gone_is_lost() {
+    let world = World::new();
+    let mut agent = world.agent();
+    world.monitor.machine().status = "paused";
+    assert_eq!(agent.health(), Health::Idle("paused".into()));
+    assert_eq!(world.status(), "paused");
+    // What a capture left behind is not what others did.
+    world.monitor.machine().status = "postmigrate";
+    drop(agent);
+    let mut agent = world.agent();
+    assert_eq!((agent.health(), world.status()), (Health::Running, "running"));
+    world.monitor.machine().fault = Some(("query-status", Fault::Close));
+    assert!(matches!(agent.health(), Health::Lost(_)));
+    assert_eq!(agent.health(), Health::Running, "it is reached again");
+}
+
+#[test]
+fn memory_that_is_not_on_the_mount_is_refused() {
+    let world = World::new();
+    let elsewhere = world.live.with_file_name("elsewhere");
+    std::fs::write(&elsewhere, b"").unwrap();
+    world.monitor.machine().memory = elsewhere;
+    let error = world.try_agent().err().unwrap();
+    assert!(error.to_string().contains("backend ram") && error.next_step().unwrap().contains("mem-path="), "{error}");
+}
+
+/// The guard of an agent that this test plays; the machine has been stopped by it.
+fn guard(world: &World, patience_ms: u64, first: &str) -> std::process::Child {
+    world.monitor.machine().status = "paused";
+    // A shell between them is the agent that the guard may kill.
+    Command::new("sh")
+        .arg("-c")
+        .arg(format!(
+            "{{ printf '{first}'; exec 3<&0; cat <&3; }} | '{}' protect --guard {patience_ms} --qmp '{}'; :",
+            program().display(),
+            world.monitor.path.display()
+        ))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn becomes_running(world: &World, within: Duration) -> bool {
+    let since = Stopwatch::start();
+    while since.elapsed() < within {
+        if world.status() == "running" {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+#[test]
+fn p6_a_machine_whose_agent_dies_while_it_is_stopped_goes_on() {
+    let world = World::new();
+    let mut process = guard(&world, 60_000, "s");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(world.status(), "paused", "the agent is there");
+    drop(process.stdin.take());
+    assert!(becomes_running(&world, Duration::from_secs(20)));
+    process.wait().unwrap();
+}
+
+#[test]
+fn a_machine_that_was_let_go_on_is_none_of_the_guards_business() {
+    let world = World::new();
+    let mut process = guard(&world, 60_000, "sr");
+    drop(process.stdin.take());
+    process.wait().unwrap();
+    // Somebody else has stopped it since.
+    assert_eq!((world.status(), world.monitor.machine().told.len()), ("paused", 0));
+}
+
+#[test]
+fn p6_an_agent_that_hangs_is_ended_and_its_machine_goes_on() {
+    let world = World::new();
+    let mut process = guard(&world, 300, "s");
+    assert!(becomes_running(&world, Duration::from_secs(20)));
+    let status = process.wait().unwrap();
+    assert!(!status.success(), "the agent was killed: {status}");
+}

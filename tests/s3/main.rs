@@ -1,0 +1,20 @@
+//! Repositories in buckets, on services that really run: Ceph as the reference, SeaweedFS as the second, and s3s-fs, which
+//! must be refused. A proxy in front of Ceph fails as networks and services do.
+//!
+//! P1 an acknowledged epoch is durable; P2 an unacknowledged one is absent or whole; P3 one writer at a time; P5 what is
+//! damaged on its way is never served.
+//!
+//! `EPOCHFS_LONG=1` runs more rounds, and the failures on three object servers and two gateways.
+
+mod caches;
+mod commands;
+mod failures;
+mod hosts;
+mod kills;
+mod outages;
+mod proxy;
+mod races;
+mod refusals;
+mod server;
+mod services;
+mod world;

@@ -1,0 +1,121 @@
+//! The services, brought up and down by the project's own scripts.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use epochfs::platform::store::Variables;
+
+/// Says loudly that a test does not run here, and why: on stderr, and in the file that `EPOCHFS_SKIPS` names.
+pub fn skip(test: &str, why: &str) {
+    use std::io::Write;
+    let line = format!("SKIPPED {test}: {why}\n");
+    eprint!("{line}");
+    if let Some(path) = std::env::var_os("EPOCHFS_SKIPS") {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(&path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("EPOCHFS_SKIPS can be written");
+    }
+    assert!(std::env::var_os("EPOCHFS_NO_SKIPS").is_none(), "a test was skipped: {line}");
+}
+
+/// Whether the long run was asked for.
+pub fn is_long() -> bool {
+    std::env::var_os("EPOCHFS_LONG").is_some_and(|value| value != "0")
+}
+
+/// A service that runs until this is dropped.
+pub struct Server {
+    script: PathBuf,
+    directory: tempfile::TempDir,
+    pub variables: BTreeMap<String, String>,
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/servers").join(name)
+}
+
+/// Whether a program is there.
+pub fn has(program: &str) -> bool {
+    Path::new(program).is_absolute() && Path::new(program).exists()
+        || std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).any(|path| path.join(program).exists())
+}
+
+impl Server {
+    /// Brings one up. One that is installed must come up.
+    pub fn up(name: &str, options: &[&str]) -> Self {
+        let directory = tempfile::Builder::new().prefix("epochfs-s3-").tempdir().unwrap();
+        let script = script(name);
+        let at = directory.path().join("server");
+        let ran = Command::new(&script).arg("up").arg(&at).args(options).output().unwrap();
+        assert!(ran.status.success(), "{name} did not start: {}", String::from_utf8_lossy(&ran.stderr));
+        let text = std::fs::read_to_string(at.join("env")).unwrap();
+        Self { script, directory, variables: variables(&text) }
+    }
+
+    fn at(&self) -> PathBuf {
+        self.directory.path().join("server")
+    }
+
+    /// Has the script do something to some of its servers.
+    pub fn run(&self, verb: &str, names: &[&str]) {
+        let ran = Command::new(&self.script).arg(verb).arg(self.at()).args(names).output().unwrap();
+        assert!(ran.status.success(), "{verb} {names:?}: {}", String::from_utf8_lossy(&ran.stderr));
+    }
+
+    pub fn endpoint(&self) -> &str {
+        &self.variables["AWS_ENDPOINT_URL"]
+    }
+
+    pub fn bucket(&self) -> &str {
+        &self.variables["BUCKET"]
+    }
+
+    /// What a library needs to reach it.
+    pub fn settings(&self) -> Variables {
+        Variables::of(self.variables.clone())
+    }
+}
+
+/// The variables that a script exports, one or more a line.
+fn variables(text: &str) -> BTreeMap<String, String> {
+    let ran =
+        Command::new("bash").args(["-c", "set -a; eval \"$1\"; env -0", "bash", text]).env_clear().output().unwrap();
+    let pairs = ran.stdout.split(|byte| *byte == 0).filter_map(|pair| std::str::from_utf8(pair).ok()?.split_once('='));
+    let ours =
+        |name: &str| name.starts_with("AWS_") || ["BUCKET", "GATEWAYS"].contains(&name) || name.starts_with("TLS_");
+    pairs.filter(|(name, _)| ours(name)).map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let ran = Command::new(&self.script).arg("down").arg(self.at()).output();
+        if !ran.is_ok_and(|ran| ran.status.success()) {
+            eprintln!("{} could not be taken down", self.script.display());
+        }
+    }
+}
+
+/// Whether Ceph can run here; says so loudly if it cannot.
+pub fn has_ceph(test: &str) -> bool {
+    let is_there = ["ceph-mon", "ceph-osd", "radosgw", "ceph"].iter().all(|program| has(program));
+    if !is_there {
+        skip(test, "Ceph is not installed: run scripts/setup");
+    }
+    is_there
+}
+
+/// The Ceph that the tests of this process share. It goes with the last of them.
+pub fn ceph(test: &str) -> Option<Arc<Server>> {
+    static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
+    if !has_ceph(test) {
+        return None;
+    }
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(server) = shared.upgrade() {
+        return Some(server);
+    }
+    let server = Arc::new(Server::up("ceph", &["--tls"]));
+    *shared = Arc::downgrade(&server);
+    Some(server)
+}
