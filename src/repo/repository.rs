@@ -247,6 +247,11 @@ impl Repository {
         heads.get(machine).filter(|head| head.record.term == term)
     }
 
+    /// Others have appended since: the newest record is looked up again.
+    pub fn forget_head(&self, machine: &Arc<str>) {
+        self.heads.lock().unwrap_or_else(PoisonError::into_inner).remove(machine);
+    }
+
     /// Appends a record after `head`; see [`append`].
     pub fn append(
         &self,

@@ -23,6 +23,9 @@ use crate::platform::clock::Stopwatch;
 use crate::platform::lock::lock;
 use crate::platform::random;
 
+/// How often a commit is made again that others came before.
+const CONFLICTS_MAX: u32 = 2;
+
 /// What is said about an epoch that is made of a live.
 #[derive(Clone, Debug, Default)]
 pub struct LiveCommit {
@@ -234,7 +237,7 @@ impl Live {
     /// Makes the epoch; where the store is away, as soon as it is back. Nothing is acknowledged before, and the moments
     /// behind this one wait, so that epochs come in their order.
     fn make_epoch_when_possible(&self, job: &Job) -> Result<Committed> {
-        let mut tried = Vec::new();
+        let (mut tried, mut conflicts) = (Vec::new(), 0);
         loop {
             let writer = random::id16();
             let error = match self.make_epoch(job, writer) {
@@ -252,8 +255,17 @@ impl Live {
                 }
                 _ => {}
             }
-            if error.kind() == Kind::Conflict || self.ending.load(Ordering::Acquire) {
+            if self.ending.load(Ordering::Acquire) {
                 return Err(error);
+            }
+            if error.kind() == Kind::Conflict {
+                // A collector may have gone by since the record that this began with.
+                conflicts += 1;
+                if conflicts > CONFLICTS_MAX {
+                    return Err(error);
+                }
+                self.store.repository().forget_head(&self.machine);
+                continue;
             }
             if lock(&self.waits_for).replace(error.to_string()).is_none() {
                 tracing::warn!(machine = %self.machine, "a commit waits for the store: {error}");
