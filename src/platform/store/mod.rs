@@ -89,8 +89,8 @@ pub trait Store: Send + Sync {
         None
     }
 
-    /// Forgets what is kept of an object, whose bytes were found wrong; says whether there was anything, so that it is
-    /// worth while to read it again.
+    /// Forgets what is kept of an object, whose bytes were found wrong; says whether they may have been right elsewhere, so
+    /// that it is worth while to read it again.
     fn distrust(&self, _key: &str) -> bool {
         false
     }

@@ -69,8 +69,10 @@ impl Store for CachedStore {
 
     fn distrust(&self, key: &str) -> bool {
         // Both: what is wrong here may have come from there.
-        let was_kept = self.cache.forget(key);
-        self.inner.distrust(key) || was_kept
+        self.cache.forget(key);
+        self.inner.distrust(key);
+        // Also where another reader has forgotten it meanwhile, who was given the same bytes.
+        true
     }
 
     fn get(&self, key: &str) -> Result<Bytes> {

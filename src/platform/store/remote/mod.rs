@@ -336,7 +336,9 @@ impl Store for RemoteStore {
     }
 
     fn distrust(&self, key: &str) -> bool {
-        self.shared.flights.forget(key)
+        self.shared.flights.forget(key);
+        // They came a long way.
+        true
     }
 
     fn get(&self, key: &str) -> Result<Bytes> {
