@@ -1,7 +1,6 @@
 //! Machines on KVM with the guests of this project, and a repository for their epochs.
 
 use std::fs::File;
-use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,25 +18,7 @@ use epochfs::vmm::kvm::{
 use epochfs::{CommitOptions, Owner};
 use tempfile::TempDir;
 
-pub fn is_long() -> bool {
-    std::env::var_os("EPOCHFS_LONG").is_some_and(|value| value != "0")
-}
-
-/// `EPOCHFS_SEED`, or a number that is the same each time.
-pub fn seed() -> u64 {
-    std::env::var("EPOCHFS_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
-}
-
-/// Says loudly that a test does not run here, and why.
-pub fn skip(test: &str, why: &str) {
-    let line = format!("SKIPPED {test}: {why}\n");
-    eprint!("{line}");
-    if let Some(path) = std::env::var_os("EPOCHFS_SKIPS") {
-        let file = File::options().append(true).create(true).open(&path);
-        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("EPOCHFS_SKIPS can be written");
-    }
-    assert!(std::env::var_os("EPOCHFS_NO_SKIPS").is_none(), "a test was skipped: {line}");
-}
+pub use crate::asked::{is_long, seed, skip};
 
 /// Whether guests can run and be protected here; if not, that is said.
 pub fn can_run(test: &str) -> bool {

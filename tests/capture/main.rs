@@ -3,6 +3,8 @@
 //! `EPOCHFS_TEST_BINARY` names another program to test, `EPOCHFS_SEED` repeats a random run, and `EPOCHFS_LONG=1` makes the
 //! random runs long.
 
+#[path = "../common/asked.rs"]
+mod asked;
 mod canaries;
 mod checkpoints;
 mod failures;

@@ -7,6 +7,9 @@
 
 #![allow(clippy::single_range_in_vec_init)] // One dirty range is a list of ranges like any other.
 
+#[path = "../common/asked.rs"]
+#[allow(dead_code, reason = "others skip, too")]
+mod asked;
 mod crash;
 mod embedding;
 mod flips;

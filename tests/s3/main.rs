@@ -6,6 +6,9 @@
 //!
 //! `EPOCHFS_LONG=1` runs more rounds, and the failures on three object servers and two gateways.
 
+#[path = "../common/asked.rs"]
+#[allow(dead_code, reason = "others ask for a seed, too")]
+mod asked;
 mod caches;
 mod commands;
 mod failures;

@@ -7,22 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use epochfs::platform::store::Variables;
 
-/// Says loudly that a test does not run here, and why: on stderr, and in the file that `EPOCHFS_SKIPS` names.
-pub fn skip(test: &str, why: &str) {
-    use std::io::Write;
-    let line = format!("SKIPPED {test}: {why}\n");
-    eprint!("{line}");
-    if let Some(path) = std::env::var_os("EPOCHFS_SKIPS") {
-        let file = std::fs::OpenOptions::new().append(true).create(true).open(&path);
-        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("EPOCHFS_SKIPS can be written");
-    }
-    assert!(std::env::var_os("EPOCHFS_NO_SKIPS").is_none(), "a test was skipped: {line}");
-}
-
-/// Whether the long run was asked for.
-pub fn is_long() -> bool {
-    std::env::var_os("EPOCHFS_LONG").is_some_and(|value| value != "0")
-}
+pub use crate::asked::{is_long, skip};
 
 /// A service that runs until this is dropped.
 pub struct Server {

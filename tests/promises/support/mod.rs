@@ -42,10 +42,7 @@ impl<T, E: std::fmt::Display> Saying<T> for Result<T, E> {
     }
 }
 
-/// Whether the long run was asked for.
-pub fn is_long() -> bool {
-    std::env::var_os("EPOCHFS_LONG").is_some_and(|value| value != "0")
-}
+pub use crate::asked::is_long;
 
 pub fn numbered(machine: &str, epoch: u64) -> EpochName {
     EpochName { machine: machine.into(), which: Some(Which::Number(epoch)) }
