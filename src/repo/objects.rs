@@ -19,6 +19,10 @@ use crate::platform::store::{Put, Store, Tail};
 const RECORD_TAIL_LEN: u64 = 32 << 10;
 const FOOTER_CACHE_LEN: usize = 24 << 20;
 const TAIL_CACHE_LEN: usize = 4 << 20;
+const EXISTING_LEN: usize = 1 << 20;
+
+/// What remembering that an object exists weighs.
+const EXISTING_WEIGHT: usize = 64;
 
 /// So many pages of one object are confirmed by its footer, which costs as much as about as many blocks.
 const FOOTER_FROM_CLAIMS: usize = 256;
@@ -42,6 +46,9 @@ pub struct Objects {
     footers: Mutex<TwoGenerations<ObjectRef, Arc<Footer>>>,
     /// The ends of records read lately, which hold the roots of their trees.
     tails: Mutex<TwoGenerations<ObjectRef, Tail>>,
+    /// Packs that the store was asked for, and has, since a collector's work was last heard of: what is kept of a pack on
+    /// this host says nothing about that.
+    existing: Mutex<TwoGenerations<ObjectRef, ()>>,
     /// Decoders that nobody uses just now: making one costs more than a page.
     decoders: Mutex<Vec<PageDecoder>>,
 }
@@ -53,6 +60,7 @@ impl Objects {
             repository,
             footers: Mutex::new(TwoGenerations::new(FOOTER_CACHE_LEN)),
             tails: Mutex::new(TwoGenerations::new(TAIL_CACHE_LEN)),
+            existing: Mutex::new(TwoGenerations::new(EXISTING_LEN)),
             decoders: Mutex::new(Vec::new()),
         }
     }
@@ -219,6 +227,7 @@ impl Objects {
 
     pub(super) fn forget_footers(&self) {
         *lock(&self.footers) = TwoGenerations::new(FOOTER_CACHE_LEN);
+        *lock(&self.existing) = TwoGenerations::new(EXISTING_LEN);
     }
 
     /// Whether pages with these hashes really lie at these places: what the index says is only believed after this.
@@ -241,12 +250,15 @@ impl Objects {
                     self.will_need(object, u64::from(*offset)..u64::from(*offset) + u64::from(*len));
                 }
             }
-            let mut is_gone = false;
+            let exists = self.exists(object);
+            let mut is_gone = matches!(exists, Ok(false));
             for claim in group {
                 let (hash, place) = &claims[*claim];
                 answers[*claim] = if is_gone {
                     // Asking again for what a collector deleted would tell the same.
                     Err(Error::not_found(format!("there is no object {}", object_key(object))))
+                } else if let Err(error) = &exists {
+                    Err(Error::new(error.kind(), error.to_string()))
                 } else if by_footer {
                     self.confirms(hash, place)
                 } else {
@@ -259,6 +271,21 @@ impl Objects {
             lock(&self.decoders).push(decoder);
         }
         answers
+    }
+
+    /// Whether a store that is far away has this object still. Bytes that were kept of it here may outlive it, and a
+    /// collector on another host may have deleted it. A store that is near is asked by reading.
+    fn exists(&self, object: &ObjectRef) -> Result<bool> {
+        let is_pack = matches!(object, ObjectRef::Pack(_));
+        let is_kept_here = || self.store.is_remote() || self.store.cache().is_some();
+        if !is_pack || !is_kept_here() || lock(&self.existing).get(object).is_some() {
+            return Ok(true);
+        }
+        let exists = self.store.len(&object_key(object))?.is_some();
+        if exists {
+            lock(&self.existing).insert(object.clone(), (), EXISTING_WEIGHT);
+        }
+        Ok(exists)
     }
 
     fn take_decoder(&self) -> PageDecoder {
@@ -288,5 +315,51 @@ fn missing_is_damage(error: Error) -> Error {
         Kind::NotFound => Error::damaged(error.to_string())
             .hint("an object that epochs refer to is missing; `epochfs verify` lists what is affected"),
         _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::epoch::{CommitOptions, EpochStore};
+    use crate::platform::files::RealFiles;
+    use crate::platform::store::contract::random_bytes;
+    use crate::platform::store::{CacheSettings, CachedStore, LocalStore};
+    use crate::repo::Repository;
+
+    /// What another host's collector deleted is kept in this host's cache: no commit may refer to it.
+    #[test]
+    fn p4_what_is_kept_of_a_deleted_pack_is_not_taken_for_the_pack() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let inner: Arc<dyn Store> = Arc::new(LocalStore::create(&path("store"), Arc::new(RealFiles)).unwrap());
+        Repository::create(inner.clone()).unwrap();
+        let host = || {
+            let cached = CachedStore::new(inner.clone(), CacheSettings { directory: path("cache"), len_max: 1 << 30 });
+            EpochStore::new(Repository::open(Arc::new(cached)).unwrap()).with_state(path("state"))
+        };
+        let memory = random_bytes(1, 4 << 20);
+        let commit = |machine: &str| {
+            let store = host();
+            let mut commit = store.begin_commit(machine, CommitOptions::default()).unwrap();
+            commit.add_bytes("memory", memory.clone()).unwrap();
+            let new_pages = commit.finish().unwrap().counts.new_pages;
+            let epoch = store.epoch(&machine.parse().unwrap()).unwrap();
+            let mut bytes = vec![0; memory.len()];
+            epoch.stream(b"memory").unwrap().read_at(0, &mut bytes).unwrap();
+            assert!(bytes == memory);
+            new_pages
+        };
+        assert_eq!(commit("web1"), 1024);
+        assert_eq!(commit("web2"), 0, "the index and the cache know all pages");
+        let mut packs = Vec::new();
+        inner
+            .list("packs/", None, &mut |object| {
+                packs.push(object.key);
+                Ok(true)
+            })
+            .unwrap();
+        packs.iter().for_each(|key| inner.delete(key).unwrap());
+        assert_eq!(commit("web3"), 1024, "the pages are gone, whatever is kept of them");
     }
 }
