@@ -190,9 +190,11 @@ fn find_known(changed: &[(usize, &Page, Hash)], shared: &Shared<'_>) -> Vec<Opti
     };
     let missing: Vec<usize> = (0..changed.len()).filter(|at| known[*at].is_none()).collect();
     let hashes: Vec<Hash> = missing.iter().map(|at| changed[*at].2).collect();
+    // Before the index proves that they are there: a collection may be over by the time that it has.
+    let dead = shared.condemned.dead();
     let mut found = shared.index.find(&hashes, shared.nodes.objects());
     for place in &mut found {
-        if place.as_ref().is_some_and(|place| shared.condemned.is_dead(&place.object)) {
+        if place.as_ref().is_some_and(|place| dead.contains(&place.object)) {
             *place = None;
         }
     }

@@ -66,7 +66,7 @@ pub struct CollectorLog {
 #[derive(Default)]
 struct Known {
     seq: u64,
-    dead: HashSet<ObjectRef>,
+    dead: Arc<HashSet<ObjectRef>>,
 }
 
 impl CollectorLog {
@@ -144,10 +144,10 @@ impl CollectorLog {
         condemnation_at(self.read().seq)
     }
 
-    /// Whether a commit must not refer to this object, other than through what its parent refers to.
-    pub fn is_dead(&self, object: &ObjectRef) -> bool {
-        let known = self.read();
-        !known.dead.is_empty() && known.dead.contains(object)
+    /// The objects that a commit must not refer to, other than through what its parent refers to. Whoever looks for pages
+    /// asks before he does: an object that is found after this, and is not among these, is condemned later, if at all.
+    pub fn dead(&self) -> Arc<HashSet<ObjectRef>> {
+        self.read().dead.clone()
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Known> {
@@ -167,7 +167,7 @@ impl CollectorLog {
         }
         let Some(newest) = newest(&self.objects, self.read().seq)? else { return Ok(()) };
         // Footers kept from before may be of objects that are gone.
-        self.objects.forget_footers();
+        self.objects.forget_all();
         let condemned = condemnation_at(newest.seq);
         let dead = match &newest.body {
             GcBody::Done { .. } => HashSet::new(),
@@ -178,22 +178,25 @@ impl CollectorLog {
                 self.condemned(condemned)?.into_iter().filter(|object| !kept.contains(object)).collect()
             }
         };
-        *self.known.write().unwrap_or_else(PoisonError::into_inner) = Known { seq: newest.seq, dead };
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) = Known { seq: newest.seq, dead: Arc::new(dead) };
         Ok(())
     }
 
     fn apply(&self, record: GcRecord) -> Result<()> {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         match record.body {
-            GcBody::Condemn { objects } => known.dead = objects.into_iter().collect(),
+            GcBody::Condemn { objects } => known.dead = Arc::new(objects.into_iter().collect()),
             GcBody::Fence { .. } => {}
-            GcBody::Delete { kept, .. } => kept.iter().for_each(|object| {
-                known.dead.remove(object);
-            }),
+            GcBody::Delete { kept, .. } => {
+                let dead = Arc::make_mut(&mut known.dead);
+                kept.iter().for_each(|object| {
+                    dead.remove(object);
+                });
+            }
             GcBody::Done { .. } => {
                 // Whoever asks for these objects from here on finds that they are gone.
-                known.dead.iter().for_each(|object| self.objects.forget_footer(object));
-                known.dead.clear();
+                known.dead.iter().for_each(|object| self.objects.forget(object));
+                known.dead = Arc::default();
             }
         }
         known.seq = record.seq;

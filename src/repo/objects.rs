@@ -220,12 +220,14 @@ impl Objects {
         Ok(trailer.decode_footer(&block)?)
     }
 
-    /// Forgets what an object that is gone held.
-    pub(super) fn forget_footer(&self, object: &ObjectRef) {
+    /// Forgets what is known of an object that is gone: what it held, and that it was there.
+    pub(super) fn forget(&self, object: &ObjectRef) {
         lock(&self.footers).remove(object);
+        lock(&self.existing).remove(object);
     }
 
-    pub(super) fn forget_footers(&self) {
+    /// The same of all objects: any of them may be gone.
+    pub(super) fn forget_all(&self) {
         *lock(&self.footers) = TwoGenerations::new(FOOTER_CACHE_LEN);
         *lock(&self.existing) = TwoGenerations::new(EXISTING_LEN);
     }
@@ -361,5 +363,25 @@ mod tests {
             .unwrap();
         packs.iter().for_each(|key| inner.delete(key).unwrap());
         assert_eq!(commit("web3"), 1024, "the pages are gone, whatever is kept of them");
+    }
+
+    #[test]
+    fn p4_that_a_pack_was_there_is_forgotten_when_it_is_heard_of_a_collection() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let inner: Arc<dyn Store> = Arc::new(LocalStore::create(&path("store"), Arc::new(RealFiles)).unwrap());
+        let cached = CachedStore::new(inner.clone(), CacheSettings { directory: path("cache"), len_max: 1 << 30 });
+        let objects = Objects::new(Arc::new(cached), [0; 16]);
+        for forget in [&|pack: &ObjectRef| objects.forget(pack), &|_: &ObjectRef| objects.forget_all()]
+            as [&dyn Fn(&ObjectRef); 2]
+        {
+            let pack = ObjectRef::Pack([1; 16]);
+            inner.put_if_absent(&object_key(&pack), &[b"a pack"]).unwrap();
+            assert!(objects.exists(&pack).unwrap());
+            inner.delete(&object_key(&pack)).unwrap();
+            assert!(objects.exists(&pack).unwrap(), "the store is not asked each time");
+            forget(&pack);
+            assert!(!objects.exists(&pack).unwrap());
+        }
     }
 }

@@ -1,0 +1,123 @@
+//! A commit that stands still between two instructions while a whole collection goes by.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use epochfs::CommitOptions;
+use epochfs::Result;
+use epochfs::epoch::EpochStore;
+use epochfs::gc::{Collector, CollectorSettings, Step};
+use epochfs::platform::random::Seeded;
+use epochfs::platform::store::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail};
+use epochfs::repo::{Index, LeaseSettings, Repository};
+
+use crate::support::memory::MemoryStore;
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A store with work to do between a pack's bytes and whoever asked for them.
+#[derive(Clone, Default)]
+struct Interrupted {
+    inner: MemoryStore,
+    after_read: Arc<Mutex<Option<Work>>>,
+}
+
+impl Interrupted {
+    fn interrupt(&self, key: &str) {
+        if key.starts_with("packs/") {
+            let work = self.after_read.lock().unwrap().take();
+            work.into_iter().for_each(|work| work());
+        }
+    }
+}
+
+impl Store for Interrupted {
+    fn url(&self) -> String {
+        self.inner.url()
+    }
+
+    fn counters(&self) -> &Counters {
+        self.inner.counters()
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        self.inner.get(key)
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let bytes = self.inner.get_range(key, range);
+        self.interrupt(key);
+        bytes
+    }
+
+    fn get_tail(&self, key: &str, len: u64) -> Result<Tail> {
+        let tail = self.inner.get_tail(key, len);
+        self.interrupt(key);
+        tail
+    }
+
+    fn len(&self, key: &str) -> Result<Option<u64>> {
+        self.inner.len(key)
+    }
+
+    fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
+        self.inner.put_if_absent(key, parts)
+    }
+
+    fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
+        self.inner.writer(key)
+    }
+
+    fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
+        self.inner.list(prefix, after, each)
+    }
+
+    fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
+        self.inner.list_dirs(prefix)
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        self.inner.delete(key)
+    }
+}
+
+/// The commit has proven that a condemned pack is there, and stands still. The pack is deleted, and another thread of the
+/// process hears that the collection is over. The commit must remember what was condemned when it began to look.
+#[test]
+fn p4_a_commit_that_stood_still_does_not_refer_to_what_a_collection_deleted_meanwhile() {
+    let store = Interrupted::default();
+    Repository::create(Arc::new(store.clone())).unwrap();
+    let open = |index: &Arc<Index>| {
+        let settings = LeaseSettings { background: false, ..LeaseSettings::default() };
+        let repository = Repository::open(Arc::new(store.clone())).unwrap();
+        Arc::new(EpochStore::new(repository).with_leases(settings).with_index(index.clone()))
+    };
+    // Few enough pages that each is read to prove it.
+    let mut seeded = Seeded::new(1);
+    let memory: Vec<u8> = (0..100 * 4096 / 8).flat_map(|_| seeded.next().to_le_bytes()).collect();
+    let writer = open(&Arc::new(Index::in_memory()));
+    let mut commit = writer.begin_commit("web1", CommitOptions::default()).unwrap();
+    commit.add_bytes("memory", memory.clone()).unwrap();
+    commit.finish().unwrap();
+    writer.drop_epochs(&"web1".into(), &[1].into()).unwrap();
+
+    let mut collector = Collector::new(open(&Arc::new(Index::in_memory())), CollectorSettings::default());
+    assert!(matches!(collector.step(&mut |_, _| {}).unwrap(), Step::Condemned(1)));
+    assert!(matches!(collector.step(&mut |_, _| {}).unwrap(), Step::Fenced));
+    let mut commit = writer.begin_commit("web2", CommitOptions::default()).unwrap();
+    let log = writer.repository().collector_log().clone();
+    *store.after_read.lock().unwrap() = Some(Box::new(move || {
+        assert!(matches!(collector.step(&mut |_, _| {}).unwrap(), Step::Decided { kept: 0 }));
+        assert!(matches!(collector.step(&mut |_, _| {}).unwrap(), Step::Done(_)));
+        log.heed_newest().unwrap();
+    }));
+    commit.add_bytes("memory", memory.clone()).unwrap();
+    let committed = commit.finish().unwrap();
+    assert!(store.after_read.lock().unwrap().is_none(), "the collection went by");
+    assert_eq!(committed.counts.new_pages, 100);
+    let epoch = open(&Arc::new(Index::none())).epoch(&"web2".parse().unwrap()).unwrap();
+    let mut bytes = vec![0; memory.len()];
+    epoch.stream(b"memory").unwrap().read_at(0, &mut bytes).unwrap();
+    assert!(bytes == memory);
+}
