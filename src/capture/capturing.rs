@@ -234,6 +234,10 @@ impl Capture {
             let since = Stopwatch::start();
             let mut state = lock(&self.state);
             missed = audit.compare(&self.frozen.memory, &state.pending);
+            // What was copied ahead is known to be dirty, and may be old all the same.
+            for run in self.ahead.without(&self.fresh).runs() {
+                self.frozen.stale_copies(run, &mut missed);
+            }
             for page in &missed {
                 self.fresh.insert(*page);
                 state.pending.insert(*page);

@@ -118,6 +118,20 @@ impl Frozen {
         pages.end - pages.start
     }
 
+    /// Adds the pages whose copies are not what they hold now. The guest does not run.
+    pub fn stale_copies(&self, pages: Range<u64>, stale: &mut Vec<u64>) {
+        let (mut copy, mut now) = ([0; PAGE_SIZE], [[0; PAGE_SIZE]]);
+        for page in pages {
+            let shard = self.shard(page);
+            let Some(slot) = shard.copies.get(&page) else { continue };
+            self.buffer.get(*slot, &mut copy);
+            self.memory.copy_pages(page, &mut now);
+            if copy != now[0] {
+                stale.push(page);
+            }
+        }
+    }
+
     /// From now on protected pages are copied before they are written to. The guest does not run.
     pub fn begin_moment(&self) {
         self.is_moment.store(true, Ordering::SeqCst);
