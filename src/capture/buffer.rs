@@ -1,11 +1,12 @@
 //! The copy buffer: room for a fixed number of pages, and no more.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use epochfs_format::Page;
 
 use super::memory::{Mapping, PAGE};
 use crate::error::Result;
+use crate::platform::lock::lock;
 
 /// Slots for pages. A slot belongs to whoever took it, until it is given back.
 pub(super) struct CopyBuffer {
@@ -21,7 +22,7 @@ impl CopyBuffer {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.free)
     }
 
     /// Takes up to so many slots, as long as `left` stay free.

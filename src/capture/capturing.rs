@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::audit::Audit;
 use super::faults::{Backing, Faults};
@@ -13,6 +13,7 @@ use super::pages::PageSet;
 use super::tracker::Tracker;
 use crate::error::{Error, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
 use crate::uffd::Missing;
 
 /// What the guest's memory holds when its capture begins.
@@ -85,10 +86,6 @@ pub(super) struct State {
 }
 
 pub(super) type SharedState = Arc<Mutex<State>>;
-
-pub(super) fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A guest whose memory is captured.
 pub struct Capture {

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 use super::frozen::Frozen;
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::uffd::Message;
 
 /// Where pages come from that the guest touches before they are there. Asked by several threads at once.
@@ -59,7 +60,7 @@ impl Faults {
 
     /// Why the guest can never go on, once.
     pub fn take_failure(&self) -> Option<Error> {
-        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+        lock(&self.shared.failure).take()
     }
 }
 
@@ -139,6 +140,6 @@ impl Shared {
 
     fn fail(&self, error: Error) {
         tracing::error!(%error, "the guest cannot go on");
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        lock(&self.failure).get_or_insert(error);
     }
 }

@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use epochfs_format::{PAGE_SIZE, Page};
 
@@ -17,6 +17,7 @@ use super::buffer::CopyBuffer;
 use super::memory::{GuestMemory, PAGE};
 use super::pages::PageSet;
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::uffd::{Filled, Missing, Userfaultfd};
 
 /// Pages that share a lock: those of a leaf, as they are read together.
@@ -74,7 +75,7 @@ impl Frozen {
 
     fn shard(&self, page: u64) -> MutexGuard<'_, Shard> {
         let shard = (page / SHARD_PAGES) as usize % SHARDS;
-        self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.shards[shard])
     }
 
     fn is_protected(&self, page: u64) -> bool {
@@ -136,7 +137,7 @@ impl Frozen {
     pub fn begin_moment(&self) {
         self.is_moment.store(true, Ordering::SeqCst);
         // Whoever is about to let a page go has done so after this.
-        self.shards.iter().for_each(|shard| drop(shard.lock().unwrap_or_else(PoisonError::into_inner)));
+        self.shards.iter().for_each(|shard| drop(lock(shard)));
     }
 
     /// The pages that are protected now.
@@ -273,7 +274,7 @@ impl Frozen {
     pub fn release(&self) {
         self.is_moment.store(false, Ordering::SeqCst);
         for (number, shard) in self.shards.iter().enumerate() {
-            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut shard = lock(shard);
             let slots: Vec<u32> = shard.copies.drain().map(|(_, slot)| slot).collect();
             self.buffer.give_back(&slots);
             let mut leaf = number as u64;

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use epochfs_format::{Attributes, PAGE_SIZE};
 
 use super::audit::Expected;
-use super::capturing::{Facts, SharedState, lock};
+use super::capturing::{Facts, SharedState};
 use super::frozen::Frozen;
 use super::memory::PAGE;
 use super::pages::PageSet;
 use crate::epoch::{CommitBuilder, Ranges, Source};
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 
 /// The pages that changed since the last durable epoch, as they were at one moment.
 ///

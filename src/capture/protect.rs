@@ -8,6 +8,7 @@ use super::moment::Moment;
 use crate::epoch::{CommitOptions, Committed, EpochStore, Ownership};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
 
 /// A VM that can be stopped for a moment.
 pub trait Vm: Send {
@@ -86,13 +87,13 @@ pub struct Stop(Arc<(Mutex<bool>, Condvar)>);
 
 impl Stop {
     pub fn stop(&self) {
-        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *lock(&self.0.0) = true;
         self.0.1.notify_all();
     }
 
     /// Waits for so long; true once it is told to stop.
     pub fn wait(&self, time: Duration) -> bool {
-        let told = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = lock(&self.0.0);
         *self.0.1.wait_timeout_while(told, time, |told| !*told).unwrap_or_else(PoisonError::into_inner).0
     }
 }

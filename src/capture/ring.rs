@@ -8,7 +8,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use rustix::io::Errno;
@@ -19,6 +19,7 @@ use super::memory::{GuestMemory, Region};
 use super::pages::PageSet;
 use super::tracker::Tracker;
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 
 /// `KVM_RUN` ends with this reason when the ring of its processor is full.
 pub const EXIT_RING_FULL: u32 = 31;
@@ -80,13 +81,13 @@ impl DirtyRing {
     /// Adds the ring of a processor, which must live as long as this.
     pub fn add(&self, processor: &VcpuFd) -> Result<()> {
         let ring = Ring::map(processor.as_raw_fd(), self.shared.entries)?;
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).rings.push(ring);
+        lock(&self.shared.state).rings.push(ring);
         Ok(())
     }
 
     /// Reads the rings, so that processors whose ring is full can go on. What was read is collected later.
     pub fn relieve(&self) -> Result<()> {
-        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.shared.state);
         self.read(&mut state)
     }
 
@@ -138,7 +139,7 @@ fn kvm_ioctls_cap(bytes: u64) -> kvm_bindings::kvm_enable_cap {
 impl Tracker for DirtyRing {
     fn collect(&mut self, into: &mut PageSet) -> Result<()> {
         let shared = self.shared.clone();
-        let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&shared.state);
         let result = self.read(&mut state);
         // What was read is dirty, whether or not the rings were taken back.
         into.insert_all(&state.read);

@@ -1,7 +1,7 @@
 //! Committing: streams in, an epoch out.
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
 use epochfs_format::{
     Attributes, BLOCK_HEADER_LEN, Body, Commit, EntryKind, HEADER_LEN, IMAGE_LEN_MAX, INLINE_MANIFEST_LEN_MAX, Image,
@@ -16,6 +16,7 @@ use super::ranges::Ranges;
 use super::source::{BytesSource, Source};
 use super::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::repo::{
     Birth, Draft, FIRST_TERM, Head, INLINE_LEN_MAX, Index, Inline, PackWriter, Rebase, Repository, object_key,
 };
@@ -460,7 +461,7 @@ impl CommitBuilder {
             manifest: manifest_place,
         };
         let footer = inline.footer.clone();
-        let mut referred = std::mem::take(&mut *self.found_in.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut referred = std::mem::take(&mut *lock(&self.found_in));
         referred.extend(commit.packs.iter().map(|(id, _)| ObjectRef::Pack(*id)));
         let draft = Draft {
             term,

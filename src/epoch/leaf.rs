@@ -10,6 +10,7 @@ use super::nodes::{LoadedNode, Nodes};
 use super::source::Source;
 use super::tree::LEAF_PAGES;
 use crate::error::Result;
+use crate::platform::lock::lock;
 use crate::repo::{CollectorLog, Index};
 
 /// Bytes that a leaf covers.
@@ -91,12 +92,12 @@ pub struct SpareBuffers(Mutex<Vec<Vec<u8>>>);
 
 impl SpareBuffers {
     fn take(&self) -> Vec<u8> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+        lock(&self.0).pop().unwrap_or_default()
     }
 
     pub fn put_back(&self, mut buffer: Vec<u8>) {
         buffer.clear();
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+        lock(&self.0).push(buffer);
     }
 }
 
@@ -198,7 +199,7 @@ fn find_known(changed: &[(usize, &Page, Hash)], shared: &Shared<'_>) -> Vec<Opti
             *place = None;
         }
     }
-    let mut found_in = shared.found_in.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut found_in = lock(shared.found_in);
     for place in found.iter().flatten() {
         if !found_in.contains(&place.object) {
             found_in.insert(place.object.clone());

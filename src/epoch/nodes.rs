@@ -1,10 +1,11 @@
 //! Tree nodes as they are read: resolved, proven against their digest, and kept while they are used.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use epochfs_format::{Node, Place, Root, StoredNode, decode_node};
 
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::repo::{Objects, TwoGenerations, object_key};
 
 const CACHE_LEN: usize = 48 << 20;
@@ -48,7 +49,7 @@ impl Nodes {
 
     /// Bytes of all that is kept for the next time.
     pub fn cached_len(&self) -> u64 {
-        self.cache.lock().unwrap_or_else(PoisonError::into_inner).weight() as u64 + self.objects.cached_len()
+        lock(&self.cache).weight() as u64 + self.objects.cached_len()
     }
 
     pub fn objects(&self) -> &Arc<Objects> {
@@ -58,7 +59,7 @@ impl Nodes {
     /// A node that will be loaded soon.
     pub fn will_need(&self, root: &Root) {
         let place = &root.place;
-        if self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(place).is_none() {
+        if lock(&self.cache).get(place).is_none() {
             let start = u64::from(place.offset);
             self.objects.will_need(&place.object, start..start + u64::from(place.len));
         }
@@ -66,7 +67,7 @@ impl Nodes {
 
     /// The node at this place, if it has this digest and level.
     pub fn load(&self, root: &Root, level: u8) -> Result<Arc<LoadedNode>> {
-        let cached = self.cache.lock().unwrap_or_else(PoisonError::into_inner).get(&root.place);
+        let cached = lock(&self.cache).get(&root.place);
         let loaded = match cached {
             Some(loaded) => loaded,
             None => {
@@ -78,7 +79,7 @@ impl Nodes {
                 };
                 let loaded = Arc::new(read?);
                 let weight = 256 + loaded.node.count() * 44;
-                let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut cache = lock(&self.cache);
                 cache.insert(root.place.clone(), loaded.clone(), weight);
                 loaded
             }

@@ -9,6 +9,7 @@ use epochfs_format::Image;
 use super::object::Object;
 use crate::epoch::Epoch;
 use crate::epoch::live::{Live, LiveFile, NodeKind};
+use crate::platform::lock::lock;
 use crate::restore::Residency;
 
 struct Inode {
@@ -25,7 +26,7 @@ pub struct Inodes {
 
 impl Inodes {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Inode>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 
     pub fn get(&self, inode: u64) -> Option<Object> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::FileSystem;
 use crate::error::{Error, Result};
+use crate::platform::lock::lock;
 
 const INTERVAL: Duration = Duration::from_secs(5);
 
@@ -28,7 +29,7 @@ pub struct Keeper {
 
 impl Keeper {
     fn lock(&self) -> MutexGuard<'_, Call> {
-        self.call.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.call)
     }
 
     /// Something changed: it is to be told within the interval, or at once.
@@ -48,14 +49,14 @@ impl Keeper {
             .name("keeper".into())
             .spawn(move || keeper.run(&file_system))
             .map_err(|error| Error::io("cannot start a thread", error))?;
-        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        *lock(&self.thread) = Some(thread);
         Ok(())
     }
 
     pub fn stop(&self) {
         *self.lock() = Call::Stop;
         self.called.notify_all();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = lock(&self.thread).take();
         if let Some(thread) = thread {
             let _ = thread.join();
         }

@@ -25,7 +25,7 @@ mod store_status;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use epochfs_format::Owner;
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,7 @@ use crate::epoch::live::{Answer, Budget, CommitTicket, Live, LiveSettings, Refus
 use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
+use crate::platform::lock::lock;
 use crate::platform::random;
 use crate::restore::{self, PrefetchStatus, Prefetcher};
 use inodes::{Handles, Inodes};
@@ -219,7 +220,7 @@ impl FileSystem {
     }
 
     fn lives(&self) -> MutexGuard<'_, HashMap<Arc<str>, Arc<Live>>> {
-        self.lives.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.lives)
     }
 
     fn all_lives(&self) -> Vec<Arc<Live>> {
@@ -232,9 +233,8 @@ impl FileSystem {
             return Ok(live.clone());
         }
         // One that is slow to open holds up nobody but those who want it.
-        let gate =
-            self.opening.lock().unwrap_or_else(PoisonError::into_inner).entry(machine.clone()).or_default().clone();
-        let _opening = gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let gate = lock(&self.opening).entry(machine.clone()).or_default().clone();
+        let _opening = lock(&gate);
         if let Some(live) = self.lives().get(machine) {
             return Ok(live.clone());
         }

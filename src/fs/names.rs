@@ -1,6 +1,6 @@
 //! Names: finding, making, removing and listing.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use epochfs_format::{check_machine, check_tag};
@@ -11,6 +11,7 @@ use super::inodes::{Handle, Line};
 use super::object::{Object, Stored, epoch_number};
 use crate::epoch::live::{self, Answer, Creator, LiveCommit, NodeKind, Refusal};
 use crate::error::{Error, Kind};
+use crate::platform::lock::lock;
 use crate::repo::Opening;
 
 const LIVE: &[u8] = b"live";
@@ -391,7 +392,7 @@ impl FileSystem {
     pub fn read_directory(&self, handle: u64, each: &mut dyn FnMut(usize, &Line) -> bool, from: usize) -> Answer<()> {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
         let Handle::Directory { inode, lines } = &*handle else { return Err(Refusal::NotDirectory) };
-        let mut held = lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = lock(lines);
         if from == 0 {
             *held = Arc::new(self.list(*inode)?);
         }

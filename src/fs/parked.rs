@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::FileSystem;
 use crate::epoch::live::{Answer, Refusal};
 use crate::error::{Error, Result};
+use crate::platform::lock::lock;
 
 /// How long to wait before trying again.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -34,7 +35,7 @@ pub struct ParkingLot {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Vec<Parked>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.waiting)
     }
 
     fn run(&self, file_system: &FileSystem) {

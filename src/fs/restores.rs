@@ -11,6 +11,7 @@ use super::mapped::used_pages;
 use super::object::{Stored, stream_number};
 use crate::epoch::{EpochName, Which};
 use crate::error::{Error, Result};
+use crate::platform::lock::lock;
 use crate::restore::{Extent, Foreseen, Prefetch, PrefetchStatus, Prefetcher, Residency, Sink, Target};
 
 /// The kernel's cache of files' pages.
@@ -60,7 +61,7 @@ impl Sink for InodeSink {
 
 impl Restores {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, (Arc<Residency>, Option<Arc<Prefetch>>)>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.open)
     }
 
     /// The kernel's cache, or none any more.

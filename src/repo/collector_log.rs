@@ -15,6 +15,7 @@ use super::log::Head;
 use super::objects::Objects;
 use super::packs::Inline;
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::platform::store::Put;
 use crate::platform::{clock, random};
 
@@ -155,7 +156,7 @@ impl CollectorLog {
     }
 
     fn catch_up(&self) -> Result<()> {
-        let _reading: MutexGuard<'_, ()> = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let _reading: MutexGuard<'_, ()> = lock(&self.reading);
         let from = self.read().seq;
         if from > 0 {
             for seq in from + 1..=from + CATCH_UP_MAX {

@@ -14,6 +14,7 @@ use super::collector_log::CollectorLog;
 use super::objects::Objects;
 use crate::error::{Error, Result};
 use crate::platform::clock::{BootClock, Clock};
+use crate::platform::lock::lock;
 use crate::platform::random;
 
 /// How leases are kept. Plain data, but for the clock.
@@ -159,7 +160,7 @@ impl Readers {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        *self.closing.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *lock(&self.closing.closed) = true;
         self.closing.wake.notify_all();
         let current = self.state.get_mut().unwrap_or_else(PoisonError::into_inner).current.take();
         if let Some(current) = current {
@@ -188,7 +189,7 @@ impl Drop for Hold {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn delete(&self, current: &Current) {
@@ -204,7 +205,7 @@ impl Shared {
         if !self.settings.enabled {
             return Ok(());
         }
-        let _renewing = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _renewing = lock(&self.renewing);
         {
             let mut state = self.lock();
             if may_end && state.held.is_empty() && state.openings.is_empty() {
@@ -317,7 +318,7 @@ impl Shared {
 /// Renews the lease until nothing is read any more.
 fn run(shared: &Weak<Shared>, closing: &Closing, interval: Duration) {
     loop {
-        let closed = closing.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        let closed = lock(&closing.closed);
         let (closed, _) = closing
             .wake
             .wait_timeout_while(closed, interval, |closed| !*closed)

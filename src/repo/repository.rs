@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, ManifestPlace, Record, check_machine, check_tag, hex};
@@ -14,6 +14,7 @@ use super::log::{Edits, Head, MachineState, head, machines};
 use super::objects::Objects;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{self, Stopwatch};
+use crate::platform::lock::lock;
 use crate::platform::random;
 use crate::platform::store::{CacheSettings, CachedStore, Put, Store};
 
@@ -139,14 +140,14 @@ impl Repository {
         if !self.objects.store().is_remote() {
             return self.head(machine);
         }
-        let lock = || self.looked_up.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, head)) = lock().get(machine).filter(|(since, _)| since.elapsed() < LOOKED_UP_FOR) {
+        let looked_up = || lock(&self.looked_up);
+        if let Some((_, head)) = looked_up().get(machine).filter(|(since, _)| since.elapsed() < LOOKED_UP_FOR) {
             return Ok(head);
         }
         let (since, appended) = (Stopwatch::start(), self.appended.load(Ordering::Acquire));
         let head = self.head(machine)?;
         let weight = head.as_ref().map_or(512, |head| weight_of(&head.record));
-        let mut looked_up = lock();
+        let mut looked_up = looked_up();
         if self.appended.load(Ordering::Acquire) == appended {
             looked_up.insert(machine.clone(), (since, head.clone()), weight);
         }
@@ -243,13 +244,13 @@ impl Repository {
 
     /// The newest record of a machine, if this process appended it in this term. Others may have appended more since.
     pub fn known_head(&self, machine: &Arc<str>, term: u64) -> Option<Head> {
-        let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut heads = lock(&self.heads);
         heads.get(machine).filter(|head| head.record.term == term)
     }
 
     /// Others have appended since: the newest record is looked up again.
     pub fn forget_head(&self, machine: &Arc<str>) {
-        self.heads.lock().unwrap_or_else(PoisonError::into_inner).remove(machine);
+        lock(&self.heads).remove(machine);
     }
 
     /// Appends a record after `head`; see [`append`].
@@ -262,11 +263,11 @@ impl Repository {
     ) -> Result<Head> {
         let appended = append(&self.objects, machine, head, draft, rebase);
         // Also after a failure: another record came first.
-        let mut looked_up = self.looked_up.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut looked_up = lock(&self.looked_up);
         self.appended.fetch_add(1, Ordering::AcqRel);
         looked_up.remove(machine);
         drop(looked_up);
-        let mut heads = self.heads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut heads = lock(&self.heads);
         match &appended {
             Ok(head) => heads.insert(machine.clone(), head.clone(), weight_of(&head.record)),
             // What is newest now is not known here.

@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use epochfs_format::{PAGE_SIZE, TRACE_RUNS_MAX, TraceRun};
 
 use super::bits::PageBits;
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
 
 /// What is touched later than this after the first page belongs to the running machine, not to its restore.
 pub const RECORDED_FOR: Duration = Duration::from_secs(20);
@@ -56,7 +57,7 @@ impl Residency {
     }
 
     fn touched(&self) -> MutexGuard<'_, Touched> {
-        self.touched.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.touched)
     }
 
     /// A reader asked for these pages, and gets them.

@@ -11,8 +11,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use epochfs_format::PAGE_SIZE;
@@ -29,6 +29,7 @@ use super::server::{OnDamage, Options};
 use super::vm::{PAGE, kill};
 use crate::epoch::{Epoch, StreamReader};
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 
 /// The largest page that is asked for.
 const PAGE_LEN_MAX: u64 = 1 << 30;
@@ -356,7 +357,7 @@ impl Slot {
     }
 
     fn is_given(&self, mut pages: std::ops::Range<u64>) -> bool {
-        let given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        let given = lock(&self.given);
         pages.all(|page| given[(page / 64) as usize] >> (page % 64) & 1 == 1)
     }
 
@@ -365,7 +366,7 @@ impl Slot {
     /// A page that is waited for must be there afterwards: one that was, and is gone, was given up by the guest.
     fn give(&self, first: u64, bytes: &[u8], is_waited_for: bool) -> Result<u64> {
         let failed = |error: io::Error| Error::io("cannot write to a VM's memory", error);
-        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut given = lock(&self.given);
         let is_new = |given: &[u64], page: u64| given[(page / 64) as usize] >> (page % 64) & 1 == 0;
         let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
         let mut count = 0;

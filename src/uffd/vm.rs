@@ -17,6 +17,7 @@ use super::ledger::{Inbox, Ledger, Removed};
 use super::message::Message;
 use super::peer::Peer;
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 use crate::restore::{Residency, Sink};
 
 pub(super) const PAGE: u64 = PAGE_SIZE as u64;
@@ -169,11 +170,11 @@ impl Vm {
     }
 
     pub fn end(&self) -> Option<End> {
-        *self.end.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.end)
     }
 
     pub(super) fn set_end(&self, end: End) {
-        self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
+        lock(&self.end).get_or_insert(end);
     }
 
     pub fn status(&self) -> VmStatus {

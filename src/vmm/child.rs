@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child as Process, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -19,6 +19,7 @@ use signal_hook::iterator::{Handle, Signals};
 use super::feed::{Feed, Moments};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
 
 /// The end of what a monitor said that is shown when it died.
 const TAIL_LEN: usize = 2 << 10;
@@ -230,7 +231,7 @@ impl Child {
             Said::Copied(copied) => {
                 // What it said last may still be on its way.
                 let _ = copied.is_done.recv_timeout(Duration::from_millis(500));
-                let tail = copied.tail.lock().unwrap_or_else(PoisonError::into_inner);
+                let tail = lock(&copied.tail);
                 tail.iter().copied().collect()
             }
             Said::Logged(file, begin) => {
@@ -308,7 +309,7 @@ fn copy_stderr(process: &mut Process) -> Copied {
         while let Ok(len @ 1..) = pipe.read(&mut buffer) {
             // Whoever does not read it still gets the end, with an error.
             let _ = std::io::stderr().lock().write_all(&buffer[..len]);
-            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut kept = lock(&kept);
             kept.extend(&buffer[..len]);
             let surplus = kept.len().saturating_sub(TAIL_LEN);
             kept.drain(..surplus);

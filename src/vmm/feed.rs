@@ -8,7 +8,7 @@ use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -17,6 +17,7 @@ use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
 use crate::restore::{Foreseen, PrefetchStatus};
 
 /// What a restore asks whoever serves the mount.
@@ -89,7 +90,7 @@ struct Shared {
 
 impl Shared {
     fn moments(&self) -> MutexGuard<'_, Moments> {
-        self.moments.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.moments)
     }
 
     fn change(&self, change: impl FnOnce(&mut Moments)) {

@@ -52,9 +52,7 @@ const MEGABYTES: u64 = 8;
 fn run_forgetful(forgets: Forgets, is_audited: bool) -> (usize, bool) {
     let world = World::new();
     let spec = Spec { shape: shape(MEGABYTES, 4), processors: 1, tracking: Tracking::Log };
-    let wrap = |inner| {
-        Box::new(Forgetful { inner, seen: 0, last: PageSet::default(), forgets }) as Box<dyn Tracker>
-    };
+    let wrap = |inner| Box::new(Forgetful { inner, seen: 0, last: PageSet::default(), forgets }) as Box<dyn Tracker>;
     let settings = Settings { is_audited, ..Settings::default() };
     let mut run = world.boot_with("web1", &spec, &Guest::Counter(Counter::default()), settings, &wrap);
     let (mut missed, mut last) = (0, 0);

@@ -6,13 +6,14 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use epochfs_format::{PAGE_SIZE, Page};
 
 use super::layer::Slot;
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::{File, Files};
+use crate::platform::lock::lock;
 
 /// The file is made longer by as much as it is long, within these bounds. A write within it needs nothing of the file
 /// system's journal, and so does not wait while that is being synced.
@@ -161,7 +162,7 @@ impl Spool {
     }
 
     fn lock(&self) -> MutexGuard<'_, Slots> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slots)
     }
 
     fn failed(&self, what: &str, error: std::io::Error) -> Error {

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::protocol::{Request, encode_answer, encode_news, read_line};
 use super::with_address;
 use crate::error::{Error, Result};
+use crate::platform::lock::lock;
 
 /// What answers requests, from several threads at once.
 pub trait Service: Send + Sync {
@@ -80,7 +81,7 @@ struct Counts {
 
 impl Shared {
     fn change(&self, change: impl FnOnce(&mut Counts)) {
-        change(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut lock(&self.counts));
         self.fewer.notify_all();
     }
 }
@@ -107,7 +108,7 @@ impl Server {
 
     /// Waits until every request is answered, but not for ever.
     pub fn wait(&self, longest: Duration) {
-        let counts = self.shared.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = lock(&self.shared.counts);
         // Whether it was in time makes no difference: the process is about to end.
         let _ = self.shared.fewer.wait_timeout_while(counts, longest, |counts| counts.requests > 0);
     }

@@ -13,12 +13,13 @@ mod rebuild;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use epochfs_format::{BlockKind, FooterBuilder, FooterEntry, Hash, ObjectRef, Place};
 
 use super::objects::Objects;
 use crate::error::{Kind, Result};
+use crate::platform::lock::lock;
 use database::{Database, Opened};
 pub use inspect::IndexState;
 use learner::Learner;
@@ -124,7 +125,7 @@ impl Index {
         let found = match (&self.database, &self.memory) {
             (Some(database), _) => database.get(hashes),
             (None, Some(memory)) => {
-                let memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+                let memory = lock(memory);
                 Ok(hashes.iter().map(|hash| memory.get(hash).cloned()).collect())
             }
             (None, None) => return vec![None; hashes.len()],
@@ -169,7 +170,7 @@ impl Index {
         if let Some(memory) = &self.memory {
             let pages = footer.entries().filter(|entry| entry.kind == BlockKind::Page);
             let place = |entry: &FooterEntry| Place { object: object.clone(), offset: entry.offset, len: entry.len };
-            let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut memory = lock(memory);
             memory.extend(pages.map(|entry| (entry.hash, place(&entry))));
             return;
         }

@@ -1,6 +1,6 @@
 //! A virtual machine on KVM: memory, processors, interrupt controllers and timer by KVM, a serial port.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, Msrs, Xsave, kvm_debugregs, kvm_mp_state,
@@ -19,6 +19,7 @@ use super::state::{Readable, restore_chips, restore_processor, save_chips};
 use super::vmstate::{Part, VmState};
 use crate::capture::{DirtyLog, DirtyRing, GuestMemory, Tracker, Vm};
 use crate::error::{Error, Result};
+use crate::platform::lock::lock;
 
 /// What tells which pages the guest writes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +112,7 @@ impl Frame {
 
     fn finish(self, spec: &Spec, serial: Serial, output: Output) -> Result<Made> {
         let board = Board::new(self.vm.clone(), self.ring.clone(), self.readable, output);
-        *board.serial.lock().unwrap_or_else(PoisonError::into_inner) = serial;
+        *lock(&board.serial) = serial;
         let board = Arc::new(board);
         let start = |(number, processor)| Processor::start(number, processor, board.clone());
         let processors = (0..).zip(self.processors).map(start).collect::<Result<_>>()?;
@@ -198,7 +199,7 @@ impl Vm for Machine {
         shape[8..16].copy_from_slice(&self.shape.hole().to_le_bytes());
         shape[16..].copy_from_slice(&(self.processors.len() as u32).to_le_bytes());
         state.put(None, Part::Shape, shape.to_vec());
-        let serial = self.board.serial.lock().unwrap_or_else(PoisonError::into_inner).encode();
+        let serial = lock(&self.board.serial).encode();
         state.put(None, Part::Serial, serial);
         for processor in &self.processors {
             state.extend(processor.state()?);

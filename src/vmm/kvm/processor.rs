@@ -13,6 +13,7 @@ use super::state::{Readable, save_processor};
 use super::vmstate::VmState;
 use crate::capture::{DirtyRing, EXIT_RING_FULL};
 use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
 
 /// What a processor is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,20 +57,20 @@ impl Board {
     }
 
     fn tell(&self, event: Event) {
-        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        lock(&self.events).push(event);
         self.told.notify_all();
     }
 
     /// Waits for an event, but not longer.
     pub fn wait(&self, time: std::time::Duration) -> Option<Event> {
-        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let events = lock(&self.events);
         let waited = self.told.wait_timeout_while(events, time, |events| events.is_empty());
         let (mut events, _) = waited.unwrap_or_else(PoisonError::into_inner);
         (!events.is_empty()).then(|| events.remove(0))
     }
 
     fn serial(&self) -> MutexGuard<'_, Serial> {
-        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.serial)
     }
 }
 
@@ -80,7 +81,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Status> {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.status)
     }
 }
 
@@ -253,7 +254,7 @@ impl Board {
         if (SERIAL_PORT..SERIAL_PORT + 8).contains(&port) {
             for value in data {
                 if let Some(byte) = self.serial().write(usize::from(port - SERIAL_PORT), *value) {
-                    (self.output.lock().unwrap_or_else(PoisonError::into_inner))(byte);
+                    (lock(&self.output))(byte);
                 }
             }
         } else if port == REPORT_PORT {

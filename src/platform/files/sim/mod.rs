@@ -11,13 +11,14 @@ mod tree;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::io::Errno;
 
 pub use self::crash::Loss;
 use self::tree::{Change, Node, NodeId, Outcome, Tree};
 use super::{DIRECT_ALIGNMENT, Entry, File, Files};
+use crate::platform::lock::lock;
 use crate::platform::random::Seeded;
 
 /// A simulated file system. Clones share it.
@@ -124,7 +125,7 @@ impl SimFiles {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn call<T>(&self, needs: Needs, work: impl FnOnce(&mut State) -> io::Result<T>) -> io::Result<T> {

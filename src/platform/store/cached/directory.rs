@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::CacheSettings;
 use super::frame::{self, FRAME_LEN_MAX, Frame, HEAD_LEN};
 use crate::platform::clock::{self, Stopwatch};
+use crate::platform::lock::lock;
 
 /// Lists of frames that are remembered; others are read again from their files.
 const KNOWN_FILES_MAX: usize = 4096;
@@ -80,10 +81,6 @@ struct Known {
     frames: BTreeMap<u64, Frame>,
     object_len: u64,
     marked: Option<Stopwatch>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A file's name, and what its frames say they are of.

@@ -1,7 +1,7 @@
 //! What really goes over the network: every request with its size and its outcome, those that are repeated included.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use object_store::ClientOptions;
@@ -12,6 +12,7 @@ use object_store::client::{
 use serde::{Deserialize, Serialize};
 
 use crate::platform::clock;
+use crate::platform::lock::lock;
 use crate::platform::store::remote::{innermost, is_about_trust};
 
 /// Counts of requests, and whether the service answers.
@@ -56,7 +57,7 @@ impl Traffic {
     }
 
     pub fn reach(&self) -> Reach {
-        self.reach.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.reach).clone()
     }
 
     /// A client that is counted here.
@@ -77,7 +78,7 @@ impl Traffic {
     }
 
     fn note(&self, failure: Option<String>) {
-        let mut reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reach = lock(&self.reach);
         match failure {
             None => reach.unreachable_since_ns = None,
             Some(failure) => {

@@ -2,9 +2,10 @@
 //! a name.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::platform::files::File;
+use crate::platform::lock::lock;
 
 /// An open object and its length when it was opened.
 pub(super) struct Handle {
@@ -72,7 +73,7 @@ impl Handles {
     }
 
     fn lock(&self) -> MutexGuard<'_, Slots> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slots)
     }
 }
 

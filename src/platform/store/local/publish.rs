@@ -5,12 +5,13 @@ use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::handles::Handles;
 use super::is_missing;
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::{File, Files};
+use crate::platform::lock::lock;
 use crate::platform::random;
 use crate::platform::store::key::TEMPORARY;
 use crate::platform::store::{Counters, Put};
@@ -168,14 +169,14 @@ impl Shared {
                 }
                 return Err(error);
             }
-            if self.durable_dirs.lock().unwrap_or_else(PoisonError::into_inner).contains(current) {
+            if lock(&self.durable_dirs).contains(current) {
                 break;
             }
             proven.push(current.to_owned());
             dir = current.parent();
         }
         if !proven.is_empty() {
-            self.durable_dirs.lock().unwrap_or_else(PoisonError::into_inner).extend(proven);
+            lock(&self.durable_dirs).extend(proven);
         }
         Ok(())
     }

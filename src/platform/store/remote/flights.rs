@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::platform::lock::lock;
 use bytes::Bytes;
 
 /// Reads ahead that may wait or be done and not used yet, in bytes.
@@ -53,7 +54,7 @@ pub(super) enum Demand {
 
 impl Flights {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Notes bytes that will be wanted, unless they are on their way, or too many are. Whoever gets a number fetches them
