@@ -18,6 +18,7 @@ use crate::capture::{Checkpoint, Fixed, Pace, Protection, Settings, Stop};
 use crate::epoch::{CommitOptions, EpochName, EpochStore};
 use crate::error::{Error, Result};
 use crate::fs::this_host;
+use crate::platform::clock;
 use crate::platform::clock::Stopwatch;
 use crate::vmm::kvm::{
     BOARD, BOARD_LEN, Counter, Ended, Guest, Load, MEMORY, Machine, MemoryShape, Orders, Output, Runner, STATE, Spec,
@@ -392,17 +393,9 @@ impl Figures {
 
 /// Reads a time: a number with ms, s, m or h behind it.
 fn parse_time(text: &str) -> std::result::Result<Duration, String> {
-    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
-    let wrong = || "a time is a whole number with ms, s, m or h behind it, like 100ms".to_owned();
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    let unit = match &text[digits.len()..] {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err(wrong()),
-    };
-    number.checked_mul(unit).map(Duration::from_millis).ok_or_else(wrong)
+    const UNITS: &[(&str, u64)] = &[("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
+    clock::parse(text, UNITS)
+        .ok_or_else(|| "a time is a whole number with ms, s, m or h behind it, like 100ms".to_owned())
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Committing: streams in, an epoch out.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, RwLock};
 
 use epochfs_format::{
@@ -9,7 +9,7 @@ use epochfs_format::{
 };
 
 use super::edit::NewRoot;
-use super::leaf::{Recent, Shared, SpareBuffers, Worker};
+use super::leaf::{Shared, SpareBuffers, Worker};
 use super::nodes::Nodes;
 use super::pipeline::{CommitCounts, StreamJob, commit_stream};
 use super::ranges::Ranges;
@@ -97,8 +97,6 @@ struct PendingStream {
 /// An epoch being made. Dropping it leaves the machine as it was.
 pub struct CommitBuilder {
     repository: Repository,
-    nodes: Arc<Nodes>,
-    index: Arc<Index>,
     machine: Arc<str>,
     options: CommitOptions,
     head: Option<Head>,
@@ -106,13 +104,10 @@ pub struct CommitBuilder {
     heeded: u64,
     /// Tells the collector of this commit where there is no log yet that could hold a barrier.
     birth: Option<Birth>,
-    /// Objects that the index led to.
-    found_in: Mutex<HashSet<ObjectRef>>,
     parent: Option<(Record, Arc<Manifest>)>,
     packs: PackWriter<'static>,
     workers: Vec<Worker>,
-    recent: RwLock<Recent>,
-    spare: SpareBuffers,
+    shared: Shared,
     streams: Vec<PendingStream>,
     others: Vec<ManifestEntry>,
     /// Whether something could not be added: such an epoch would not be whole, and is never finished.
@@ -155,7 +150,7 @@ impl CommitBuilder {
         if let Some(head) = &head {
             check_ownership(&head.record, &options)?;
         }
-        let log = repository.collector_log();
+        let log = repository.collector_log().clone();
         let birth = head.is_none().then(|| log.announce_birth(&machine)).transpose()?;
         let heeded = match &head {
             Some(head) => log.heed(head.record.generation)?,
@@ -191,8 +186,14 @@ impl CommitBuilder {
         .with_inline_len_max(options.inline_len_max);
         Ok(Self {
             workers: (0..threads).map(|_| Worker::new(options.compression_level)).collect(),
-            recent: RwLock::new(Recent::default()),
-            spare: SpareBuffers::default(),
+            shared: Shared {
+                nodes,
+                index,
+                condemned: log,
+                found_in: Mutex::default(),
+                recent: RwLock::default(),
+                spare: SpareBuffers::default(),
+            },
             streams: Vec::new(),
             others: Vec::new(),
             taken: BTreeMap::new(),
@@ -200,14 +201,11 @@ impl CommitBuilder {
             counts: CommitCounts::default(),
             on_read: Box::new(|_| {}),
             repository,
-            nodes,
-            index,
             machine,
             options,
             head,
             heeded,
             birth,
-            found_in: Mutex::default(),
             parent,
             packs,
         })
@@ -276,16 +274,8 @@ impl CommitBuilder {
             .hint("ranges are OFFSET LENGTH in bytes"));
         }
         let job = StreamJob { source, dirty, parent };
-        let shared = Shared {
-            nodes: &self.nodes,
-            index: &self.index,
-            condemned: self.repository.collector_log(),
-            found_in: &self.found_in,
-            recent: &self.recent,
-            spare: &self.spare,
-        };
         let root =
-            commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut self.counts, &mut self.on_read)
+            commit_stream(&job, &self.shared, &mut self.workers, &mut self.packs, &mut self.counts, &mut self.on_read)
                 .map_err(|error| error.context(format!("stream {}", path.escape_ascii())))?;
         tracing::debug!(stream = %path.escape_ascii(), "stream is read");
         self.streams.push(PendingStream { path: path.to_vec(), attributes, length: source.len(), root });
@@ -419,16 +409,8 @@ impl CommitBuilder {
             ManifestPlace::Inline(_) => None,
         });
         let job = StreamJob { source: &source, dirty: None, parent: parent.as_ref() };
-        let shared = Shared {
-            nodes: &self.nodes,
-            index: &self.index,
-            condemned: self.repository.collector_log(),
-            found_in: &self.found_in,
-            recent: &self.recent,
-            spare: &self.spare,
-        };
         let mut ignored = CommitCounts::default();
-        let root = commit_stream(&job, &shared, &mut self.workers, &mut self.packs, &mut ignored, &mut |_| {})?;
+        let root = commit_stream(&job, &self.shared, &mut self.workers, &mut self.packs, &mut ignored, &mut |_| {})?;
         let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
         // The streams' roots are named by the packs they lie in, so these must be packs.
         let (packs, mut inline) = packs.finish(false)?;
@@ -461,7 +443,7 @@ impl CommitBuilder {
             manifest: manifest_place,
         };
         let footer = inline.footer.clone();
-        let mut referred = std::mem::take(&mut *lock(&self.found_in));
+        let mut referred = std::mem::take(&mut *lock(&self.shared.found_in));
         referred.extend(commit.packs.iter().map(|(id, _)| ObjectRef::Pack(*id)));
         let draft = Draft {
             term,
@@ -498,7 +480,7 @@ impl CommitBuilder {
         drop(self.birth.take());
         if footer.block_count() > 0 {
             let object = epochfs_format::ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
-            self.index.learn(&object, &footer);
+            self.shared.index.learn(&object, &footer);
         }
         let stored_bytes = commit_of(&head.record)?.stored_len;
         Ok(Committed {

@@ -8,7 +8,7 @@ use epochfs_format::{EntryKind, Image, PAGE_SIZE, hex, parse_id};
 
 use super::commit::CommitOptions;
 use super::diff::changed_pages;
-use super::ranges::Ranges;
+use super::ranges::{Ranges, push_range};
 use super::reader::{Epoch, SharedImage};
 use super::source::Source;
 use super::view::{EpochName, EpochStore, Which, commit_of};
@@ -101,14 +101,12 @@ impl Source for StoredSource<'_> {
 
 /// Where a stream differs from an older one.
 fn dirty(epoch: &Epoch, old: &Image, new: &Image) -> Result<Ranges> {
-    let size = PAGE_SIZE as u64;
+    let (size, end) = (PAGE_SIZE as u64, old.length.max(new.length));
     let mut runs: Vec<Range<u64>> = Vec::new();
-    changed_pages(epoch.nodes(), old, new, &mut |page| match runs.last_mut() {
-        Some(last) if last.end == page * size => last.end += size,
-        _ => runs.push(page * size..(page + 1) * size),
+    changed_pages(epoch.nodes(), old, new, &mut |page| {
+        push_range(&mut runs, page * size..((page + 1) * size).min(end));
     })?;
-    let end = old.length.max(new.length);
-    Ok(Ranges::new(runs.into_iter().map(|run| run.start..run.end.min(end)).collect()))
+    Ok(Ranges::new(runs))
 }
 
 impl EpochStore {

@@ -6,6 +6,7 @@ use std::ops::Range;
 use epochfs_format::{EntryKind, FANOUT, Hash, Image, PAGE_SIZE, Root, level_span, levels_for};
 
 use super::nodes::Nodes;
+use super::ranges::push_range;
 use super::reader::Epoch;
 use super::tree::child;
 use crate::error::Result;
@@ -76,11 +77,7 @@ fn page_ranges(pages: &[u64], length: u64) -> Vec<Range<u64>> {
     let size = PAGE_SIZE as u64;
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for page in pages {
-        let range = page * size..((page + 1) * size).min(length);
-        match ranges.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => ranges.push(range),
-        }
+        push_range(&mut ranges, page * size..((page + 1) * size).min(length));
     }
     ranges
 }

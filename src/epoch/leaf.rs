@@ -76,14 +76,14 @@ impl Recent {
 }
 
 /// What all workers of a commit share.
-pub struct Shared<'a> {
-    pub nodes: &'a Nodes,
-    pub index: &'a Index,
-    pub condemned: &'a CollectorLog,
+pub struct Shared {
+    pub nodes: Arc<Nodes>,
+    pub index: Arc<Index>,
+    pub condemned: Arc<CollectorLog>,
     /// The objects in which the index found pages: should one be condemned meanwhile, the commit must not be made.
-    pub found_in: &'a Mutex<HashSet<ObjectRef>>,
-    pub recent: &'a RwLock<Recent>,
-    pub spare: &'a SpareBuffers,
+    pub found_in: Mutex<HashSet<ObjectRef>>,
+    pub recent: RwLock<Recent>,
+    pub spare: SpareBuffers,
 }
 
 /// Buffers for blocks, used again: fresh memory costs a fault a page.
@@ -113,7 +113,7 @@ impl Worker {
         Self { pages: Vec::new(), encoder: PageEncoder::new(level), hashes: Vec::new() }
     }
 
-    pub fn run(&mut self, job: &LeafJob, source: &dyn Source, shared: &Shared<'_>) -> Result<LeafWork> {
+    pub fn run(&mut self, job: &LeafJob, source: &dyn Source, shared: &Shared) -> Result<LeafWork> {
         let parent = job.parent.as_ref().map(|root| shared.nodes.load(root, 0)).transpose()?;
         let before = |slot: usize| parent.as_ref().and_then(|leaf| leaf.node.hash(slot));
         let (mut zeros, mut filled) = (Vec::new(), Vec::new());
@@ -181,7 +181,7 @@ fn full_slots(leaf: Option<&LoadedNode>, slots: Range<usize>) -> impl Iterator<I
 }
 
 /// Where the changed pages are stored already: in this commit, or by the index.
-fn find_known(changed: &[(usize, &Page, Hash)], shared: &Shared<'_>) -> Vec<Option<Place>> {
+fn find_known(changed: &[(usize, &Page, Hash)], shared: &Shared) -> Vec<Option<Place>> {
     if changed.is_empty() {
         return Vec::new();
     }
@@ -199,7 +199,7 @@ fn find_known(changed: &[(usize, &Page, Hash)], shared: &Shared<'_>) -> Vec<Opti
             *place = None;
         }
     }
-    let mut found_in = lock(shared.found_in);
+    let mut found_in = lock(&shared.found_in);
     for place in found.iter().flatten() {
         if !found_in.contains(&place.object) {
             found_in.insert(place.object.clone());

@@ -30,6 +30,7 @@ pub use export::{Exported, export};
 pub(crate) use nodes::{Nodes, Stored};
 pub use pipeline::CommitCounts;
 pub use ranges::Ranges;
+pub(crate) use ranges::push_range;
 pub(crate) use reader::SharedImage;
 pub use reader::{Epoch, StreamReader};
 pub use source::{BytesSource, FileSource, PagesSource, Source};

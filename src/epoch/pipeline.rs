@@ -48,14 +48,14 @@ pub struct StreamJob<'a> {
 /// The leaves to work on, in order.
 struct Jobs<'a> {
     job: &'a StreamJob<'a>,
-    shared: &'a Shared<'a>,
+    shared: &'a Shared,
     /// Page-aligned ranges still to be cut into leaves.
     ranges: Box<dyn Iterator<Item = Result<Range<u64>>> + 'a>,
     held: Option<Range<u64>>,
 }
 
 impl<'a> Jobs<'a> {
-    fn new(job: &'a StreamJob<'a>, shared: &'a Shared<'a>) -> Result<Self> {
+    fn new(job: &'a StreamJob<'a>, shared: &'a Shared) -> Result<Self> {
         let len = job.source.len();
         let ranges: Box<dyn Iterator<Item = Result<Range<u64>>>> = match (job.dirty, job.parent) {
             (Some(dirty), Some(parent)) => {
@@ -109,7 +109,7 @@ impl<'a> Jobs<'a> {
             next = self.next_range()?;
         }
         let parent = match self.job.parent {
-            Some(image) => leaf_root(self.shared.nodes, image, index)?,
+            Some(image) => leaf_root(&self.shared.nodes, image, index)?,
             None => None,
         };
         Ok(Some(LeafJob { index, runs, parent, rest_is_zero }))
@@ -208,7 +208,7 @@ impl Source for Cut<'_> {
 struct Sequencer<'a, 'p> {
     tree: TreeEditor<'a>,
     packs: &'a mut PackWriter<'p>,
-    shared: &'a Shared<'a>,
+    shared: &'a Shared,
     counts: &'a mut CommitCounts,
     on_read: &'a mut dyn FnMut(u64),
 }
@@ -220,7 +220,7 @@ impl Sequencer<'_, '_> {
         counts.changed_pages += work.changes.len() as u64;
         let known = work.changes.iter().filter(|(_, change)| matches!(change, PageChange::Known { .. })).count();
         counts.deduplicated_pages += known as u64;
-        let recent = self.shared.recent;
+        let recent = &self.shared.recent;
         self.tree.set_leaf(&work, self.packs, &mut |packs, hash, block| {
             // Another leaf may have stored the same page since this one looked.
             if let Some(place) = recent.read().unwrap_or_else(PoisonError::into_inner).get(hash) {
@@ -242,17 +242,17 @@ impl Sequencer<'_, '_> {
 /// Commits one stream: stores its new pages and nodes, and returns its root.
 pub fn commit_stream(
     job: &StreamJob<'_>,
-    shared: &Shared<'_>,
+    shared: &Shared,
     workers: &mut [Worker],
     packs: &mut PackWriter<'_>,
     counts: &mut CommitCounts,
     on_read: &mut dyn FnMut(u64),
 ) -> Result<NewRoot> {
-    let cut = Cut::of(job, shared.nodes)?;
+    let cut = Cut::of(job, &shared.nodes)?;
     let source: &dyn Source = cut.as_ref().map_or(job.source, |cut| cut);
     let job = &StreamJob { source, ..*job };
     let keeps = job.dirty.is_some() && job.parent.is_some();
-    let tree = TreeEditor::new(shared.nodes, job.source.len(), job.parent, keeps, packs)?;
+    let tree = TreeEditor::new(&shared.nodes, job.source.len(), job.parent, keeps, packs)?;
     let mut sequencer = Sequencer { tree, packs, shared, counts, on_read };
     let mut jobs = Jobs::new(job, shared)?;
     // A single leaf, and a machine with a single processor, need no threads.
@@ -274,7 +274,7 @@ pub fn commit_stream(
 
 fn run_threads(
     source: &dyn Source,
-    shared: &Shared<'_>,
+    shared: &Shared,
     workers: &mut [Worker],
     sequencer: &mut Sequencer<'_, '_>,
     first: [LeafJob; 2],

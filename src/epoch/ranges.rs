@@ -60,6 +60,14 @@ impl Ranges {
     }
 }
 
+/// Adds a range behind others, to the last one where they touch.
+pub(crate) fn push_range(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
+    }
+}
+
 impl IntoIterator for Ranges {
     type Item = Range<u64>;
     type IntoIter = std::vec::IntoIter<Range<u64>>;

@@ -12,7 +12,7 @@ use super::marks::{Marked, Memory};
 use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
 use crate::platform::clock::{BootClock, Clock, now_ns};
-use crate::repo::machines;
+use crate::repo::{condemnation_at, machines};
 
 /// How to collect. Plain data, but for the clock.
 #[derive(Clone)]
@@ -119,7 +119,7 @@ impl Collector {
             },
         };
         let running = match &newest {
-            Some(record) if done.is_none() => Some(record.seq - (record.seq - 1) % 4),
+            Some(record) if done.is_none() => Some(condemnation_at(record.seq)),
             _ => None,
         };
         let packs = self.list_packs()?;

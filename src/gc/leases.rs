@@ -8,6 +8,7 @@ use epochfs_format::{Lease, READERS_PREFIX, lease_key, parse_lease_key};
 
 use crate::error::{Kind, Result};
 use crate::platform::clock::Clock;
+use crate::platform::store::keys_below;
 use crate::repo::Objects;
 
 /// How long a lease counts that cannot be read.
@@ -121,13 +122,8 @@ impl Watch {
 /// What readers say they read, with the host that does.
 pub fn held_by_readers(objects: &Objects) -> Result<Vec<(Arc<str>, u64, String)>> {
     let store = objects.store();
-    let mut keys = Vec::new();
-    store.list(READERS_PREFIX, None, &mut |info| {
-        keys.push(info.key);
-        Ok(true)
-    })?;
     let mut held = Vec::new();
-    for key in keys {
+    for key in keys_below(&**store, READERS_PREFIX)? {
         let Ok(bytes) = store.get(&key) else { continue };
         let Ok(lease) = Lease::decode(&bytes, objects.repository()) else { continue };
         held.extend(lease.held.into_iter().map(|(machine, epoch)| (machine, epoch, lease.host.clone())));

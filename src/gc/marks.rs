@@ -11,6 +11,7 @@ use super::history::{Entry, History, Mark};
 use super::walk::{Roots, Walk};
 use crate::epoch::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
+use crate::platform::store::keys_below;
 use crate::repo::machines;
 
 /// What a marking found.
@@ -260,12 +261,7 @@ fn walk(
 /// The packs in which traces have pages once more. A trace is a hint: one that cannot be read needs nothing.
 fn mark_traces(store: &EpochStore, marked: &mut Marked) -> Result<()> {
     let objects = store.repository().objects();
-    let mut keys = Vec::new();
-    objects.store().list("traces/", None, &mut |info| {
-        keys.push(info.key);
-        Ok(true)
-    })?;
-    for key in keys {
+    for key in keys_below(&**objects.store(), "traces/")? {
         let trace = objects.store().get(&key).ok().and_then(|bytes| Trace::decode(&bytes, objects.repository()).ok());
         marked.live.extend(trace.iter().flat_map(|trace| &trace.windows));
     }

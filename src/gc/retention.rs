@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::platform::clock;
 /// How many of what to keep. An epoch stays if any rule keeps it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
@@ -150,19 +151,16 @@ fn year_and_month(days: u64) -> (u64, u64) {
 
 /// Reads a length of time: a whole number of seconds, minutes, hours, days, weeks or years, like 36h.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let told = || "a length of time is a number with s, m, h, d, w or y behind it, like 36h or 14d".to_owned();
-    let unit = text.chars().last().ok_or_else(told)?;
-    let seconds = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => 86_400,
-        'w' => 7 * 86_400,
-        'y' => 365 * 86_400,
-        _ => return Err(told()),
-    };
-    let number: u64 = text[..text.len() - 1].parse().map_err(|_| told())?;
-    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(told)
+    const UNITS: &[(&str, u64)] = &[
+        ("s", 1000),
+        ("m", 60_000),
+        ("h", 3_600_000),
+        ("d", 24 * 3_600_000),
+        ("w", 7 * 24 * 3_600_000),
+        ("y", 365 * 24 * 3_600_000),
+    ];
+    clock::parse(text, UNITS)
+        .ok_or_else(|| "a length of time is a number with s, m, h, d, w or y behind it, like 36h or 14d".to_owned())
 }
 
 #[cfg(test)]

@@ -8,6 +8,13 @@ pub fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| u64::try_from(elapsed.as_nanos()).unwrap_or(0))
 }
 
+/// Reads a whole number with one of these units behind it, each with its length in milliseconds.
+pub fn parse(text: &str, units: &[(&str, u64)]) -> Option<Duration> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_alphabetic());
+    let (_, unit) = units.iter().find(|(name, _)| *name == &text[digits.len()..])?;
+    unit.checked_mul(digits.parse().ok()?).map(Duration::from_millis)
+}
+
 /// Measures how long something takes.
 #[derive(Clone, Copy, Debug)]
 pub struct Stopwatch(Instant);

@@ -16,7 +16,7 @@ use super::objects::Objects;
 use super::packs::Inline;
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
-use crate::platform::store::Put;
+use crate::platform::store::{Put, keys_below};
 use crate::platform::{clock, random};
 
 /// Whoever is further behind than this begins anew with the newest collection.
@@ -127,7 +127,7 @@ impl CollectorLog {
         if to - from > 4 * CATCH_UP_MAX {
             return Ok(true);
         }
-        for seq in (from + 1..=to).filter(|seq| seq % 4 == 1) {
+        for seq in (from + 1..=to).filter(|seq| condemnation_at(*seq) == *seq) {
             if self.condemned(seq)?.iter().any(|object| objects.contains(object)) {
                 return Ok(true);
             }
@@ -207,13 +207,8 @@ impl CollectorLog {
     /// The commits that are announced: each by its key, and the machine if that can be read.
     pub fn births(&self) -> Result<Vec<(String, Option<Arc<str>>)>> {
         let store = self.objects.store();
-        let mut keys = Vec::new();
-        store.list(BIRTHS_PREFIX, None, &mut |info| {
-            keys.push(info.key);
-            Ok(true)
-        })?;
         let mut births = Vec::new();
-        for key in keys {
+        for key in keys_below(&**store, BIRTHS_PREFIX)? {
             match store.get(&key) {
                 Ok(bytes) => {
                     let birth = epochfs_format::Birth::decode(&bytes, self.objects.repository());
@@ -237,7 +232,7 @@ impl CollectorLog {
 }
 
 /// The newest condemnation as of a record of the collector's log.
-fn condemnation_at(seq: u64) -> u64 {
+pub fn condemnation_at(seq: u64) -> u64 {
     if seq == 0 { 0 } else { seq - (seq - 1) % 4 }
 }
 

@@ -16,7 +16,7 @@ mod room;
 
 pub use append::{Draft, Rebase};
 pub use cache::TwoGenerations;
-pub use collector_log::{Birth, CollectorLog};
+pub use collector_log::{Birth, CollectorLog, condemnation_at};
 pub use index::{Index, IndexCounters, IndexState, Rebuilt};
 pub use log::{Head, MachineState, machines};
 pub use objects::{Objects, object_key};

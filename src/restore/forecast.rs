@@ -6,7 +6,7 @@ use epochfs_format::{EntryKind, Image, TraceRun};
 
 use super::bits::PageBits;
 use super::traces::Traces;
-use crate::epoch::{Epoch, EpochStore, changed_pages, page_count};
+use crate::epoch::{Epoch, EpochStore, changed_pages, page_count, push_range};
 use crate::error::Result;
 
 /// Where a forecast comes from.
@@ -81,7 +81,7 @@ fn changes(store: &EpochStore, epoch: &Epoch, stream: &[u8], image: &Image) -> R
             if count < CHANGED_PAGES_MAX {
                 seen.add(page..page + 1, &mut |run| {
                     count += 1;
-                    push(&mut runs, run);
+                    push_range(&mut runs, run);
                 });
             }
         })?;
@@ -90,14 +90,7 @@ fn changes(store: &EpochStore, epoch: &Epoch, stream: &[u8], image: &Image) -> R
     for at in 0..runs.len() {
         let Range { start, end } = runs[at];
         let around = start / NEIGHBOURS * NEIGHBOURS..end.next_multiple_of(NEIGHBOURS).min(pages);
-        seen.add(around, &mut |run| push(&mut runs, run));
+        seen.add(around, &mut |run| push_range(&mut runs, run));
     }
     Ok(runs)
-}
-
-fn push(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
-    match runs.last_mut() {
-        Some(last) if last.end == run.start => last.end = run.end,
-        _ => runs.push(run),
-    }
 }

@@ -8,6 +8,7 @@ use epochfs_format::{TRACE_RUNS_MAX, Trace, TraceRun, trace_prefix, trace_seq};
 use super::bits::PageBits;
 use crate::epoch::{Epoch, EpochStore};
 use crate::error::{Error, Result};
+use crate::platform::store::keys_below;
 use crate::platform::store::{Put, Store};
 
 /// A trace has at most so many pages: 4 GiB of them.
@@ -40,11 +41,9 @@ impl Traces {
     }
 
     fn keys(&self, machine: &str, stream: &[u8]) -> Result<Vec<(u64, String)>> {
-        let mut keys = Vec::new();
-        self.store.list(&trace_prefix(machine, stream), None, &mut |object| {
-            keys.extend(trace_seq(&object.key).map(|seq| (seq, object.key)));
-            Ok(true)
-        })?;
+        let keys = keys_below(&*self.store, &trace_prefix(machine, stream))?;
+        let mut keys: Vec<(u64, String)> =
+            keys.into_iter().filter_map(|key| trace_seq(&key).map(|seq| (seq, key))).collect();
         keys.sort_unstable();
         Ok(keys)
     }

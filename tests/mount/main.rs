@@ -19,6 +19,8 @@ mod fio;
 mod fixture;
 mod fsx;
 mod full;
+#[path = "../common/noise.rs"]
+mod noise;
 mod owners;
 mod place;
 mod posix;

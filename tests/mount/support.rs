@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use epochfs::platform::random::Seeded;
+pub use crate::noise::noise;
 use rustix::io::Errno;
 
 pub use crate::asked::{is_long, seed, skip};
@@ -39,16 +39,6 @@ impl<T, E: std::fmt::Display> Saying<T> for Result<T, E> {
 
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
-}
-
-/// Bytes that no other seed has.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut seeded = Seeded::new(seed);
-    let mut bytes = vec![0; len];
-    for piece in bytes.chunks_mut(8) {
-        piece.copy_from_slice(&seeded.next().to_le_bytes()[..piece.len()]);
-    }
-    bytes
 }
 
 /// Where two byte strings begin to differ, in words; nothing if they do not.

@@ -14,6 +14,8 @@ mod commands;
 mod failures;
 mod hosts;
 mod kills;
+#[path = "../common/noise.rs"]
+mod noise;
 mod outages;
 mod proxy;
 mod races;

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
+pub use crate::noise::noise;
 use epochfs::epoch::EpochStore;
-use epochfs::platform::random::{Seeded, id16};
+use epochfs::platform::random::id16;
 use epochfs::platform::store::Location;
 use epochfs::repo::Repository;
 use tempfile::TempDir;
@@ -136,14 +137,4 @@ impl Ran {
 pub fn ran(output: Output) -> Ran {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ran { out: text(&output.stdout), err: text(&output.stderr), code: output.status.code().unwrap_or(-1) }
-}
-
-/// Bytes that no other seed has.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut seeded = Seeded::new(seed);
-    let mut bytes = vec![0; len];
-    for piece in bytes.chunks_mut(8) {
-        piece.copy_from_slice(&seeded.next().to_le_bytes()[..piece.len()]);
-    }
-    bytes
 }

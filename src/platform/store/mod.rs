@@ -62,6 +62,16 @@ pub struct Room {
     pub total: u64,
 }
 
+/// All keys that begin with `prefix` (which ends with a slash), in byte order: for few.
+pub fn keys_below(store: &dyn Store, prefix: &str) -> Result<Vec<String>> {
+    let mut keys = Vec::new();
+    store.list(prefix, None, &mut |info| {
+        keys.push(info.key);
+        Ok(true)
+    })?;
+    Ok(keys)
+}
+
 pub trait Store: Send + Sync {
     /// Where this is, for messages.
     fn url(&self) -> String;

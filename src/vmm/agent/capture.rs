@@ -8,7 +8,7 @@ use super::firecracker::FirecrackerControl;
 use super::guard::{Guard, go_on};
 use super::qemu::QemuControl;
 use super::{Agent, Capture, Control, Health, MonitorAt};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::flush::hand_over_files;
 
@@ -37,11 +37,14 @@ impl MachineAgent {
     /// Hypervisor, the directory) that its state goes to; in `notes` agents note what the next one must know; `program`
     /// is this one, of which guards are started.
     pub fn new(monitor: &MonitorAt, live: &Path, state: &str, notes: &Path, program: &Path) -> Result<Self> {
-        let control: Box<dyn Control> = match monitor {
+        let mut control: Box<dyn Control> = match monitor {
             MonitorAt::Qemu(path) => Box::new(QemuControl::new(path, live, state)?),
-            MonitorAt::Firecracker(path) => Box::new(FirecrackerControl::new(path, live, state, notes)?),
-            MonitorAt::CloudHypervisor(path) => Box::new(CloudHypervisorControl::new(path, live, state)?),
+            MonitorAt::Firecracker(path) => Box::new(FirecrackerControl::new(path, live, state, notes)),
+            MonitorAt::CloudHypervisor(path) => Box::new(CloudHypervisorControl::new(path, live, state)),
         };
+        if let Health::Lost(why) = control.health()? {
+            return Err(Error::new(Kind::Io, why));
+        }
         Ok(Self { monitor: monitor.clone(), live: live.to_owned(), program: program.to_owned(), control, guard: None })
     }
 

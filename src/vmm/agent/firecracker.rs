@@ -9,7 +9,7 @@ use super::super::http::{put, send};
 use super::super::place::text;
 use super::base::Base;
 use super::{ANSWER_WAIT, Control, Health, ask};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 
 const CREATE: &str = "/snapshot/create";
 
@@ -27,14 +27,10 @@ pub struct FirecrackerControl {
 }
 
 impl FirecrackerControl {
-    pub fn new(path: &Path, live: &Path, state: &str, notes: &Path) -> Result<Self> {
+    pub fn new(path: &Path, live: &Path, state: &str, notes: &Path) -> Self {
         let machine = live.parent().and_then(Path::file_name).unwrap_or_default();
         let base = Base::of(notes, &machine.to_string_lossy());
-        let mut control = Self { path: path.to_owned(), live: live.to_owned(), state: live.join(state), base };
-        match control.health()? {
-            Health::Lost(why) => Err(Error::new(Kind::Io, why)),
-            _ => Ok(control),
-        }
+        Self { path: path.to_owned(), live: live.to_owned(), state: live.join(state), base }
     }
 
     fn create(&self, kind: &str) -> Result<()> {
