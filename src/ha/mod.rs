@@ -3,6 +3,7 @@
 mod budget;
 mod config;
 mod host;
+pub mod plan;
 mod policy;
 mod protect;
 
