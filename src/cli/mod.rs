@@ -13,6 +13,7 @@ mod diff;
 mod doctor;
 mod export;
 mod gc;
+mod hosts;
 mod init;
 mod log;
 mod ls;
@@ -131,6 +132,7 @@ enum Command {
     Status(status::Status),
     ServeUffd(serve_uffd::ServeUffd),
     Protect(protect::Protect),
+    Hosts(hosts::HostsCommand),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Completions(completions::Completions),
@@ -163,6 +165,7 @@ impl Command {
             Self::Status(command) => command.run(context),
             Self::ServeUffd(command) => command.run(context),
             Self::Protect(command) => command.run(context),
+            Self::Hosts(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
             Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),

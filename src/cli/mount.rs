@@ -3,13 +3,18 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::context::Context;
-use super::output::{parse_size, print};
+use super::output::{parse_size, parse_time, print};
 use crate::error::{Error, Result};
-use crate::ops::daemon::{Claim, DaemonOptions, Ready, background, make_directory, prepare_process, serve};
+use crate::fs::name_host;
+use crate::ha::hosts::{HEARTBEAT_INTERVAL, check_location};
+use crate::ops::daemon::{
+    Claim, DaemonOptions, HeartOptions, Ready, background, make_directory, prepare_process, serve,
+};
 use crate::ops::machine::processors;
 use crate::platform::store::Location;
 use crate::restore::Settings as PrefetchSettings;
@@ -20,7 +25,7 @@ use crate::restore::Settings as PrefetchSettings;
 /// written and not committed is kept in the state directory, and is there again with the next mount.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs --repo /srv/epochs mount /mnt/epochs --background\n  epochfs mount /mnt/epochs --allow-other (for VMMs that run as other users)\n\nOn the mount:\n  mkdir MOUNT/web1                    makes a machine\n  MOUNT/web1/live/                    its files, to write to\n  mkdir MOUNT/web1/epochs/TAG         commits them, like epochfs commit web1 --tag TAG\n  MOUNT/web1/epochs/17/, latest/      epochs, to read"
+    after_help = "Examples:\n  epochfs --repo /srv/epochs mount /mnt/epochs --background\n  epochfs mount /mnt/epochs --allow-other (for VMMs that run as other users)\n  epochfs mount /mnt/epochs --background --lease 5s --host-location zone1/rack4 (a host of several)\n\nOn the mount:\n  mkdir MOUNT/web1                    makes a machine\n  MOUNT/web1/live/                    its files, to write to\n  mkdir MOUNT/web1/epochs/TAG         commits them, like epochfs commit web1 --tag TAG\n  MOUNT/web1/epochs/17/, latest/      epochs, to read"
 )]
 pub struct Mount {
     /// Where to mount: a directory, which should be empty.
@@ -44,6 +49,21 @@ pub struct Mount {
     /// How much may be pushed a second, of all epochs together, for example 200M. Unlimited unless given.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     prefetch_rate: Option<u64>,
+    /// Tell other hosts through the repository that this one lives, and own machines under a lease of this length: what runs
+    /// here is ended before the lease is over where it cannot be renewed, so that another host may start it. At least
+    /// 500ms; 5s does for most. Without it, machines stay this host's until they are taken over by hand.
+    #[arg(long, value_name = "TIME", value_parser = parse_time, conflicts_with = "read_only")]
+    lease: Option<Duration>,
+    /// How often other hosts are told that this one lives: 1500ms unless given, a quarter of a short lease. Without --lease
+    /// they are told only if this is given.
+    #[arg(long, value_name = "TIME", value_parser = parse_time, conflicts_with = "read_only")]
+    heartbeat: Option<Duration>,
+    /// Where this host is, outermost part first, for the placement of machines.
+    #[arg(long, value_name = "ZONE/RACK", default_value = "", hide_default_value = true)]
+    host_location: String,
+    /// What people call this host; the system's name unless given.
+    #[arg(long, value_name = "NAME")]
+    host_name: Option<String>,
     /// Change nothing: live is read-only, and nothing can be committed.
     #[arg(long)]
     read_only: bool,
@@ -53,6 +73,9 @@ pub struct Mount {
 }
 
 const SPOOL_LEN_MIN: u64 = 1 << 20;
+
+const LEASE_MIN: Duration = Duration::from_millis(500);
+const LEASE_MAX: Duration = Duration::from_secs(3600);
 
 impl Mount {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
@@ -64,6 +87,7 @@ impl Mount {
         };
         let repository = context.location()?.absolute()?;
         let state = absolute(&context.state_directory())?;
+        self.heart()?;
         if self.background {
             return self.start(context, &repository, &state);
         }
@@ -72,7 +96,11 @@ impl Mount {
         }
         let io_flusher = prepare_process();
         let store = context.open()?;
+        let heart = self.heart()?;
         let claim = Claim::new(&store, &repository, &state, &self.mountpoint)?;
+        if let Some(name) = &self.host_name {
+            name_host(&context.local_directory(&store), name)?;
+        }
         context.open_index(&store);
         let log = self.detached.then(|| log_path(&context.local_directory(&store)));
         let options = DaemonOptions {
@@ -88,6 +116,7 @@ impl Mount {
                 rate: self.prefetch_rate,
                 keeps_traces: !self.read_only,
             }),
+            heart,
             log: log.clone(),
             io_flusher,
         };
@@ -101,6 +130,32 @@ impl Mount {
             context.notice(&sentence(&document));
         })?;
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn heart(&self) -> Result<Option<HeartOptions>> {
+        check_location(&self.host_location)?;
+        let lease = self.lease.unwrap_or_default();
+        if self.lease.is_some_and(|lease| !(LEASE_MIN..=LEASE_MAX).contains(&lease)) {
+            return Err(
+                Error::usage("a lease lasts at least 500ms, and at most an hour").hint("for example --lease 5s")
+            );
+        }
+        let usual = if lease.is_zero() { HEARTBEAT_INTERVAL } else { HEARTBEAT_INTERVAL.min(lease / 4) };
+        let interval = self.heartbeat.unwrap_or(usual);
+        if !lease.is_zero() && interval > lease / 2 {
+            return Err(Error::usage("with so few heartbeats the lease would be over when one is late")
+                .hint("give a --heartbeat of half the --lease at most"));
+        }
+        if self.lease.is_none() && self.heartbeat.is_none() {
+            return match self.host_location.is_empty() {
+                true => Ok(None),
+                false => {
+                    Err(Error::usage("nobody would be told where this host is")
+                        .hint("give --lease or --heartbeat, too"))
+                }
+            };
+        }
+        Ok(Some(HeartOptions { lease, interval, location: self.host_location.clone() }))
     }
 
     /// Starts a daemon in the background, and waits until it is ready.
@@ -136,6 +191,12 @@ impl Mount {
         arguments.extend(["--spool-size".into(), self.spool_size.to_string().into()]);
         arguments
             .extend(self.prefetch_rate.iter().flat_map(|rate| ["--prefetch-rate".into(), rate.to_string().into()]));
+        let times = [("--lease", self.lease), ("--heartbeat", self.heartbeat)];
+        for (option, time) in times.iter().filter_map(|(option, time)| Some((option, (*time)?))) {
+            arguments.extend([option.into(), format!("{}ms", time.as_millis()).into()]);
+        }
+        arguments.extend(["--host-location".into(), self.host_location.clone().into()]);
+        arguments.extend(self.host_name.iter().flat_map(|name| ["--host-name".into(), name.into()]));
         let flags =
             [("--allow-other", self.allow_other), ("--read-only", self.read_only), ("--no-prefetch", self.no_prefetch)];
         for (flag, is_given) in flags {

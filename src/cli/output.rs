@@ -1,11 +1,13 @@
 //! Printing: tables, sizes, times, errors.
 
 use std::io::{IsTerminal, Write};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Result};
+use crate::platform::clock;
 
 /// Sends logs to stderr: warnings, or what EPOCHFS_LOG or the flags ask for.
 pub fn start_logging(verbose: u8, quiet: bool) {
@@ -143,6 +145,13 @@ pub fn name_json(path: &[u8]) -> Value {
     }
 }
 
+/// Reads a time: a number with ms, s, m or h behind it.
+pub fn parse_time(text: &str) -> std::result::Result<Duration, String> {
+    const UNITS: &[(&str, u64)] = &[("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
+    clock::parse(text, UNITS)
+        .ok_or_else(|| "a time is a whole number with ms, s, m or h behind it, like 100ms".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,5 +180,15 @@ mod tests {
     fn tables_line_up() {
         let rows = vec![vec!["web1".to_owned(), "7".to_owned()], vec!["a".to_owned(), "12345".to_owned()]];
         assert_eq!(table(&["machine", ">pages"], &rows), "MACHINE  PAGES\nweb1         7\na        12345\n");
+    }
+
+    #[test]
+    fn times_are_understood() {
+        for (text, ms) in [("100ms", 100), ("2s", 2000), ("1m", 60_000), ("3h", 10_800_000)] {
+            assert_eq!(parse_time(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "1", "s", "-1s", "1.5s", "1 s", "18446744073709551615h"] {
+            assert!(parse_time(text).is_err(), "{text}");
+        }
     }
 }

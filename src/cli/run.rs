@@ -13,12 +13,11 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::context::Context;
-use super::output::{parse_size, size};
+use super::output::{parse_size, parse_time, size};
 use crate::capture::{Checkpoint, Fixed, Pace, Protection, Settings, Stop};
 use crate::epoch::{CommitOptions, EpochName, EpochStore};
 use crate::error::{Error, Result};
 use crate::fs::this_host;
-use crate::platform::clock;
 use crate::platform::clock::Stopwatch;
 use crate::vmm::kvm::{
     BOARD, BOARD_LEN, Counter, Ended, Guest, Load, MEMORY, Machine, MemoryShape, Orders, Output, Runner, STATE, Spec,
@@ -388,27 +387,5 @@ impl Figures {
             );
         }
         text + "\n"
-    }
-}
-
-/// Reads a time: a number with ms, s, m or h behind it.
-fn parse_time(text: &str) -> std::result::Result<Duration, String> {
-    const UNITS: &[(&str, u64)] = &[("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
-    clock::parse(text, UNITS)
-        .ok_or_else(|| "a time is a whole number with ms, s, m or h behind it, like 100ms".to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_understood() {
-        for (text, ms) in [("100ms", 100), ("2s", 2000), ("1m", 60_000), ("3h", 10_800_000)] {
-            assert_eq!(parse_time(text), Ok(Duration::from_millis(ms)), "{text}");
-        }
-        for text in ["", "1", "s", "-1s", "1.5s", "1 s", "18446744073709551615h"] {
-            assert!(parse_time(text).is_err(), "{text}");
-        }
     }
 }

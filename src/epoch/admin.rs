@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use epochfs_format::{
     Body, Commit, ManifestPlace, Owner, Record, check_machine, check_tag, machine_traces_prefix, record_key,
@@ -9,6 +10,7 @@ use epochfs_format::{
 
 use super::view::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
+use crate::platform::clock::{BootClock, Clock};
 use crate::repo::{Draft, FIRST_TERM, Head, Inline, Rebase};
 
 /// What a machine's owner holds. Every record it appends names this term; a later term ends it.
@@ -16,6 +18,8 @@ use crate::repo::{Draft, FIRST_TERM, Head, Inline, Rebase};
 pub struct Ownership {
     pub machine: Arc<str>,
     pub term: u64,
+    /// Before the term was asked for, in this host's time since it was started.
+    pub since: Duration,
 }
 
 fn draft(record: Option<&Record>, body: Body) -> Draft {
@@ -247,6 +251,7 @@ impl EpochStore {
 
     /// Becomes the machine's owner: begins a new term. Another owner's term is ended only if `take_over` says so.
     pub fn own(&self, machine: &Arc<str>, owner: Owner, take_over: bool) -> Result<Ownership> {
+        let since = BootClock.elapsed();
         let head = self.repository().require(machine)?;
         if let (Some(other), false) = (&head.record.owner, take_over)
             && other.host != owner.host
@@ -254,6 +259,27 @@ impl EpochStore {
             return Err(Error::conflict(format!("{machine} is owned by host {}", other.name))
                 .hint("take it over only if that host is certainly dead: it can then never commit again"));
         }
+        self.begin_term(machine, head, owner, since)
+    }
+
+    /// Takes a machine over in which this term is in force, whoever owns it. Whatever was found out about the owner was so
+    /// after the term had begun: another one that began meanwhile, also of the same owner, is left alone.
+    pub fn take_over(&self, machine: &Arc<str>, owner: Owner, term: u64) -> Result<Ownership> {
+        let since = BootClock.elapsed();
+        let head = self.repository().require(machine)?;
+        if head.record.term != term {
+            let owner = head.record.owner.as_ref().map_or("nobody".to_owned(), |owner| format!("host {}", owner.name));
+            return Err(Error::conflict(format!(
+                "{machine} is in term {} by now, and not in term {term}: {owner} owns it",
+                head.record.term
+            ))
+            .hint("look again who owns it, and whether that host lives: epochfs hosts"));
+        }
+        self.begin_term(machine, head, owner, since)
+    }
+
+    /// Appends the record of the term behind a head, unless another term or the machine's removal comes first.
+    fn begin_term(&self, machine: &Arc<str>, head: Head, owner: Owner, since: Duration) -> Result<Ownership> {
         let base = head.record.term;
         let term = base + 1;
         let draft = Draft { term, owner: Some(owner), ..draft(Some(&head.record), Body::Term) };
@@ -265,7 +291,7 @@ impl EpochStore {
             draft.latest_epoch = record.latest_epoch;
             Ok(Rebase::After)
         })?;
-        Ok(Ownership { machine: machine.clone(), term })
+        Ok(Ownership { machine: machine.clone(), term, since })
     }
 
     /// Gives a machine up: its term goes on without an owner.

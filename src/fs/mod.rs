@@ -18,6 +18,7 @@ mod keeper;
 mod mapped;
 mod names;
 mod object;
+mod owners;
 mod parked;
 mod restores;
 mod store_status;
@@ -26,8 +27,8 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
-use epochfs_format::Owner;
 use serde::{Deserialize, Serialize};
 
 pub use attributes::{Attr, Change, Space};
@@ -35,6 +36,7 @@ pub use error::errno;
 pub use fuse::{Mount, MountOptions, Unmounter, mount};
 pub use inodes::Line;
 pub use names::Found;
+pub use owners::{name_host, this_host};
 pub use restores::PageCache;
 pub use store_status::StoreStatus;
 
@@ -44,7 +46,6 @@ use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
 use crate::platform::lock::lock;
-use crate::platform::random;
 use crate::restore::{self, PrefetchStatus, Prefetcher};
 use inodes::{Handles, Inodes};
 use keeper::Keeper;
@@ -67,6 +68,8 @@ pub struct Settings {
     pub compression_level: i32,
     /// How pages are pushed to readers of epochs before they ask; `None`: not at all.
     pub prefetch: Option<restore::Settings>,
+    /// For how long machines are this host's own behind each of its heartbeats; zero: until they are given up.
+    pub lease: Duration,
 }
 
 pub struct FileSystem {
@@ -129,53 +132,12 @@ pub struct MachineStatus {
     pub error: Option<String>,
 }
 
-/// This host, as the owner of machines of the repository for which it keeps this directory.
-pub fn this_host(directory: &std::path::Path) -> Result<Owner> {
-    host(&RealFiles, directory)
-}
-
-fn host(files: &dyn Files, directory: &std::path::Path) -> Result<Owner> {
-    Ok(Owner { host: host_id(files, directory)?, name: host_name(), lease_ms: 0 })
-}
-
-/// This host's id, made the first time it is asked for.
-fn host_id(files: &dyn Files, state: &std::path::Path) -> Result<[u8; 16]> {
-    let path = state.join("host-id");
-    let failed = |error| Error::io(format!("cannot read or make this host's id {}", path.display()), error);
-    let read = || -> std::io::Result<Option<[u8; 16]>> {
-        let mut id = [0; 16];
-        let count = files.open(&path)?.read_at(0, &mut id)?;
-        Ok((count == id.len()).then_some(id))
-    };
-    match read() {
-        Ok(Some(id)) => return Ok(id),
-        // A crash may have left an empty one.
-        Ok(None) => files.remove_file(&path).map_err(failed)?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(failed(error)),
-    }
-    let id = random::id16();
-    std::fs::create_dir_all(state).map_err(failed)?;
-    let make = || {
-        let file = files.create_new(&path, false)?;
-        file.write_at(0, &id)?;
-        file.sync()?;
-        files.sync_dir(state)
-    };
-    make().map_err(failed)?;
-    Ok(id)
-}
-
-fn host_name() -> String {
-    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    name.chars().filter(|letter| !letter.is_control()).take(100).collect()
-}
-
 impl FileSystem {
     /// Makes the filesystem of a repository, and goes on with what this host kept of machines' lives.
     pub fn new(store: Arc<EpochStore>, settings: Settings) -> Result<Arc<Self>> {
         let files: Arc<dyn Files> = Arc::new(RealFiles);
-        let host = host(&*files, &settings.state)?;
+        let mut host = owners::host(&*files, &settings.state)?;
+        host.lease_ms = u32::try_from(settings.lease.as_millis()).unwrap_or(u32::MAX);
         let (owner, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         let live_settings = LiveSettings {
             files,
@@ -276,6 +238,11 @@ impl FileSystem {
         self.parked_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// What is being pushed, or was a moment ago.
+    pub fn prefetches(&self) -> Vec<PrefetchStatus> {
+        self.prefetcher.as_ref().map(Prefetcher::statuses).unwrap_or_default()
+    }
+
     pub fn status(&self) -> Status {
         let mut machines: Vec<MachineStatus> = self
             .all_lives()
@@ -299,7 +266,7 @@ impl FileSystem {
         machines.sort_by(|a, b| a.machine.cmp(&b.machine));
         Status {
             machines,
-            prefetches: self.prefetcher.as_ref().map(Prefetcher::statuses).unwrap_or_default(),
+            prefetches: self.prefetches(),
             inodes: self.inodes.count(),
             open_files: self.handles.count(),
             read_bytes: self.read_bytes.load(Ordering::Relaxed),

@@ -3,6 +3,7 @@
 mod budget;
 mod config;
 mod host;
+pub mod hosts;
 pub mod plan;
 mod policy;
 mod protect;

@@ -4,6 +4,7 @@
 pub mod clock;
 pub mod files;
 pub mod flush;
+pub mod lease;
 pub mod lock;
 pub mod random;
 pub mod store;

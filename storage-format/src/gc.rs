@@ -189,7 +189,7 @@ impl Birth {
     }
 }
 
-fn head(magic: [u8; 8], repository: &[u8; 16]) -> Vec<u8> {
+pub(crate) fn head(magic: [u8; 8], repository: &[u8; 16]) -> Vec<u8> {
     let mut out = Vec::with_capacity(128);
     out.put(&magic);
     out.put_u16(VERSION);
@@ -197,14 +197,19 @@ fn head(magic: [u8; 8], repository: &[u8; 16]) -> Vec<u8> {
     out
 }
 
-fn sealed(mut out: Vec<u8>) -> Vec<u8> {
+pub(crate) fn sealed(mut out: Vec<u8>) -> Vec<u8> {
     let check = crc32c::crc32c(&out);
     out.put_u32(check);
     out
 }
 
 /// What is behind magic, version and repository, all of which are checked.
-fn open<'a>(what: &'static str, magic: [u8; 8], bytes: &'a [u8], repository: &[u8; 16]) -> Result<Reader<'a>> {
+pub(crate) fn open<'a>(
+    what: &'static str,
+    magic: [u8; 8],
+    bytes: &'a [u8],
+    repository: &[u8; 16],
+) -> Result<Reader<'a>> {
     let (body, check) = bytes.split_last_chunk().ok_or(FormatError::Truncated { what })?;
     let mut from = Reader::new(what, body);
     if from.array()? != magic {

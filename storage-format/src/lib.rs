@@ -6,6 +6,7 @@ mod block;
 mod descriptor;
 mod error;
 mod gc;
+mod host;
 mod journal;
 mod manifest;
 mod name;
@@ -21,15 +22,17 @@ pub use block::{BLOCK_HEADER_LEN, BLOCK_PAYLOAD_LEN_MAX, Block, BlockKind, PageD
 pub use descriptor::Descriptor;
 pub use error::{FormatError, Result};
 pub use gc::{Birth, CONDEMNED_MAX, GcBody, GcRecord, HELD_MAX, Lease};
+pub use host::{HOST_FEATURES_MAX, HOST_MACHINES_MAX, Heartbeat, HostMachine, HostOrder, HostPurpose, HostWarmth};
 pub use journal::{
     JOURNAL_PAGES_MAX, JournalBase, JournalEntry, JournalKind, JournalNode, JournalReader, JournalWriter, SpooledPage,
 };
 pub use manifest::{Attributes, EntryKind, IMAGE_LEN_MAX, Image, Manifest, ManifestEntry, Root};
 pub use name::{
-    BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, NAME_LEN_MAX, READERS_PREFIX, RECORDS_A_SEGMENT, RESERVE_KEY,
-    STREAM_PATH_LEN_MAX, birth_key, check_machine, check_stream_path, check_tag, decode_component, encode_component,
-    gc_record_key, hex, lease_key, log_prefix, machine_traces_prefix, pack_key, parse_id, parse_lease_key, record_key,
-    record_seq, segment_name, trace_prefix, trace_seq,
+    BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, HOSTS_PREFIX, HostObject, NAME_LEN_MAX, READERS_PREFIX,
+    RECORDS_A_SEGMENT, RESERVE_KEY, STREAM_PATH_LEN_MAX, birth_key, check_machine, check_stream_path, check_tag,
+    decode_component, encode_component, gc_record_key, heartbeat_key, hex, host_order_key, host_prefix, lease_key,
+    log_prefix, machine_traces_prefix, pack_key, parse_host_key, parse_id, parse_lease_key, record_key, record_seq,
+    segment_name, trace_prefix, trace_seq,
 };
 pub use node::{
     FANOUT, LEVELS_MAX, Node, NodeEditor, NodePatch, Slot, StoredNode, decode_node, level_span, levels_for,

@@ -162,6 +162,42 @@ pub fn birth_key(writer: &[u8; 16]) -> String {
     format!("{BIRTHS_PREFIX}{}", hex(writer))
 }
 
+/// Where hosts say that they live, and are told what they are there for.
+pub const HOSTS_PREFIX: &str = "hosts/";
+
+/// What an object below [`HOSTS_PREFIX`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HostObject {
+    Heartbeat(u64),
+    Order(u64),
+}
+
+/// Where all objects of a host lie.
+pub fn host_prefix(host: &[u8; 16]) -> String {
+    format!("{HOSTS_PREFIX}{}/", hex(host))
+}
+
+/// The key of a host's heartbeat.
+pub fn heartbeat_key(host: &[u8; 16], number: u64) -> String {
+    format!("{}{number:016}", host_prefix(host))
+}
+
+/// The key of what a host is told.
+pub fn host_order_key(host: &[u8; 16], number: u64) -> String {
+    format!("{}order-{number:016}", host_prefix(host))
+}
+
+/// The host, and which of its objects this is, from its key.
+pub fn parse_host_key(key: &str) -> Option<([u8; 16], HostObject)> {
+    let (host, name) = key.strip_prefix(HOSTS_PREFIX)?.split_once('/')?;
+    let host = parse_id(host)?;
+    let object = match name.strip_prefix("order-") {
+        Some(number) => HostObject::Order(record_seq(number)?),
+        None => HostObject::Heartbeat(record_seq(name)?),
+    };
+    Some((host, object))
+}
+
 /// Letters, digits, dots, dashes and underscores as they are, every other byte as %XX: safe on every store.
 pub fn encode_component(name: &str) -> String {
     let mut out = String::with_capacity(name.len());

@@ -99,6 +99,10 @@ fn objects_are_read_as_what_they_mean() {
 
 type Damage = fn(&[u8]) -> Vec<u8>;
 
+/// Where the golden heartbeat says what the host is there for: behind magic, version, repository, host, number, name and
+/// location. The features' count is 34 bytes behind it.
+const HEARTBEAT_PURPOSE: usize = 8 + 2 + 16 + 16 + 8 + 12 + 12;
+
 /// The body edited, with a checksum that fits.
 fn resealed(seal: Seal, bytes: &[u8], edit: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut body = seal.open(bytes);
@@ -295,6 +299,26 @@ const DAMAGES: &[(&str, &str, &str, Damage)] = &[
         replaced(b, "\"version\": 1,", "\"version\": 1,\n  \"shape\": \"new\",")
     }),
     ("epochfs", "spaced", "Invalid", |b| replaced(b, "\"version\": 1,", "\"version\":  1,")),
+    ("heartbeat", "flipped", "Checksum", |b| flipped(b, 60)),
+    ("heartbeat", "truncated", "Truncated", |b| resealed(Seal::Behind, b, |body| body.truncate(body.len() - 1))),
+    ("heartbeat", "newer", "NewerVersion", |b| resealed(Seal::Behind, b, |body| body[8] = 2)),
+    ("heartbeat", "wrong-repository", "Mismatch", |b| resealed(Seal::Behind, b, |body| body[10] ^= 1)),
+    ("heartbeat", "purpose", "Invalid", |b| resealed(Seal::Behind, b, |body| body[HEARTBEAT_PURPOSE] = 3)),
+    ("heartbeat", "hostile-count", "Invalid", |b| {
+        resealed(Seal::Behind, b, |body| body[HEARTBEAT_PURPOSE + 34..][..2].fill(0xff))
+    }),
+    ("heartbeat", "out-of-order", "Invalid", |b| {
+        resealed(Seal::Behind, b, |body| body[HEARTBEAT_PURPOSE + 34 + 3] = b'z')
+    }),
+    ("heartbeat", "bad-name", "Name", |b| {
+        resealed(Seal::Behind, b, |body| {
+            let end = body.len();
+            body[end - 9] = b'/';
+        })
+    }),
+    ("host-order", "flipped", "Checksum", |b| flipped(b, 40)),
+    ("host-order", "longer", "Invalid", |b| resealed(Seal::Behind, b, |body| body.push(0))),
+    ("host-order", "magic", "Invalid", |b| resealed(Seal::Behind, b, |body| body[7] = b'T')),
 ];
 
 fn flipped(bytes: &[u8], index: usize) -> Vec<u8> {

@@ -239,8 +239,10 @@ impl Live {
     fn make_epoch_when_possible(&self, job: &Job) -> Result<Committed> {
         let (mut tried, mut conflicts) = (Vec::new(), 0);
         loop {
-            let writer = random::id16();
+            let (writer, term) = (random::id16(), self.term());
             let error = match self.make_epoch(job, writer) {
+                // This host itself has taken a new term meanwhile.
+                Err(error) if error.kind() == Kind::Fenced && self.has_another_term(term) => continue,
                 Err(error) if matches!(error.kind(), Kind::Unavailable | Kind::Conflict) => error,
                 result => return result,
             };
@@ -273,6 +275,12 @@ impl Live {
             let pipeline = lock(&self.pipeline);
             drop(self.pipeline_moved.wait_timeout(pipeline, RETRY_PAUSE).unwrap_or_else(PoisonError::into_inner));
         }
+    }
+
+    /// Whether this host's term is another than it was, once nobody is just taking one.
+    fn has_another_term(&self, before: Option<u64>) -> bool {
+        let _ownership = lock(&self.ownership);
+        self.term() != before
     }
 
     fn make_epoch(&self, job: &Job, writer: [u8; 16]) -> Result<Committed> {

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction};
-use super::protocol::{PrefetchRequest, Request, Unmounted};
+use super::protocol::{LeaseGrant, PrefetchRequest, Request, Unmounted};
 use super::protocol::{decode_answer, decode_news, read_line};
 use super::with_address;
 use crate::error::{Error, Kind, Result};
@@ -87,6 +87,21 @@ impl Client {
     /// Says how a machine's protection is.
     pub fn tell_protection(&mut self, status: &ProtectionStatus) -> Result<()> {
         self.call_briefly::<Value>(&Request::Protection(Box::new(status.clone()))).map(|_| ())
+    }
+
+    /// Under what a machine that this host owns may run; the daemon makes sure that it owns it.
+    pub fn lease(&mut self, machine: &str) -> Result<LeaseGrant> {
+        self.call(&Request::Lease { machine: machine.to_owned() })
+    }
+
+    /// Has a machine taken over in which this term is in force.
+    pub fn take_over(&mut self, machine: &str, term: u64) -> Result<LeaseGrant> {
+        self.call(&Request::TakeOver { machine: machine.to_owned(), term })
+    }
+
+    /// Says whether machines of hosts that failed are started here.
+    pub fn tell_accepting(&mut self, is_accepting: bool) -> Result<()> {
+        self.call_briefly::<Value>(&Request::Accepting { is_accepting }).map(|_| ())
     }
 
     pub fn umount(&mut self, lazy: bool) -> Result<Unmounted> {

@@ -18,6 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::fs;
 use crate::ha::ProtectionStatus;
 use crate::ops::kernel::KernelSetting;
+use crate::platform::lease::LeaseClaim;
 
 /// Rises when an older peer would misunderstand a request or an answer. New fields do not raise it.
 const VERSION: u64 = 1;
@@ -45,6 +46,12 @@ pub enum Request {
     Forget { machine: String },
     /// How the protection of a machine is, for `status`. Answered with nothing.
     Protection(Box<ProtectionStatus>),
+    /// Under what a machine that this host owns may run. Answered with a [`LeaseGrant`].
+    Lease { machine: String },
+    /// Takes a machine over in which this term is in force, and grants it a lease. Answered with a [`LeaseGrant`].
+    TakeOver { machine: String, term: u64 },
+    /// Whether machines of hosts that failed are started here, by whoever says this. Answered with nothing.
+    Accepting { is_accepting: bool },
     /// Unmounts. Answered with [`Unmounted`] when the daemon has finished its work; where the unmount is lazy and
     /// files are still open, when no path leads to the mount any more.
     Umount { lazy: bool },
@@ -92,6 +99,15 @@ pub struct Introduction {
     pub epochfs: String,
     /// `mounted`, `stopping`, or `detached`: not to be reached by a path any more, while files are still open.
     pub state: String,
+}
+
+/// Under what a machine may run on a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseGrant {
+    /// The term in which it runs; 0 where the host has no leases.
+    pub term: u64,
+    /// What must be heeded all the while; nothing where the host has no leases.
+    pub claim: Option<LeaseClaim>,
 }
 
 /// What a commit made.

@@ -253,6 +253,8 @@ mod tests {
                 Request::Commit(commit) => Err(Error::not_found(commit.machine)),
                 Request::Forget { machine } => Err(Error::not_found(machine)),
                 Request::Protection(status) => Err(Error::not_found(status.machine)),
+                Request::Lease { machine } | Request::TakeOver { machine, .. } => Err(Error::not_found(machine)),
+                Request::Accepting { .. } => Ok(Value::Null),
                 Request::Prefetch(request) => Err(Error::not_found(request.machine)),
                 Request::Forecast(request) => Err(Error::not_found(request.machine)),
                 Request::Umount { .. } => {

@@ -4,6 +4,7 @@
 //! the filesystem is closed after it, and only then is an `umount` answered: who was answered may mount again at once.
 
 pub mod background;
+mod heart;
 mod holders;
 mod mountpoint;
 mod notify;
@@ -30,6 +31,8 @@ use crate::fs::{FileSystem, Settings};
 use crate::platform::clock::Stopwatch;
 use crate::platform::store::Location;
 use crate::restore;
+use heart::Heart;
+pub use heart::HeartOptions;
 use service::{DaemonService, State};
 use watch::{End, Event, Watch};
 
@@ -43,6 +46,8 @@ pub struct DaemonOptions {
     pub spool_len_max: u64,
     /// How pages are pushed to readers of epochs; `None`: not at all.
     pub prefetch: Option<restore::Settings>,
+    /// How other hosts are told that this one lives; `None`: not at all.
+    pub heart: Option<HeartOptions>,
     /// Where a daemon in the background writes what happens.
     pub log: Option<PathBuf>,
     /// Whether [`prepare_process`] could tell the kernel what this process is.
@@ -135,6 +140,7 @@ pub fn serve(
     let socket = socket_path(&claim.directory);
     let listener = Listener::bind(&socket)?;
     let store = Arc::new(store);
+    let mut heart = options.heart.as_ref().map(|heart| Heart::new(heart, &claim.directory, &store)).transpose()?;
     let settings = Settings {
         state: claim.directory.clone(),
         spool_len_max: options.spool_len_max,
@@ -142,6 +148,7 @@ pub fn serve(
         read_only: options.read_only,
         compression_level: COMPRESSION_LEVEL,
         prefetch: options.prefetch,
+        lease: options.heart.as_ref().map_or(Duration::ZERO, |heart| heart.lease),
     };
     let filesystem = FileSystem::new(store.clone(), settings)?;
     let mount_options =
@@ -158,8 +165,15 @@ pub fn serve(
     let device = mounts::device_at(claim.mountpoint());
     let mut watch = Watch::new(claim.who.mountpoint.clone(), device, unmounter, events);
     let served = (store.clone(), filesystem.clone());
-    let service = Arc::new(DaemonService::new(&claim.who, options, &socket, device, served, sender));
-    let begun = wait_elsewhere(mount, service.events()).and_then(|()| listener.serve(service.clone()));
+    let service = Arc::new(
+        DaemonService::new(&claim.who, options, &socket, device, served, sender)
+            .with_pulse(heart.as_ref().map(Heart::pulse)),
+    );
+    // Before anybody is told that the mount is ready: whoever takes a machine then has a lease to take it under.
+    let of_heart = service.clone();
+    let beating = heart.as_mut().map_or(Ok(()), |heart| heart.start(Box::new(move |lease| of_heart.heartbeat(lease))));
+    let begun =
+        beating.and_then(|()| wait_elsewhere(mount, service.events())).and_then(|()| listener.serve(service.clone()));
     let mut server = match begun {
         Ok(server) => server,
         Err(error) => {
@@ -175,6 +189,11 @@ pub fn serve(
     notify::notify("STOPPING=1");
     tracing::info!("the mount has ended: storing what is left");
     let closed = filesystem.close();
+    // What is still this host's would be missed.
+    let is_missed = !filesystem.owned_machines().is_empty() || service.protects_any() || closed.is_err();
+    if let Some(heart) = heart.take() {
+        heart.end(!is_missed);
+    }
     // From here on another daemon may take over: the index first, then the socket, then the lock.
     drop(filesystem);
     service.release();

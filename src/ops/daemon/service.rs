@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use crossbeam_channel::{Sender, bounded};
+use epochfs_format::{HOST_MACHINES_MAX, Heartbeat, HostMachine, HostWarmth, PAGE_SIZE};
 use serde_json::{Value, json};
 
 use super::DaemonOptions;
+use super::heart::Pulse;
 use super::watch::Event;
 use crate::epoch::EpochStore;
 use crate::epoch::live::LiveCommit;
@@ -16,13 +19,20 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::{self, FileSystem};
 use crate::ha::ProtectionStatus;
 use crate::ops::control::{
-    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, PrefetchRequest, Protected, Request,
-    Service, Unmounted,
+    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, LeaseGrant, PrefetchRequest, Protected,
+    Request, Service, Unmounted,
 };
 use crate::ops::kernel;
 use crate::ops::mounts::device_at;
-use crate::platform::clock::{self, Stopwatch};
+use crate::platform::clock::{self, BootClock, Clock, Stopwatch};
+use crate::platform::lease::LeaseState;
 use crate::platform::lock::lock;
+
+/// Somebody who starts machines of other hosts, and has not said so for this long, is gone.
+const ACCEPTS_FOR: Duration = Duration::from_secs(10);
+
+/// What was said of a machine is shown for so long after it was ended because the lease was over.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
 
 /// What a daemon is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +69,10 @@ pub struct DaemonService {
     device: Option<(u32, u32)>,
     /// What agents said of their machines, and when.
     protected: Mutex<BTreeMap<String, (Stopwatch, ProtectionStatus)>>,
+    /// Where the lease comes from, if other hosts are told that this one lives.
+    pulse: Option<Pulse>,
+    /// When somebody here said last that he starts machines of hosts that failed.
+    accepting: Mutex<Option<Stopwatch>>,
     /// What does not change.
     fixed: Fixed,
 }
@@ -85,6 +99,8 @@ impl DaemonService {
             state: AtomicU8::new(State::Mounted as u8),
             device,
             protected: Mutex::default(),
+            pulse: None,
+            accepting: Mutex::default(),
             fixed: Fixed {
                 who: who.clone(),
                 options: options.clone(),
@@ -92,6 +108,71 @@ impl DaemonService {
                 started_ns: clock::now_ns(),
             },
         }
+    }
+
+    /// With a heart that beats.
+    #[must_use]
+    pub fn with_pulse(self, pulse: Option<Pulse>) -> Self {
+        Self { pulse, ..self }
+    }
+
+    /// What this host says of its machines. Who said that he protects one still does, until he says that he does not, or
+    /// the lease was over since: whatever becomes of him, the machine runs until then.
+    pub fn heartbeat(&self, lease: Option<LeaseState>) -> Heartbeat {
+        let now = BootClock.elapsed();
+        let is_broken = |said: &Stopwatch| {
+            lease.is_some_and(|lease| {
+                !lease.lease.is_zero() && now.saturating_sub(said.elapsed()) < lease.unbroken_since
+            })
+        };
+        let mut machines: BTreeMap<Arc<str>, bool> = BTreeMap::new();
+        let mut warmth: BTreeMap<Arc<str>, u64> = BTreeMap::new();
+        if let Content::Served((_, filesystem)) = &*self.content() {
+            machines.extend(filesystem.owned_machines().into_iter().map(|machine| (machine, false)));
+            for prefetch in filesystem.prefetches() {
+                *warmth.entry(prefetch.machine.as_str().into()).or_default() +=
+                    prefetch.pushed_pages * PAGE_SIZE as u64;
+            }
+        }
+        lock(&self.protected).retain(|_, (said, _)| !is_broken(said) || said.elapsed() < FORGOTTEN_AFTER);
+        for (machine, (said, status)) in &*lock(&self.protected) {
+            if status.state != "ended" && !is_broken(said) {
+                machines.insert(machine.as_str().into(), true);
+            }
+        }
+        let machines = machines.into_iter().map(|(machine, is_protected)| HostMachine { machine, is_protected });
+        let warmth = warmth.into_iter().map(|(machine, bytes)| HostWarmth { machine, bytes });
+        Heartbeat {
+            is_accepting: lock(&self.accepting).is_some_and(|said| said.elapsed() < ACCEPTS_FOR),
+            machines: machines.take(HOST_MACHINES_MAX).collect(),
+            warmth: warmth.take(HOST_MACHINES_MAX).collect(),
+            ..Heartbeat::default()
+        }
+    }
+
+    /// Whether machines here are protected by anybody.
+    pub fn protects_any(&self) -> bool {
+        lock(&self.protected).values().any(|(_, status)| status.state != "ended")
+    }
+
+    /// Under what a machine of this host may run: a term that was taken while the lease was in force, which it is.
+    fn lease(&self, machine: &str) -> Result<LeaseGrant> {
+        let (_, filesystem) = self.served()?;
+        let Some(pulse) = self.pulse.as_ref().filter(|pulse| pulse.has_lease()) else {
+            return Ok(LeaseGrant::default());
+        };
+        let lease = in_force(pulse)?;
+        let ownership = filesystem.owned_since(machine, lease.unbroken_since)?;
+        Ok(LeaseGrant { term: ownership.term, claim: Some(pulse.claim(ownership.since)) })
+    }
+
+    /// Takes a machine over, and grants it the lease to run under.
+    fn take_over(&self, machine: &str, term: u64) -> Result<LeaseGrant> {
+        let (_, filesystem) = self.served()?;
+        let pulse = self.pulse.as_ref().filter(|pulse| pulse.has_lease());
+        pulse.map(in_force).transpose()?;
+        let ownership = filesystem.take_over(machine, term)?;
+        Ok(LeaseGrant { term: ownership.term, claim: pulse.map(|pulse| pulse.claim(ownership.since)) })
     }
 
     /// Where events go that the daemon must deal with.
@@ -196,6 +277,15 @@ impl DaemonService {
     }
 }
 
+/// The lease, which must be in force: what is begun without one could not go on.
+fn in_force(pulse: &Pulse) -> Result<LeaseState> {
+    pulse.lease().filter(|lease| lease.is_in_force(BootClock.elapsed())).ok_or_else(|| {
+        Error::conflict("this host's lease is over: it cannot reach the repository, or could not until just now").hint(
+            "nothing may be started here before it has one again; `epochfs status` shows whether the store answers",
+        )
+    })
+}
+
 impl Service for DaemonService {
     fn answer(&self, request: Request, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<Value> {
         let document = |result: serde_json::Result<Value>| {
@@ -219,6 +309,12 @@ impl Service for DaemonService {
             }
             Request::Protection(status) => {
                 lock(&self.protected).insert(status.machine.clone(), (Stopwatch::start(), *status));
+                Ok(Value::Null)
+            }
+            Request::Lease { machine } => document(serde_json::to_value(self.lease(&machine)?)),
+            Request::TakeOver { machine, term } => document(serde_json::to_value(self.take_over(&machine, term)?)),
+            Request::Accepting { is_accepting } => {
+                *lock(&self.accepting) = is_accepting.then(Stopwatch::start);
                 Ok(Value::Null)
             }
             Request::Umount { lazy } => document(serde_json::to_value(self.umount(lazy)?)),

@@ -3,9 +3,9 @@
 use std::sync::LazyLock;
 
 use epochfs_format::{
-    BLOCK_HEADER_LEN, Block, BlockKind, Descriptor, Footer, FooterBuilder, HEADER_LEN, Manifest, Node, ObjectRef,
-    PAGE_SIZE, Page, PageDecoder, PageEncoder, Place, Record, Result, StoredNode, TRAILER_LEN, Trailer, check_header,
-    decode_node, encode_header, hash_page, put_raw_block,
+    BLOCK_HEADER_LEN, Block, BlockKind, Descriptor, Footer, FooterBuilder, HEADER_LEN, Heartbeat, HostOrder, Manifest,
+    Node, ObjectRef, PAGE_SIZE, Page, PageDecoder, PageEncoder, Place, Record, Result, StoredNode, TRAILER_LEN,
+    Trailer, check_header, decode_node, encode_header, hash_page, put_raw_block,
 };
 
 use super::values;
@@ -276,6 +276,28 @@ impl Value for DescriptorValue {
     }
 }
 
+struct HeartbeatValue(Heartbeat);
+
+impl Value for HeartbeatValue {
+    fn view(&self) -> String {
+        format!("{:?}", self.0)
+    }
+    fn again(&self) -> Option<Vec<u8>> {
+        Some(self.0.encode())
+    }
+}
+
+struct HostOrderValue(HostOrder);
+
+impl Value for HostOrderValue {
+    fn view(&self) -> String {
+        format!("{:?}", self.0)
+    }
+    fn again(&self) -> Option<Vec<u8>> {
+        Some(self.0.encode())
+    }
+}
+
 /// An object with all its blocks, each proven against what the footer says about it.
 fn decode_object(bytes: &[u8], object: &ObjectRef) -> Result<Box<dyn Value>> {
     let mut text = String::new();
@@ -366,6 +388,15 @@ pub fn targets() -> Vec<Target> {
     let descriptor = values::descriptor();
     all.push(target("epochfs", Seal::Text, descriptor.encode(), format!("{descriptor:?}"), |bytes| {
         Ok(Box::new(DescriptorValue(Descriptor::decode(bytes)?)))
+    }));
+
+    let heartbeat = values::heartbeat();
+    all.push(target("heartbeat", Seal::Behind, heartbeat.encode(), format!("{heartbeat:?}"), |bytes| {
+        Ok(Box::new(HeartbeatValue(Heartbeat::decode(bytes, &values::REPOSITORY)?)))
+    }));
+    let order = values::host_order();
+    all.push(target("host-order", Seal::Behind, order.encode(), format!("{order:?}"), |bytes| {
+        Ok(Box::new(HostOrderValue(HostOrder::decode(bytes, &values::REPOSITORY)?)))
     }));
     all
 }

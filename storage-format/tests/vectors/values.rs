@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use epochfs_format::{
-    Attributes, BlockKind, Body, Commit, Descriptor, EntryKind, FooterBuilder, Hash, Image, Manifest, ManifestEntry,
-    ManifestPlace, Node, NodeEditor, ObjectRef, Owner, PAGE_SIZE, Page, PageEncoder, Place, Record, Root,
-    encode_header, hash_page, put_raw_block,
+    Attributes, BlockKind, Body, Commit, Descriptor, EntryKind, FooterBuilder, Hash, Heartbeat, HostMachine, HostOrder,
+    HostPurpose, HostWarmth, Image, Manifest, ManifestEntry, ManifestPlace, Node, NodeEditor, ObjectRef, Owner,
+    PAGE_SIZE, Page, PageEncoder, Place, Record, Root, encode_header, hash_page, put_raw_block,
 };
 
 pub const REPOSITORY: [u8; 16] = *b"a repository id.";
@@ -254,4 +254,39 @@ pub fn record_bytes() -> Vec<u8> {
     let mut blocks = blocks();
     blocks.push((BlockKind::Record, [0; 32], block));
     object(&record_object(), &blocks)
+}
+
+pub fn heartbeat() -> Heartbeat {
+    Heartbeat {
+        repository: REPOSITORY,
+        host: *b"the host's id ..",
+        number: 42,
+        name: "rack4-node7".into(),
+        location: "zone1/rack4".into(),
+        purpose: HostPurpose::Draining,
+        is_accepting: true,
+        lease_ms: 5_000,
+        interval_ms: 1_500,
+        memory: 64 << 30,
+        memory_free: 40 << 30,
+        cpus: 16,
+        load_milli: 2_750,
+        features: vec!["avx2".into(), "sse4_2".into()],
+        machines: vec![
+            HostMachine { machine: "db 1".into(), is_protected: false },
+            HostMachine { machine: "web1".into(), is_protected: true },
+        ],
+        warmth: vec![HostWarmth { machine: "web2".into(), bytes: 300 << 20 }],
+    }
+}
+
+pub fn host_order() -> HostOrder {
+    HostOrder {
+        repository: REPOSITORY,
+        host: *b"the host's id ..",
+        number: 3,
+        purpose: HostPurpose::Maintenance,
+        time_ns: TIME_NS,
+        by: "rack1-node2".into(),
+    }
 }
