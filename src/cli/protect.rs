@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::ha::{Config, MachineConfig, ProtectionStatus, parse_duration};
 use crate::ops::control::Client;
 use crate::ops::protect::{Here, Protector};
-use crate::vmm::agent::guard;
+use crate::vmm::agent::{Guarded, GuardedLease, guard};
 
 /// Protect running machines: make an epoch of each, again and again, while it runs.
 ///
@@ -76,12 +76,23 @@ pub struct Protect {
     /// Set for the process that lets a machine go on whose agent died.
     #[arg(long, hide = true, value_name = "MILLISECONDS")]
     guard: Option<u64>,
+    /// That process guards the one that started it.
+    #[arg(long, hide = true, requires = "guard")]
+    parent: bool,
+    /// What that process is to end the machine by.
+    #[arg(long, hide = true, requires = "guard", value_name = "JSON", value_parser = parse_lease)]
+    lease: Option<GuardedLease>,
+}
+
+fn parse_lease(text: &str) -> std::result::Result<GuardedLease, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
 impl Protect {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         if let Some(patience) = self.guard {
-            guard(&self.described().monitor()?, Duration::from_millis(patience))?;
+            let guarded = if self.parent { Guarded::Parent } else { Guarded::Monitor(self.described().monitor()?) };
+            guard(&guarded, Duration::from_millis(patience), self.lease.as_ref())?;
             return Ok(ExitCode::SUCCESS);
         }
         let config = self.config()?;

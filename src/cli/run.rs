@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use epochfs_format::encode_component;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -18,7 +19,13 @@ use crate::capture::{Checkpoint, Fixed, Pace, Protection, Settings, Stop};
 use crate::epoch::{CommitOptions, EpochName, EpochStore};
 use crate::error::{Error, Result};
 use crate::fs::this_host;
-use crate::platform::clock::Stopwatch;
+use crate::ha::ProtectionStatus;
+use crate::ops::control::socket_path;
+use crate::ops::daemon::{background, make_directory};
+use crate::ops::leased::Leased;
+use crate::ops::protect::Teller;
+use crate::platform::clock::{BootClock, Stopwatch};
+use crate::platform::lease::lease_of_host;
 use crate::vmm::kvm::{
     BOARD, BOARD_LEN, Counter, Ended, Guest, Load, MEMORY, Machine, MemoryShape, Orders, Output, Runner, STATE, Spec,
     Tracking, own, read_state, run,
@@ -111,6 +118,12 @@ pub struct Run {
     /// The load writes what is there already.
     #[arg(long)]
     same: bool,
+    /// Return when the guest runs, and leave it running. Its output, and what happens, go to a log in the state directory.
+    #[arg(long, requires = "protect")]
+    detach: bool,
+    /// Set for the process that is left running.
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    detached: bool,
     /// Write a line of JSON for each epoch there.
     #[arg(long, value_name = "FILE", requires = "protect")]
     checkpoints: Option<PathBuf>,
@@ -125,6 +138,12 @@ const KEPT: usize = 100_000;
 
 impl Run {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
+        if self.detach {
+            return self.start(context);
+        }
+        if self.detached {
+            background::detach()?;
+        }
         let stop = Stop::default();
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| Error::io("cannot handle signals", error))?;
         let (handle, told) = (signals.handle(), stop.clone());
@@ -133,6 +152,24 @@ impl Run {
         handle.close();
         let _ = thread.join();
         result
+    }
+
+    /// Starts this program once more, and waits until its guest runs.
+    fn start(&self, context: &Context) -> Result<ExitCode> {
+        let directory = context.local_directory(&context.open_without_index()?);
+        make_directory(&directory)?;
+        let machine = encode_component(self.protect.as_deref().unwrap_or_default());
+        let log = directory.join(format!("run-{machine}.log"));
+        let other = |argument| if argument == "--detach" { "--detached".into() } else { argument };
+        let arguments: Vec<_> =
+            std::iter::once("--json".into()).chain(std::env::args_os().skip(1).map(other)).collect();
+        let mut document = background::start(&arguments, &log)?;
+        document["log"] = json!(log);
+        context.print(&document, || {
+            let text = |field: &str| document[field].as_str().unwrap_or_default().to_owned();
+            format!("{} runs, in process {}; its log is {}\n", text("machine"), document["pid"], text("log"))
+        })?;
+        Ok(ExitCode::SUCCESS)
     }
 
     fn tracking(&self) -> Tracking {
@@ -209,12 +246,37 @@ impl Run {
             ),
             None => None,
         };
+        let lease = match (&protection, &store) {
+            (Some(protection), Some(store)) => Leased::begin(&context.local_directory(store), &protection.ownership)?,
+            _ => None,
+        };
+        let mut teller = match (&lease, &store) {
+            (Some(_), Some(store)) => Some(Teller::new(socket_path(&context.local_directory(store)))),
+            _ => None,
+        };
+        let mut status = ProtectionStatus {
+            machine: self.protect.clone().unwrap_or_default(),
+            state: "protected".to_owned(),
+            reason: "the interval is fixed".to_owned(),
+            interval_ms: self.interval.as_secs_f64() * 1000.0,
+            ..ProtectionStatus::default()
+        };
+        // From here on other hosts know that it would be ended here before they may start it.
+        teller.iter_mut().for_each(|teller| teller.tell(&status));
         let started = Stopwatch::start();
         let began = counts(&runner, processors)?;
         let machine = protection.as_ref().map(|protection| protection.ownership.clone());
         let protection = protection.map(|protection| (protection, Box::new(Fixed(self.interval)) as Box<dyn Pace>));
         let ready_ms = since.elapsed().as_millis() as u64;
+        let mut news = teller.as_mut().map(|teller| (teller, &mut status));
         let told = |checkpoint: &Checkpoint| {
+            if let Some((teller, status)) = &mut news {
+                status.epochs += u64::from(checkpoint.epoch.is_some());
+                status.failures += u64::from(checkpoint.epoch.is_none());
+                status.newest_epoch = checkpoint.epoch.or(status.newest_epoch);
+                status.pause_ms = checkpoint.pause_us as f64 / 1000.0;
+                teller.tell(status);
+            }
             if let Some(file) = &mut file {
                 // Figures are no reason to stop a guest.
                 let line = serde_json::to_string(checkpoint).unwrap_or_default();
@@ -227,7 +289,17 @@ impl Run {
         };
         let orders =
             Orders { time: self.time, stop, processors: usize::from(processors), protection, told: Box::new(told) };
+        if self.detached {
+            let document = json!({"machine": self.protect, "pid": std::process::id(), "ready_ms": ready_ms});
+            // The guest is what matters; who started it may be gone.
+            if let Err(error) = super::output::print(&format!("{document:#}\n")).and_then(|()| background::let_go()) {
+                tracing::warn!("the guest runs, but that could not be told: {error}");
+            }
+        }
         let result = run(&mut runner, orders);
+        drop(lease);
+        "ended".clone_into(&mut status.state);
+        teller.iter_mut().for_each(|teller| teller.tell(&status));
         let elapsed = started.elapsed();
         if let (Some(ownership), Some(store)) = (&machine, &store)
             && let Err(error) = store.release(ownership)
@@ -268,7 +340,12 @@ impl Run {
         machine: &str,
         from: Option<&crate::epoch::Epoch>,
     ) -> Result<(Protection, u64)> {
-        let (ownership, base) = own(store, machine, this_host(&context.local_directory(store))?, from)?;
+        let directory = context.local_directory(store);
+        let mut host = this_host(&directory)?;
+        if let Some(lease) = lease_of_host(&directory, &BootClock)? {
+            host.lease_ms = u32::try_from(lease.lease.as_millis()).unwrap_or(u32::MAX);
+        }
+        let (ownership, base) = own(store, machine, host, from)?;
         let protection = Protection {
             store: store.clone(),
             ownership,

@@ -12,7 +12,7 @@ use super::nodes::Nodes;
 use super::reader::{Epoch, read_image};
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::RealFiles;
-use crate::platform::store::{LocalStore, Location, Store};
+use crate::platform::store::{LocalStore, Location, Store, WeatherStore};
 use crate::repo::{Hold, Index, LeaseSettings, Opening, Readers, Rebuilt, Repository};
 
 /// Which epoch of a machine.
@@ -197,10 +197,11 @@ const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// The store of a repository.
 pub fn open_store(location: &Location) -> Result<Arc<dyn Store>> {
-    match location {
+    let store = match location {
         Location::Directory(path) => directory_store(path),
         Location::Bucket(_) => location.open(),
-    }
+    };
+    store.map(WeatherStore::around)
 }
 
 fn directory_store(path: &Path) -> Result<Arc<dyn Store>> {

@@ -228,7 +228,14 @@ fn run_until_stopped(protection: &mut Protection, once: bool, stop: &Receiver<()
         protection.policy.observe(&seen);
         match result {
             Ok(()) => run.is("protected", None),
-            Err(error) if once || is_final(&error) => return Err(error),
+            Err(error) if is_final(&error) => {
+                // Two of it must not run. Whoever owns it now has the newest epoch, and this one can add nothing to it.
+                if let Err(failed) = protection.agent.fence() {
+                    tracing::error!(machine = protection.machine, "it may run twice: {failed}");
+                }
+                return Err(error);
+            }
+            Err(error) if once => return Err(error),
             Err(error) => {
                 run.status.failures += 1;
                 run.is("failing", Some(error.to_string()));

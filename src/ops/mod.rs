@@ -6,6 +6,7 @@ pub mod control;
 pub mod daemon;
 pub mod doctor;
 pub mod kernel;
+pub mod leased;
 pub mod machine;
 pub mod mounts;
 pub mod protect;

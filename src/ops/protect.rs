@@ -12,7 +12,8 @@ use super::control::{Client, CommitRequest};
 use crate::error::{Error, Kind, Result};
 use crate::ha::{Config, Epochs, Host, MachineConfig, Policy, Protection, ProtectionStatus, Stored, Ticket, protect};
 use crate::platform::clock::Stopwatch;
-use crate::vmm::agent::MachineAgent;
+use crate::platform::lease::LeaseClaim;
+use crate::vmm::agent::{Lessor, MachineAgent};
 
 /// How often it is tried to reach a machine that is not there.
 const RETRY: Duration = Duration::from_secs(2);
@@ -70,20 +71,37 @@ impl Epochs for DaemonEpochs {
     }
 }
 
+/// The daemon, as the one that grants leases.
+struct DaemonLessor {
+    socket: PathBuf,
+    machine: String,
+}
+
+impl Lessor for DaemonLessor {
+    fn claim(&mut self) -> Result<Option<LeaseClaim>> {
+        let mut client = Client::connect(&self.socket)?.ok_or_else(|| no_daemon(&self.socket))?;
+        Ok(client.lease(&self.machine)?.claim)
+    }
+}
+
 fn no_daemon(socket: &Path) -> Error {
     Error::not_found(format!("no daemon listens at {}: the repository is not mounted here", socket.display()))
         .hint("mount it: epochfs mount MOUNTPOINT --background")
 }
 
 /// Tells the daemon how a machine is, so that `status` can say it.
-struct Teller {
+pub struct Teller {
     socket: PathBuf,
     client: Option<Client>,
     told: Option<Stopwatch>,
 }
 
 impl Teller {
-    fn tell(&mut self, status: &ProtectionStatus) {
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket, client: None, told: None }
+    }
+
+    pub fn tell(&mut self, status: &ProtectionStatus) {
         let is_soon = self.told.is_some_and(|told| told.elapsed() < TELL_INTERVAL);
         if is_soon && status.state == "protected" {
             return;
@@ -159,7 +177,7 @@ impl Protector {
         let thread = std::thread::Builder::new()
             .name(format!("protect {name}").chars().take(15).collect())
             .spawn(move || {
-                let mut teller = Teller { socket: here.socket.clone(), client: None, told: None };
+                let mut teller = Teller::new(here.socket.clone());
                 let mut tell = |status: &ProtectionStatus| {
                     teller.tell(status);
                     // Whoever listened may be gone.
@@ -195,11 +213,13 @@ fn protection(
 ) -> Result<Protection> {
     let live = here.mountpoint.join(machine).join("live");
     let notes = here.socket.parent().unwrap_or(Path::new("/"));
+    let lessor = DaemonLessor { socket: here.socket.clone(), machine: machine.to_owned() };
+    let agent = MachineAgent::new(&config.monitor()?, &live, config.state(), notes, &here.program)?;
     Ok(Protection {
         machine: machine.to_owned(),
         policy,
         weight: config.weight,
-        agent: Box::new(MachineAgent::new(&config.monitor()?, &live, config.state(), notes, &here.program)?),
+        agent: Box::new(agent.heed(Box::new(lessor))?),
         epochs: Box::new(DaemonEpochs { socket: here.socket.clone(), machine: machine.to_owned() }),
         host: host.clone(),
     })

@@ -16,6 +16,7 @@ mod key;
 pub mod local;
 mod location;
 pub mod remote;
+mod weather;
 
 use std::ops::Range;
 
@@ -29,6 +30,7 @@ pub use key::{TEMPORARY, check_key, check_prefix};
 pub use local::LocalStore;
 pub use location::{BucketUrl, Location, Service};
 pub use remote::RemoteStore;
+pub use weather::{WEATHER_VARIABLE, WeatherStore};
 
 use crate::error::{Error, Result};
 

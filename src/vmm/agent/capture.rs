@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use super::cloud_hypervisor::CloudHypervisorControl;
 use super::firecracker::FirecrackerControl;
-use super::guard::{Guard, go_on};
+use super::guard::{Guard, Guarded, GuardedLease, go_on, peer_of};
 use super::qemu::QemuControl;
 use super::{Agent, Capture, Control, Health, MonitorAt};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::flush::hand_over_files;
+use crate::platform::lease::LeaseClaim;
+use crate::uffd::Peer;
 
 /// An agent that has a machine stopped for so long hangs, and is killed by the guard.
 const STOPPED_MAX: Duration = Duration::from_secs(60);
@@ -30,6 +32,17 @@ pub struct MachineAgent {
     program: PathBuf,
     control: Box<dyn Control>,
     guard: Option<Guard>,
+    /// The machine's process, if that could be told when this began.
+    machine: Option<Peer>,
+    lessor: Option<Box<dyn Lessor>>,
+    /// Whether the guard ends the machine when the lease is over.
+    is_leased: bool,
+}
+
+/// Who grants the lease that a machine runs under.
+pub trait Lessor: Send {
+    /// What the machine may run under from now on; nothing where the host has no leases.
+    fn claim(&mut self) -> Result<Option<LeaseClaim>>;
 }
 
 impl MachineAgent {
@@ -45,7 +58,48 @@ impl MachineAgent {
         if let Health::Lost(why) = control.health()? {
             return Err(Error::new(Kind::Io, why));
         }
-        Ok(Self { monitor: monitor.clone(), live: live.to_owned(), program: program.to_owned(), control, guard: None })
+        let machine = peer_of(monitor).map_err(|error| tracing::info!("{error}")).ok();
+        Ok(Self {
+            monitor: monitor.clone(),
+            live: live.to_owned(),
+            program: program.to_owned(),
+            control,
+            guard: None,
+            machine,
+            lessor: None,
+            is_leased: false,
+        })
+    }
+
+    /// From now on the machine runs under a lease, and is ended when that is over. One that another host has taken over is
+    /// ended at once.
+    pub fn heed(mut self, lessor: Box<dyn Lessor>) -> Result<Self> {
+        self.lessor = Some(lessor);
+        match self.renew_guard() {
+            Err(error) if error.kind() == Kind::Fenced => {
+                self.fence()?;
+                Err(error)
+            }
+            renewed => renewed.map(|()| self),
+        }
+    }
+
+    /// A guard with a lease that is in force, where leases are granted.
+    fn renew_guard(&mut self) -> Result<()> {
+        let Some(lessor) = &mut self.lessor else { return Ok(()) };
+        let claim = lessor.claim()?;
+        self.is_leased = claim.is_some();
+        let lease = claim.map(|claim| GuardedLease { claim, live: Some(self.live.clone()) });
+        let guarded = Guarded::Monitor(self.monitor.clone());
+        // The machine behind the monitor may be another than before.
+        self.machine = Some(peer_of(&self.monitor)?);
+        self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, lease.as_ref())?);
+        Ok(())
+    }
+
+    /// Whether nobody would end the machine when its lease is over.
+    fn has_lost_guard(&mut self) -> bool {
+        self.is_leased && !self.guard.as_mut().is_some_and(Guard::is_there)
     }
 
     /// What the machine stored into its memory so far is the mount's: the epoch makes it durable.
@@ -77,10 +131,13 @@ impl MachineAgent {
             return Ok(());
         }
         // It is started with the first capture, and when it was killed.
-        let mut guard = Guard::start(&self.program, &self.monitor, STOPPED_MAX)?;
-        guard.stopping()?;
-        self.guard = Some(guard);
-        Ok(())
+        if self.lessor.is_some() {
+            self.renew_guard()?;
+        } else {
+            let guarded = Guarded::Monitor(self.monitor.clone());
+            self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, None)?);
+        }
+        self.guard.as_mut().map_or(Ok(()), Guard::stopping)
     }
 
     /// What happens while the machine stands still.
@@ -128,6 +185,12 @@ impl Parts {
 
 impl Agent for MachineAgent {
     fn health(&mut self) -> Health {
+        if self.has_lost_guard()
+            && let Err(error) = self.renew_guard()
+        {
+            self.control.reset();
+            return Health::Lost(error.to_string());
+        }
         self.control.health().unwrap_or_else(|error| {
             self.control.reset();
             Health::Lost(error.to_string())
@@ -147,5 +210,16 @@ impl Agent for MachineAgent {
         resumed?;
         captured?;
         Ok(Capture { pause: parts.told, parts: parts.parts, prepared, rounds })
+    }
+
+    fn fence(&mut self) -> Result<()> {
+        let path = self.monitor.path().display();
+        let machine = self.machine.take().map_or_else(|| peer_of(&self.monitor), Ok)?;
+        if machine.is_this_process() {
+            return Err(Error::usage(format!("the monitor at {path} is this process: the machine is not ended")));
+        }
+        machine.kill().map_err(|error| Error::io(format!("{machine} behind {path} cannot be ended"), error))?;
+        tracing::error!("another host has taken the machine behind {path} over: {machine} is ended");
+        Ok(())
     }
 }

@@ -1,25 +1,53 @@
-//! A process beside an agent that lets a machine go on where the agent cannot any more: it was killed, or hangs, between
-//! stopping the machine and letting it run.
+//! A process beside an agent that acts where the agent cannot any more, because it was killed, or stopped, or hangs: it lets a
+//! machine go on that the agent had stopped, and ends one whose host's lease is over.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, getppid, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, getppid, kill_process};
+use serde::{Deserialize, Serialize};
 
 use super::MonitorAt;
-use crate::error::{Error, Result};
-use crate::platform::clock::Stopwatch;
+use crate::error::{Error, Kind, Result};
+use crate::platform::clock::{BootClock, Clock, Stopwatch};
+use crate::platform::lease::{LeaseClaim, watch_claim};
+use crate::uffd::Peer;
 
 const STOPPING: u8 = b's';
 const RUNNING: u8 = b'r';
+/// The agent ends in order, and the machine is none of the guard's business any more.
+const END: u8 = b'e';
+
+/// What a guard says once it holds the machine's process.
+const HOLDS: &[u8] = b"holds\n";
 
 /// How long the guard tries to let a machine go on.
 const TRY_FOR: Duration = Duration::from_secs(30);
+
+/// A machine's lease, for its guard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuardedLease {
+    pub claim: LeaseClaim,
+    /// The machine's directory on the mount, of which its process must have files.
+    pub live: Option<PathBuf>,
+}
+
+/// What a guard looks after.
+#[derive(Clone, Debug)]
+pub enum Guarded {
+    /// The machine behind a monitor.
+    Monitor(MonitorAt),
+    /// The process that started the guard, in which the machine runs.
+    Parent,
+}
 
 /// The agent's end.
 pub struct Guard {
@@ -28,16 +56,37 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Starts the guard of the machine behind a monitor. An agent that stops it for longer than `patience` is killed.
-    pub fn start(program: &Path, monitor: &MonitorAt, patience: Duration) -> Result<Self> {
+    /// Starts the guard of a machine. An agent that stops it for longer than `patience` is killed; with a lease, this
+    /// returns when the guard would end the machine.
+    pub fn start(program: &Path, guarded: &Guarded, patience: Duration, lease: Option<&GuardedLease>) -> Result<Self> {
         let failed = |error| Error::io(format!("cannot start {}", program.display()), error);
         let mut command = Command::new(program);
-        command.args(["protect", "--guard", &patience.as_millis().to_string(), monitor.option()]).arg(monitor.path());
+        command.args(["protect", "--guard", &patience.as_millis().to_string()]);
+        match guarded {
+            Guarded::Monitor(monitor) => command.arg(monitor.option()).arg(monitor.path()),
+            Guarded::Parent => command.arg("--parent"),
+        };
+        if let Some(lease) = lease {
+            let lease = serde_json::to_string(lease)
+                .map_err(|error| Error::usage(format!("the lease cannot be told to the guard: {error}")))?;
+            command.args(["--lease", &lease]);
+        }
+        let stdout = if lease.is_some() { Stdio::piped() } else { Stdio::null() };
         // A terminal's signals are the agent's.
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0);
+        command.stdin(Stdio::piped()).stdout(stdout).process_group(0);
         let mut process = command.spawn().map_err(failed)?;
-        let pipe = process.stdin.take();
-        Ok(Self { process, pipe })
+        let (pipe, said) = (process.stdin.take(), process.stdout.take());
+        let mut guard = Self { process, pipe };
+        if let Some(mut said) = said {
+            let mut text = [0; HOLDS.len()];
+            if said.read_exact(&mut text).is_err() || text != HOLDS {
+                drop(guard.pipe.take());
+                let _ = guard.process.wait();
+                return Err(Error::new(Kind::Io, "nobody could end the machine when this host's lease is over")
+                    .hint("what is before this in the log says why"));
+            }
+        }
+        Ok(guard)
     }
 
     fn tell(&mut self, byte: u8) -> Result<()> {
@@ -54,42 +103,152 @@ impl Guard {
     pub fn running(&mut self) -> Result<()> {
         self.tell(RUNNING)
     }
+
+    /// Whether it is still there.
+    pub fn is_there(&mut self) -> bool {
+        matches!(self.process.try_wait(), Ok(None))
+    }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        // One that is gone has nothing to be told.
+        let _ = self.tell(END);
         // It ends with the pipe, at once where the machine runs.
         drop(self.pipe.take());
         let _ = self.process.wait();
     }
 }
 
-/// The guard's process: heeds the agent at the other end of standard input until it is gone.
-pub fn guard(monitor: &MonitorAt, patience: Duration) -> Result<()> {
+/// The guard's process: heeds the agent at the other end of standard input until it is gone, and the lease for as long as
+/// the machine runs.
+pub fn guard(guarded: &Guarded, patience: Duration, lease: Option<&GuardedLease>) -> Result<()> {
+    let machine = lease.map(|lease| hold(guarded, lease)).transpose()?;
+    let is_done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let mut watching = None;
+        if let (Some(machine), Some(lease)) = (&machine, lease) {
+            let is_done = &is_done;
+            watching = Some(scope.spawn(move || watch(machine, lease, is_done)));
+            let mut output = std::io::stdout();
+            // An agent that is gone has not begun anything.
+            output.write_all(HOLDS).and_then(|()| output.flush()).map_err(|error| {
+                is_done.store(true, Ordering::Relaxed);
+                Error::io("the agent's pipe", error)
+            })?;
+        }
+        let heeded = heed(guarded, patience, machine.as_ref());
+        // Where the agent is gone without a word, or nothing can be heard, the lease is watched all the same.
+        is_done.store(matches!(heeded, Ok(true)), Ordering::Relaxed);
+        let watched = watching.map_or(Ok(()), |watching| {
+            watching.join().unwrap_or_else(|_| Err(Error::new(Kind::Io, "watching the lease ended badly")))
+        });
+        heeded.and(watched)
+    })
+}
+
+/// The machine's process, which must be what it seems: another program's socket may be handed to a monitor.
+fn hold(guarded: &Guarded, lease: &GuardedLease) -> Result<Peer> {
+    let MonitorAt::Qemu(_) = (match guarded {
+        Guarded::Monitor(monitor) => monitor,
+        Guarded::Parent => return parent(),
+    }) else {
+        return process_behind(guarded);
+    };
+    let machine = process_behind(guarded)?;
+    match &lease.live {
+        Some(live) if !has_mapped(machine.pid(), live)? => Err(Error::usage(format!(
+            "{machine}, which listens for its monitor, has no file of {} mapped: it is not the machine",
+            live.display()
+        ))
+        .hint("let QEMU make the monitor's socket itself: -qmp unix:PATH,server,nowait")),
+        _ => Ok(machine),
+    }
+}
+
+fn process_behind(guarded: &Guarded) -> Result<Peer> {
+    match guarded {
+        Guarded::Monitor(monitor) => peer_of(monitor),
+        Guarded::Parent => parent(),
+    }
+}
+
+/// The process that listens at a monitor's socket.
+pub(super) fn peer_of(monitor: &MonitorAt) -> Result<Peer> {
+    let path = monitor.path();
+    let socket =
+        UnixStream::connect(path).map_err(|error| Error::io(format!("cannot connect to {}", path.display()), error))?;
+    Peer::of(&socket).map_err(|error| error.context(path.display()))
+}
+
+fn parent() -> Result<Peer> {
+    let gone = || Error::new(Kind::Io, "the process that the guard is for is gone");
+    let pid = getppid().ok_or_else(gone)?;
+    let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+        .map_err(|error| Error::io("cannot hold the process that the guard is for", error.into()))?;
+    // Its number may have become another's before it was held, but then this has another parent.
+    if getppid() != Some(pid) {
+        return Err(gone());
+    }
+    Ok(Peer::found(pid.as_raw_nonzero().get(), process))
+}
+
+/// Whether a process has mapped a file of the mount that a directory is on.
+fn has_mapped(pid: i32, directory: &Path) -> Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let failed = |error| Error::io(format!("cannot tell what process {pid} has mapped"), error);
+    let device = std::fs::metadata(directory).map_err(failed)?.dev();
+    let wanted = format!("{:02x}:{:02x}", rustix::fs::major(device), rustix::fs::minor(device));
+    let maps = std::fs::read(format!("/proc/{pid}/maps")).map_err(failed)?;
+    let maps = String::from_utf8_lossy(&maps);
+    Ok(maps.lines().any(|line| line.split_ascii_whitespace().nth(3) == Some(wanted.as_str())))
+}
+
+/// Ends the machine when the lease is over, unless it has ended before, or is nobody's business here any more.
+fn watch(machine: &Peer, lease: &GuardedLease, is_done: &AtomicBool) -> Result<()> {
+    let clock: Arc<dyn Clock> = Arc::new(BootClock);
+    let has_ended = || machine.has_ended() || is_done.load(Ordering::Relaxed);
+    watch_claim(lease.claim.clone(), &clock, &has_ended, &|| {
+        // First of all, before anything that might wait.
+        let killed = machine.kill();
+        match killed {
+            Ok(()) => tracing::error!("this host's lease is over: {machine}, the machine, is ended"),
+            Err(error) => tracing::error!("this host's lease is over, and {machine} cannot be ended: {error}"),
+        }
+    })
+}
+
+/// Heeds what the agent says until it is gone, or the machine; `true` where it says that this is to end.
+fn heed(guarded: &Guarded, patience: Duration, machine: Option<&Peer>) -> Result<bool> {
     let agent = getppid();
     let input = rustix::stdio::stdin();
-    let mut is_stopped = false;
+    let (mut is_stopped, mut is_told_to_end) = (false, false);
     loop {
-        if !wait(input, is_stopped.then_some(patience))? {
-            tracing::error!(monitor = %monitor.path().display(), "the agent keeps a machine stopped for {} s: it is killed", patience.as_secs());
-            // Only a parent that is still the same: its number may be another's by now.
-            if let Some(agent) = agent.filter(|agent| getppid() == Some(*agent)) {
-                end(agent);
+        match wait(input, machine, is_stopped.then_some(patience))? {
+            Heard::Something => {}
+            Heard::MachineEnded => return Ok(false),
+            Heard::Nothing => {
+                tracing::error!("the agent keeps a machine stopped for {} s: it is killed", patience.as_secs());
+                // Only a parent that is still the same: its number may be another's by now.
+                if let Some(agent) = agent.filter(|agent| getppid() == Some(*agent)) {
+                    end(agent);
+                }
+                break;
             }
-            break;
         }
         let mut byte = [0];
         match rustix::io::read(input, &mut byte) {
             Ok(0) => break,
+            Ok(_) if byte[0] == END => is_told_to_end = true,
             Ok(_) => is_stopped = byte[0] == STOPPING,
             Err(rustix::io::Errno::INTR) => {}
             Err(_) => break,
         }
     }
-    match is_stopped {
-        true => go_on(monitor, TRY_FOR),
-        false => Ok(()),
+    if let (true, Guarded::Monitor(monitor)) = (is_stopped, guarded) {
+        go_on(monitor, TRY_FOR)?;
     }
+    Ok(is_told_to_end)
 }
 
 fn end(agent: Pid) {
@@ -97,15 +256,26 @@ fn end(agent: Pid) {
     let _ = kill_process(agent, Signal::KILL);
 }
 
-/// Waits for the agent to say something. `false`: it did not, in time.
-fn wait(input: impl AsFd, longest: Option<Duration>) -> Result<bool> {
+enum Heard {
+    Something,
+    Nothing,
+    MachineEnded,
+}
+
+/// Waits for the agent to say something, or for the machine's end.
+fn wait(input: impl AsFd, machine: Option<&Peer>, longest: Option<Duration>) -> Result<Heard> {
     let since = Stopwatch::start();
     loop {
         let left = longest.map(|longest| longest.saturating_sub(since.elapsed()));
         let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) });
-        match poll(&mut [PollFd::new(&input, PollFlags::IN)], left.as_ref()) {
-            Ok(0) => return Ok(false),
-            Ok(_) => return Ok(true),
+        let mut watched = vec![PollFd::new(&input, PollFlags::IN)];
+        watched.extend(machine.map(|machine| PollFd::new(machine, PollFlags::IN)));
+        match poll(&mut watched, left.as_ref()) {
+            Ok(0) => return Ok(Heard::Nothing),
+            Ok(_) if watched.get(1).is_some_and(|machine| !machine.revents().is_empty()) => {
+                return Ok(Heard::MachineEnded);
+            }
+            Ok(_) => return Ok(Heard::Something),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Error::io("the agent's pipe", error.into())),
         }

@@ -14,8 +14,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 pub use base::Base;
-pub use capture::MachineAgent;
-pub use guard::{Guard, guard};
+pub use capture::{Lessor, MachineAgent};
+pub use guard::{Guard, Guarded, GuardedLease, guard};
 
 use super::http::send;
 use super::qmp::Monitor;
@@ -50,6 +50,9 @@ pub trait Agent: Send {
     /// Stops the machine, has its state and memory in its files on the mount, calls `freeze`, and lets it go on; what can
     /// be done before is done while it runs. Whatever fails, the machine runs afterwards.
     fn capture(&mut self, freeze: &mut dyn FnMut() -> Result<()>) -> Result<Capture>;
+
+    /// Ends the machine, which another host has taken over.
+    fn fence(&mut self) -> Result<()>;
 }
 
 /// Where a monitor listens, and of which kind it is.

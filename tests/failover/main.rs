@@ -1,0 +1,5 @@
+//! Failover: leases and takeovers in simulated time, and hosts as processes.
+
+#[path = "../common/asked.rs"]
+mod asked;
+mod clocks;
