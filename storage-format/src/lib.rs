@@ -14,6 +14,7 @@ mod object;
 mod page;
 mod record;
 mod reference;
+mod summary;
 mod trace;
 mod wire;
 
@@ -29,7 +30,7 @@ pub use name::{
     BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, NAME_LEN_MAX, READERS_PREFIX, RECORDS_A_SEGMENT, RESERVE_KEY,
     STREAM_PATH_LEN_MAX, birth_key, check_machine, check_stream_path, check_tag, decode_component, encode_component,
     gc_record_key, hex, lease_key, log_prefix, machine_traces_prefix, pack_key, parse_id, parse_lease_key, record_key,
-    record_seq, segment_name, trace_prefix, trace_seq,
+    record_seq, segment_name, summary_key, trace_prefix, trace_seq,
 };
 pub use node::{
     FANOUT, LEVELS_MAX, Node, NodeEditor, NodePatch, Slot, StoredNode, decode_node, level_span, levels_for,
@@ -41,6 +42,7 @@ pub use object::{
 pub use page::{Hash, PAGE_SIZE, Page, hash_page, hash_pages, is_zero};
 pub use record::{Body, Commit, INLINE_MANIFEST_LEN_MAX, ManifestPlace, Owner, Record};
 pub use reference::{ObjectRef, Place};
+pub use summary::{EpochSet, SUMMARY_STEP, Summary, summary_span};
 pub use trace::{TRACE_RUNS_MAX, TRACE_WINDOWS_MAX, Trace, TraceRun};
 
 /// The version of the format that this crate writes, and the newest it reads.
