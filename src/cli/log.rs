@@ -44,7 +44,7 @@ impl Log {
         let mut documents = Vec::new();
         for record in state.epochs.values().skip(skipped) {
             let commit = commit_of(record)?;
-            let tags = state.tags_of(record.seq);
+            let tags = state.list.tags_of(record.seq);
             rows.push(vec![
                 record.seq.to_string(),
                 time(record.time_ns),

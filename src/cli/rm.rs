@@ -46,8 +46,8 @@ impl Rm {
         let mut plan = String::new();
         for machine in &machines {
             let head = store.repository().require(machine)?;
-            let state = store.repository().state(&head, &mut |_, _| {})?;
-            plan += &format!("remove the machine {machine} with all its {} epochs\n", state.epochs.len());
+            let list = store.repository().epochs(&head)?;
+            plan += &format!("remove the machine {machine} with all its {} epochs\n", list.epochs.len());
         }
         for (machine, epochs) in &epochs {
             for epoch in epochs {

@@ -11,7 +11,7 @@ use epochfs_format::{
 use super::view::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{BootClock, Clock};
-use crate::repo::{Draft, FIRST_TERM, Head, Inline, Rebase};
+use crate::repo::{Birth, Draft, FIRST_TERM, Head, Inline, Rebase};
 
 /// What a machine's owner holds. Every record it appends names this term; a later term ends it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,7 +79,8 @@ impl EpochStore {
             return Err(taken());
         }
         // Without a log there is nothing to put a barrier in: the collector is told, and then asked.
-        let birth = head.is_none().then(|| self.repository().collector_log().announce_birth(&machine)).transpose()?;
+        let mut birth =
+            head.is_none().then(|| self.repository().collector_log().announce_birth(&machine)).transpose()?;
         let generation = match &head {
             Some(head) => head.record.generation,
             None => self.repository().collector_log().heed_newest()?,
@@ -106,6 +107,7 @@ impl EpochStore {
         let term = head.as_ref().map_or(FIRST_TERM, |head| head.record.term);
         let draft = Draft { term, generation, ..draft(None, Body::Commit(commit)) };
         let mut heeded = generation;
+        birth.iter_mut().for_each(Birth::set_out);
         let cloned = self.repository().append(&machine, head, draft, &mut |record, _| {
             if record.machine_exists() {
                 return Ok(Rebase::Refuse(taken()));
@@ -115,9 +117,9 @@ impl EpochStore {
                 heeded = record.generation;
             }
             Ok(Rebase::After)
-        });
-        drop(birth);
-        cloned
+        })?;
+        birth.into_iter().for_each(Birth::arrived);
+        Ok(cloned)
     }
 
     /// Makes sure that no condemnation up to this generation takes away what an epoch refers to: the epoch exists behind
@@ -186,14 +188,14 @@ impl EpochStore {
     fn drop_once(&self, machine: &Arc<str>, epochs: &BTreeSet<u64>) -> Result<Head> {
         loop {
             let head = self.repository().require(machine)?;
-            let state = self.repository().state(&head, &mut |_, _| {})?;
+            let list = self.repository().epochs(&head)?;
             for epoch in epochs {
-                if !state.epochs.contains_key(epoch) {
+                if !list.epochs.contains(*epoch) {
                     return Err(Error::not_found(format!("{machine} has no epoch {epoch}"))
                         .hint(format!("`epochfs log {machine}` lists its epochs")));
                 }
             }
-            let latest = state.epochs.keys().rev().find(|epoch| !epochs.contains(*epoch)).copied().unwrap_or(0);
+            let latest = list.epochs.iter().rev().find(|epoch| !epochs.contains(epoch)).unwrap_or(0);
             let body = Body::Drop { epochs: epochs.iter().copied().collect() };
             let draft = Draft { latest_epoch: latest, ..draft(Some(&head.record), body) };
             // What is the newest epoch afterwards depends on every record before: whoever came first, begin again.

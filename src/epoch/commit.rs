@@ -457,6 +457,7 @@ impl CommitBuilder {
         let (machine, options, parent) = (&self.machine, &self.options, self.parent());
         let begun_in = self.head.as_ref().map_or(0, |head| head.record.generation);
         let (mut heeded, mut parent_is_dropped) = (self.heeded, false);
+        self.birth.iter_mut().for_each(Birth::set_out);
         let head = self.repository.append(machine, self.head.clone(), draft, &mut |record, draft| {
             let rebase = after_other(record, base_term, machine, options);
             parent_is_dropped |= matches!(&record.body, Body::Drop { epochs } if epochs.contains(&parent));
@@ -477,7 +478,7 @@ impl CommitBuilder {
             Ok(rebase)
         })?;
         tracing::debug!(epoch = head.record.seq, "record is durable");
-        drop(self.birth.take());
+        self.birth.take().into_iter().for_each(Birth::arrived);
         if footer.block_count() > 0 {
             let object = epochfs_format::ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
             self.shared.index.learn(&object, &footer);

@@ -127,8 +127,8 @@ impl EpochStore {
         }
         let opening = self.opening()?;
         let head = self.repository().require(machine)?;
-        let state = self.repository().state(&head, &mut |_, _| {})?;
-        let mut wanted: Vec<u64> = only.map_or_else(|| state.epochs.keys().copied().collect(), <[u64]>::to_vec);
+        let list = self.repository().epochs(&head)?;
+        let mut wanted: Vec<u64> = only.map_or_else(|| list.epochs.iter().collect(), <[u64]>::to_vec);
         wanted.sort_unstable();
         wanted.dedup();
         drop(opening);
@@ -149,7 +149,7 @@ impl EpochStore {
                     Err(error) if error.kind() == Kind::NotFound && only.is_none() => continue,
                     opened => opened?,
                 };
-                let tags = state.tags_of(number).into_iter().map(str::to_owned).collect();
+                let tags = list.tags_of(number).into_iter().map(str::to_owned).collect();
                 copied.epochs.push(self.copy_one(&epoch, tags, to, to_machine, &mut last)?);
             }
         }

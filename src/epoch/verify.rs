@@ -6,8 +6,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use epochfs_format::{
     BIRTHS_PREFIX, Birth, Block, BlockKind, DESCRIPTOR_KEY, Descriptor, FANOUT, GC_LOG_PREFIX, GcRecord, HEADER_LEN,
-    Hash, Lease, ObjectRef, PAGE_SIZE, PageDecoder, Place, RESERVE_KEY, Root, TRAILER_LEN, Trailer, check_header,
-    gc_record_key, hash_page, level_span, levels_for, log_prefix, parse_id, parse_lease_key, record_seq,
+    Hash, Lease, ObjectRef, PAGE_SIZE, PageDecoder, Place, RESERVE_KEY, Root, SUMMARY_STEP, Summary, TRAILER_LEN,
+    Trailer, check_header, gc_record_key, hash_page, level_span, levels_for, log_prefix, parse_id, parse_lease_key,
+    record_seq, summary_key,
 };
 
 use super::nodes::{Stored, describe};
@@ -15,7 +16,7 @@ use super::tree::{child, page_count};
 use super::view::{EpochStore, commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::store::ObjectInfo;
-use crate::repo::{Head, MachineState, machines, object_key};
+use crate::repo::{Head, MachineState, Summing, machines, object_key};
 
 /// Something wrong.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -84,6 +85,8 @@ struct Verifier<'a> {
     decoder: PageDecoder,
     /// Blocks found damaged, by object.
     bad: HashMap<ObjectRef, Vec<(u32, u32)>>,
+    /// What stored summaries say, as hashes, by machine and last record.
+    summaries: HashMap<Arc<str>, HashMap<u64, Hash>>,
     /// Nodes that were walked, with how many unreadable pages lie below.
     walked: HashMap<(Place, Hash, u8), u64>,
     on_bytes: &'a mut dyn FnMut(u64, u64),
@@ -98,6 +101,7 @@ impl EpochStore {
             verified: Verified::default(),
             decoder: PageDecoder::new(),
             bad: HashMap::new(),
+            summaries: HashMap::new(),
             walked: HashMap::new(),
             on_bytes,
             total: 0,
@@ -128,6 +132,7 @@ impl Verifier<'_> {
                 Named::Descriptor => self.check_descriptor(),
                 Named::Trace => Ok(()),
                 Named::OfCollector => self.check_of_collector(&info.key),
+                Named::Summary(machine, to) => self.check_summary(&machine, to),
                 Named::Object(object) => self.check_object(&object, &info.key),
                 Named::Unknown => {
                     self.verified.unknown_objects.push(info.key.clone());
@@ -173,6 +178,15 @@ impl Verifier<'_> {
         } else {
             GcRecord::decode(&bytes, objects.repository(), record_seq(key).unwrap_or(0))?;
         }
+        Ok(())
+    }
+
+    /// Whether it says what the records do is known once these are read.
+    fn check_summary(&mut self, machine: &Arc<str>, to: u64) -> Result<()> {
+        let objects = self.store.repository().objects();
+        let bytes = objects.store().get(&summary_key(machine, to))?;
+        let summary = Summary::decode(&bytes, objects.repository(), machine, to)?;
+        self.summaries.entry(machine.clone()).or_default().insert(to, summary_hash(&summary));
         Ok(())
     }
 
@@ -244,7 +258,19 @@ impl Verifier<'_> {
         if head.record.machine_exists() {
             self.verified.machines += 1;
         }
-        let state = match repository.state(head, &mut |_, _| {}) {
+        let (mut summing, mut wrong) = (Summing::default(), Vec::new());
+        let stored = self.summaries.remove(machine).unwrap_or_default();
+        let replayed = repository.replay(head, &mut |record, digest| {
+            if let Some(summary) = summing.add(record, digest)
+                && stored.get(&summary.to).is_some_and(|found| *found != summary_hash(summary))
+            {
+                wrong.push(summary.to);
+            }
+        });
+        for to in wrong {
+            self.verified.problem(summary_key(machine, to), "it does not say what the records do");
+        }
+        let state = match replayed {
             Ok(state) => state,
             Err(error) if is_damage(&error) => {
                 self.verified.problem(log_prefix(machine), &error);
@@ -422,7 +448,13 @@ enum Named {
     Trace,
     /// A record of the collector's log, or what readers and writers tell it.
     OfCollector,
+    /// The summary of a machine's log up to this record.
+    Summary(Arc<str>, u64),
     Unknown,
+}
+
+fn summary_hash(summary: &Summary) -> Hash {
+    *blake3::hash(&summary.encode(&[0; 16])).as_bytes()
 }
 
 fn is_of_collector(key: &str) -> bool {
@@ -449,6 +481,13 @@ fn name_of(key: &str) -> Named {
         key.rsplit('/').next().and_then(parse_id).map(ObjectRef::Pack)
     } else if let Some(rest) = key.strip_prefix("machines/") {
         let machine = rest.split('/').next().and_then(epochfs_format::decode_component);
+        if let Some((machine, to)) = machine.as_deref().zip(record_seq(key))
+            && to > 0
+            && to.is_multiple_of(SUMMARY_STEP)
+            && summary_key(machine, to) == key
+        {
+            return Named::Summary(machine.into(), to);
+        }
         machine.zip(record_seq(key)).map(|(machine, seq)| ObjectRef::Record { machine: machine.into(), seq })
     } else {
         None

@@ -378,13 +378,13 @@ impl FileSystem {
     /// Numbers and tags.
     fn list_epochs(&self, machine: &Arc<str>, lines: &mut Vec<Line>) -> Answer<()> {
         let head = self.store.repository().require(machine)?;
-        let state = self.store.repository().state(&head, &mut |_, _| {})?;
+        let list = self.store.repository().epochs(&head)?;
         let mut line = |name: String, epoch: u64, tag: Option<&str>| {
             let inode = epoch_number(machine, epoch, tag);
             lines.push(Line { inode, kind: NodeKind::Directory, name: name.into_bytes() });
         };
-        state.epochs.keys().for_each(|epoch| line(epoch.to_string(), *epoch, None));
-        state.tags.iter().for_each(|(tag, epoch)| line(tag.clone(), *epoch, Some(tag)));
+        list.epochs.iter().for_each(|epoch| line(epoch.to_string(), epoch, None));
+        list.tags.iter().for_each(|(tag, epoch)| line(tag.clone(), *epoch, Some(tag)));
         Ok(())
     }
 

@@ -28,7 +28,8 @@ pub fn judge_machine(store: &EpochStore, machine: &Arc<str>, policy: &Policy) ->
     let held = held_by_readers(store.repository().objects())?;
     let mut epochs = Vec::new();
     for record in state.epochs.values() {
-        let mut pinned_by: Vec<String> = state.tags_of(record.seq).iter().map(|tag| format!("tag {tag}")).collect();
+        let mut pinned_by: Vec<String> =
+            state.list.tags_of(record.seq).iter().map(|tag| format!("tag {tag}")).collect();
         let reader = held.iter().find(|(of, epoch, _)| of == machine && *epoch == record.seq);
         pinned_by.extend(reader.map(|(_, _, host)| format!("read by {host}")));
         // A copy is as old as its original.

@@ -50,6 +50,8 @@ pub trait Epochs: Send {
 #[serde(default)]
 pub struct ProtectionStatus {
     pub machine: String,
+    /// When this was said, by the host's clock since it was started.
+    pub said_at_ms: u64,
     /// `starting`, `protected`, `storing` (longer than usual), `failing`, `idle` (it stands still), `lost`, `ended`.
     pub state: String,
     /// Why, where it is not protected.

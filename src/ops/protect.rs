@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use super::control::{Client, CommitRequest};
 use crate::error::{Error, Kind, Result};
 use crate::ha::{Config, Epochs, Host, MachineConfig, Policy, Protection, ProtectionStatus, Stored, Ticket, protect};
-use crate::platform::clock::Stopwatch;
+use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::LeaseClaim;
 use crate::vmm::agent::{Lessor, MachineAgent};
 
@@ -112,6 +112,8 @@ impl Teller {
             Some(client) => Some(client),
             None => Client::connect(&self.socket).ok().flatten(),
         };
+        // It may wait in the socket for a while.
+        let status = &ProtectionStatus { said_at_ms: BootClock.elapsed().as_millis() as u64, ..status.clone() };
         self.client = client.and_then(|mut client| client.tell_protection(status).ok().map(|()| client));
     }
 }

@@ -224,7 +224,7 @@ impl CollectorLog {
 
     /// Announces a commit to a machine that has no log yet, in which a collector could not put a barrier.
     pub fn announce_birth(&self, machine: &str) -> Result<Birth> {
-        let birth = Birth { objects: self.objects.clone(), key: birth_key(&random::id16()) };
+        let birth = Birth { objects: self.objects.clone(), key: birth_key(&random::id16()), is_on_its_way: false };
         let said = epochfs_format::Birth { repository: *self.objects.repository(), machine: machine.into() };
         self.objects.store().put_if_absent(&birth.key, &[&said.encode()])?;
         Ok(birth)
@@ -236,14 +236,31 @@ pub fn condemnation_at(seq: u64) -> u64 {
     if seq == 0 { 0 } else { seq - (seq - 1) % 4 }
 }
 
-/// An announced commit. Dropping it takes the announcement back.
+/// An announced commit. Dropping it takes the announcement back, unless its record may still be on its way.
 pub struct Birth {
     objects: Arc<Objects>,
     key: String,
+    is_on_its_way: bool,
+}
+
+impl Birth {
+    /// The record is put from here on. As long as it is not known to be there, the announcement stays: it may arrive when
+    /// nobody waits for it any more, and must find a collector's barrier then.
+    pub fn set_out(&mut self) {
+        self.is_on_its_way = true;
+    }
+
+    /// The record is there.
+    pub fn arrived(mut self) {
+        self.is_on_its_way = false;
+    }
 }
 
 impl Drop for Birth {
     fn drop(&mut self) {
+        if self.is_on_its_way {
+            return;
+        }
         // One that stays is taken away by the next collection.
         if let Err(error) = self.objects.store().delete(&self.key) {
             tracing::debug!("{} stays: {error}", self.key);

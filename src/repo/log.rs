@@ -1,11 +1,14 @@
 //! Reading a machine's log: its newest record, and what its epochs and tags are.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use epochfs_format::{Body, Hash, Record, check_machine, decode_component, log_prefix, record_seq};
+use epochfs_format::{
+    Body, EpochSet, Hash, Record, SUMMARY_STEP, Summary, check_machine, decode_component, log_prefix, record_seq,
+};
 
 use super::objects::Objects;
+use super::summaries::Summaries;
 use crate::error::{Error, Kind, Result};
 
 /// The newest record of a log.
@@ -75,63 +78,121 @@ fn two_records(objects: &Objects, machine: &Arc<str>, seq: u64) -> Result<(Found
     })
 }
 
-/// The machine's epochs and tags, as its log tells.
+/// Which epochs a machine has, and what its tags name.
 #[derive(Clone, Debug, Default)]
-pub struct MachineState {
-    /// Every epoch that exists, by number, as its record.
-    pub epochs: BTreeMap<u64, Record>,
+pub struct EpochList {
+    pub epochs: EpochSet,
     pub tags: BTreeMap<String, u64>,
 }
 
-impl MachineState {
-    /// Reads the whole log. `progress` is told how many records of how many are read.
-    pub(super) fn replay(objects: &Objects, head: &Head, progress: &mut dyn FnMut(u64, u64)) -> Result<Self> {
+impl EpochList {
+    pub(super) fn read(objects: &Objects, summaries: &Summaries, head: &Head) -> Result<Self> {
         let machine = &head.record.machine;
-        let mut state = Self::default();
-        let mut previous = [0; 32];
-        let total = head.record.seq;
-        for seq in 1..=total {
-            progress(seq - 1, total);
-            let Some((record, digest)) = objects.record(machine, seq)? else {
-                return Err(Error::damaged(format!("record {seq} of {machine} is missing, and {total} is there"))
-                    .hint("`epochfs verify` lists which epochs are whole"));
+        let summed = head.record.seq / SUMMARY_STEP * SUMMARY_STEP;
+        let mut sum =
+            summaries.back_to(objects, machine, summed, 0)?.into_iter().fold(None, |newer, older| match newer {
+                None => Some(Summary::clone(&older)),
+                Some(newer) => Some(older.then(&newer)),
+            });
+        for seq in summed + 1..=head.record.seq {
+            let found = if seq == head.record.seq {
+                Some((head.record.clone(), head.digest))
+            } else {
+                objects.record(machine, seq)?
             };
-            check_link(&record, &previous)?;
-            previous = digest;
-            state.apply(record);
-        }
-        progress(total, total);
-        Ok(state)
-    }
-
-    fn apply(&mut self, record: Record) {
-        match &record.body {
-            Body::Create | Body::Term | Body::Barrier { .. } => {}
-            Body::Commit(commit) => {
-                for tag in &commit.tags {
-                    self.tags.insert(tag.clone(), record.seq);
+            let (record, digest) = found.ok_or_else(|| missing(machine, seq))?;
+            let one = Summary::of(&record, digest);
+            sum = Some(match sum {
+                None => one,
+                Some(before) => {
+                    check_link(&record, &before.digest)?;
+                    before.then(&one)
                 }
-                self.epochs.insert(record.seq, record);
-            }
-            Body::Tag { epoch, name } => {
-                self.tags.insert(name.clone(), *epoch);
-            }
-            Body::Untag { name } => {
-                self.tags.remove(name);
-            }
-            Body::Drop { epochs } => {
-                for epoch in epochs {
-                    self.epochs.remove(epoch);
-                }
-                self.tags.retain(|_, epoch| !epochs.contains(epoch));
-            }
-            Body::Remove => *self = Self::default(),
+            });
         }
+        let Some(sum) = sum else { return Ok(Self::default()) };
+        let tags = sum.tags.into_iter().filter_map(|(tag, epoch)| Some((tag, epoch?)));
+        Ok(Self { tags: tags.collect(), epochs: sum.epochs })
     }
 
     /// The tags of an epoch.
     pub fn tags_of(&self, epoch: u64) -> Vec<&str> {
         self.tags.iter().filter(|(_, tagged)| **tagged == epoch).map(|(name, _)| name.as_str()).collect()
+    }
+}
+
+/// A record is not there, though a later one is.
+pub(super) fn missing(machine: &str, seq: u64) -> Error {
+    Error::damaged(format!("record {seq} of {machine} is missing"))
+        .hint("`epochfs verify` lists which epochs are whole")
+}
+
+/// The machine's epochs and tags, as its log tells.
+#[derive(Clone, Debug, Default)]
+pub struct MachineState {
+    pub list: EpochList,
+    /// Every epoch that exists, by number, as its record.
+    pub epochs: BTreeMap<u64, Record>,
+}
+
+impl MachineState {
+    /// Reads the records of all epochs that there are. `progress` is told how many of how many are read.
+    pub(super) fn read(
+        objects: &Objects,
+        machine: &Arc<str>,
+        list: EpochList,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
+        let (mut epochs, total) = (BTreeMap::new(), list.epochs.len());
+        for (done, seq) in (0..).zip(list.epochs.iter()) {
+            progress(done, total);
+            let (record, _) = objects.record(machine, seq)?.ok_or_else(|| missing(machine, seq))?;
+            epochs.insert(seq, record);
+        }
+        progress(total, total);
+        Ok(Self { epochs, list })
+    }
+
+    /// Reads the whole log.
+    pub(super) fn replay(objects: &Objects, head: &Head, each: &mut dyn FnMut(&Record, Hash)) -> Result<Self> {
+        let machine = &head.record.machine;
+        let mut state = Self::default();
+        let mut previous = [0; 32];
+        for seq in 1..=head.record.seq {
+            let (record, digest) = objects.record(machine, seq)?.ok_or_else(|| missing(machine, seq))?;
+            check_link(&record, &previous)?;
+            previous = digest;
+            each(&record, digest);
+            state.apply(record);
+        }
+        state.list.epochs = state.epochs.keys().copied().collect();
+        Ok(state)
+    }
+
+    fn apply(&mut self, record: Record) {
+        let tags = &mut self.list.tags;
+        match &record.body {
+            Body::Create | Body::Term | Body::Barrier { .. } => {}
+            Body::Commit(commit) => {
+                for tag in &commit.tags {
+                    tags.insert(tag.clone(), record.seq);
+                }
+                self.epochs.insert(record.seq, record);
+            }
+            Body::Tag { epoch, name } => {
+                tags.insert(name.clone(), *epoch);
+            }
+            Body::Untag { name } => {
+                tags.remove(name);
+            }
+            Body::Drop { epochs } => {
+                for epoch in epochs {
+                    self.epochs.remove(epoch);
+                }
+                tags.retain(|_, epoch| !epochs.contains(epoch));
+            }
+            Body::Remove => *self = Self::default(),
+        }
     }
 }
 
@@ -145,50 +206,83 @@ pub(super) fn check_link(record: &Record, previous: &Hash) -> Result<()> {
         .hint("`epochfs verify` lists which epochs are whole"))
 }
 
-/// The edits since some record, newest first: enough to tell whether an epoch was dropped and what a tag names.
+/// Edits that are read one by one, at the least, before summaries are asked.
+const EDITS_READ: usize = 8;
+
+/// What was edited since some record: enough to tell whether an epoch was dropped and what a tag names.
 pub(super) struct Edits {
+    /// The newest, beginning with the newest.
     records: Vec<Record>,
+    /// What came before those, in the same order.
+    summaries: Vec<Arc<Summary>>,
 }
 
 impl Edits {
     /// Reads the edits newer than `since`.
-    pub fn read(objects: &Objects, head: &Head, since: u64) -> Result<Self> {
+    pub fn read(objects: &Objects, summaries: &Summaries, head: &Head, since: u64) -> Result<Self> {
+        let machine = &head.record.machine;
         let mut records = Vec::new();
         let mut next = if head.record.is_edit() { head.record.seq } else { head.record.last_edit };
+        let mut step = u64::MAX;
         while next > since {
-            let Some((record, _)) = objects.record(&head.record.machine, next)? else {
-                return Err(Error::damaged(format!("record {next} of {} is missing", head.record.machine)));
-            };
+            if records.len() >= EDITS_READ && next <= step {
+                // Between here and there is no edit: all that are newer were read.
+                let summed = next.next_multiple_of(SUMMARY_STEP);
+                return Ok(Self { records, summaries: summaries.back_to(objects, machine, summed, since)? });
+            }
+            let (record, _) = objects.record(machine, next)?.ok_or_else(|| missing(machine, next))?;
+            step = next / SUMMARY_STEP * SUMMARY_STEP;
             next = record.last_edit;
             records.push(record);
         }
-        Ok(Self { records })
+        Ok(Self { records, summaries: Vec::new() })
     }
 
     /// Whether the epoch still exists, given that it was committed.
     pub fn keep(&self, epoch: u64) -> bool {
-        !self.records.iter().any(|record| match &record.body {
+        let is_dropped = self.records.iter().any(|record| match &record.body {
             Body::Drop { epochs } => epochs.contains(&epoch),
             Body::Remove => record.seq > epoch,
             _ => false,
-        })
+        });
+        if is_dropped {
+            return false;
+        }
+        for summary in &self.summaries {
+            if epoch > summary.to {
+                break;
+            }
+            if epoch > summary.from {
+                return summary.epochs.contains(epoch);
+            }
+            if summary.removed || summary.dropped.contains(epoch) {
+                return false;
+            }
+        }
+        true
     }
 
-    /// The epoch that a tag names.
+    /// The epoch that a tag names, as far as it was not dropped since.
     pub fn tagged(&self, tag: &str) -> Option<u64> {
-        let mut dropped = BTreeSet::new();
+        self.named(tag).filter(|epoch| self.keep(*epoch))
+    }
+
+    /// What a tag was last said to name.
+    fn named(&self, tag: &str) -> Option<u64> {
         for record in &self.records {
             match &record.body {
-                Body::Tag { epoch, name } if name == tag => {
-                    return Some(*epoch).filter(|epoch| !dropped.contains(epoch));
-                }
-                Body::Commit(commit) if commit.tags.iter().any(|name| name == tag) => {
-                    return Some(record.seq).filter(|epoch| !dropped.contains(epoch));
-                }
+                Body::Tag { epoch, name } if name == tag => return Some(*epoch),
+                Body::Commit(commit) if commit.tags.iter().any(|name| name == tag) => return Some(record.seq),
                 Body::Untag { name } if name == tag => return None,
                 Body::Remove => return None,
-                Body::Drop { epochs } => dropped.extend(epochs.iter().copied()),
                 _ => {}
+            }
+        }
+        for summary in &self.summaries {
+            match summary.tags.get(tag) {
+                Some(named) => return *named,
+                None if summary.removed => return None,
+                None => {}
             }
         }
         None

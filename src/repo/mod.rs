@@ -13,13 +13,15 @@ mod packs;
 mod readers;
 mod repository;
 mod room;
+mod summaries;
 
 pub use append::{Draft, Rebase};
 pub use cache::TwoGenerations;
 pub use collector_log::{Birth, CollectorLog, condemnation_at};
 pub use index::{Index, IndexCounters, IndexState, Rebuilt};
-pub use log::{Head, MachineState, machines};
+pub use log::{EpochList, Head, MachineState, machines};
 pub use objects::{Objects, object_key};
 pub use packs::{INLINE_LEN_MAX, Inline, PackWriter};
 pub use readers::{Hold, LeaseSettings, Opening, Readers};
 pub use repository::{FIRST_TERM, Repository, state_dir};
+pub(crate) use summaries::Summing;

@@ -323,47 +323,8 @@ fn missing_is_damage(error: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::epoch::{CommitOptions, EpochStore};
     use crate::platform::files::RealFiles;
-    use crate::platform::store::contract::random_bytes;
     use crate::platform::store::{CacheSettings, CachedStore, LocalStore};
-    use crate::repo::Repository;
-
-    /// What another host's collector deleted is kept in this host's cache: no commit may refer to it.
-    #[test]
-    fn p4_what_is_kept_of_a_deleted_pack_is_not_taken_for_the_pack() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name: &str| directory.path().join(name);
-        let inner: Arc<dyn Store> = Arc::new(LocalStore::create(&path("store"), Arc::new(RealFiles)).unwrap());
-        Repository::create(inner.clone()).unwrap();
-        let host = || {
-            let cached = CachedStore::new(inner.clone(), CacheSettings { directory: path("cache"), len_max: 1 << 30 });
-            EpochStore::new(Repository::open(Arc::new(cached)).unwrap()).with_state(path("state"))
-        };
-        let memory = random_bytes(1, 4 << 20);
-        let commit = |machine: &str| {
-            let store = host();
-            let mut commit = store.begin_commit(machine, CommitOptions::default()).unwrap();
-            commit.add_bytes("memory", memory.clone()).unwrap();
-            let new_pages = commit.finish().unwrap().counts.new_pages;
-            let epoch = store.epoch(&machine.parse().unwrap()).unwrap();
-            let mut bytes = vec![0; memory.len()];
-            epoch.stream(b"memory").unwrap().read_at(0, &mut bytes).unwrap();
-            assert!(bytes == memory);
-            new_pages
-        };
-        assert_eq!(commit("web1"), 1024);
-        assert_eq!(commit("web2"), 0, "the index and the cache know all pages");
-        let mut packs = Vec::new();
-        inner
-            .list("packs/", None, &mut |object| {
-                packs.push(object.key);
-                Ok(true)
-            })
-            .unwrap();
-        packs.iter().for_each(|key| inner.delete(key).unwrap());
-        assert_eq!(commit("web3"), 1024, "the pages are gone, whatever is kept of them");
-    }
 
     #[test]
     fn p4_that_a_pack_was_there_is_forgotten_when_it_is_heard_of_a_collection() {

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, ManifestPlace, Record, check_machine, check_tag, hex};
+use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, Hash, ManifestPlace, Record, check_machine, check_tag, hex};
 
 use super::append::{Draft, Rebase, append};
 use super::cache::TwoGenerations;
 use super::collector_log::{CollectorLog, put_barrier};
-use super::log::{Edits, Head, MachineState, head, machines};
+use super::log::{Edits, EpochList, Head, MachineState, head, machines, missing};
 use super::objects::Objects;
+use super::summaries::Summaries;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{self, Stopwatch};
 use crate::platform::lock::lock;
@@ -27,6 +28,7 @@ pub struct Repository {
     /// How many records this process appended: what was looked up before the last one is not the newest.
     appended: Arc<AtomicU64>,
     collector_log: Arc<CollectorLog>,
+    summaries: Arc<Summaries>,
 }
 
 /// Newest records that were looked up, and when that began.
@@ -51,6 +53,7 @@ impl Repository {
             heads: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             looked_up: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             appended: Arc::default(),
+            summaries: Arc::new(Summaries::new()),
             objects,
         }
     }
@@ -98,7 +101,9 @@ impl Repository {
     /// The machine need not exist.
     pub fn put_barrier(&self, machine: &Arc<str>, generation: u64) -> Result<Head> {
         let head = self.log_head(machine)?;
-        put_barrier(&self.objects, machine, head, generation, FIRST_TERM)
+        let head = put_barrier(&self.objects, machine, head, generation, FIRST_TERM)?;
+        self.summaries.appended(&self.objects, &head);
+        Ok(head)
     }
 
     pub fn objects(&self) -> &Arc<Objects> {
@@ -176,9 +181,19 @@ impl Repository {
             .hint("`epochfs ls` lists the machines")
     }
 
-    /// Everything the log tells about a machine.
+    /// Which epochs a machine has, and what its tags name.
+    pub fn epochs(&self, head: &Head) -> Result<EpochList> {
+        EpochList::read(&self.objects, &self.summaries, head)
+    }
+
+    /// The same with the epochs' records.
     pub fn state(&self, head: &Head, progress: &mut dyn FnMut(u64, u64)) -> Result<MachineState> {
-        MachineState::replay(&self.objects, head, progress)
+        MachineState::read(&self.objects, &head.record.machine, self.epochs(head)?, progress)
+    }
+
+    /// The same from every record of the log, each of which is proven to follow the one before it, and shown to `each`.
+    pub fn replay(&self, head: &Head, each: &mut dyn FnMut(&Record, Hash)) -> Result<MachineState> {
+        MachineState::replay(&self.objects, head, each)
     }
 
     /// The record of an epoch that exists.
@@ -190,28 +205,27 @@ impl Repository {
     /// The record of an epoch that exists as this head knows it.
     pub fn epoch_of(&self, head: &Head, epoch: u64) -> Result<Record> {
         let machine = &head.record.machine;
-        let missing = || {
-            Error::not_found(format!("{machine} has no epoch {epoch}"))
-                .hint(format!("`epochfs log {machine}` lists its epochs"))
-        };
-        if epoch == 0 || epoch > head.record.seq {
-            return Err(missing());
-        }
-        let record = if epoch == head.record.seq {
-            head.record.clone()
-        } else {
-            self.objects
-                .record(machine, epoch)?
-                .map(|(record, _)| record)
-                .ok_or_else(|| Error::damaged(format!("record {epoch} of {machine} is missing")))?
-        };
-        if !matches!(record.body, Body::Commit(_)) {
-            return Err(missing());
-        }
-        if epoch != head.record.latest_epoch && !Edits::read(&self.objects, head, epoch)?.keep(epoch) {
-            return Err(missing());
+        let record = self.commit_of(head, epoch)?;
+        if epoch != head.record.latest_epoch && !Edits::read(&self.objects, &self.summaries, head, epoch)?.keep(epoch) {
+            return Err(no_epoch(machine, epoch));
         }
         Ok(record)
+    }
+
+    /// The record of an epoch that was committed, whatever became of it since.
+    fn commit_of(&self, head: &Head, epoch: u64) -> Result<Record> {
+        let machine = &head.record.machine;
+        if epoch == 0 || epoch > head.record.seq {
+            return Err(no_epoch(machine, epoch));
+        }
+        let record = match epoch == head.record.seq {
+            true => head.record.clone(),
+            false => self.objects.record(machine, epoch)?.ok_or_else(|| missing(machine, epoch))?.0,
+        };
+        match record.body {
+            Body::Commit(_) => Ok(record),
+            _ => Err(no_epoch(machine, epoch)),
+        }
     }
 
     /// The record of the newest epoch.
@@ -235,8 +249,8 @@ impl Repository {
     pub fn tagged_record(&self, machine: &Arc<str>, tag: &str) -> Result<Record> {
         check_tag(tag).map_err(|error| Error::usage(format!("{tag:?}: {error}")))?;
         let head = self.require(machine)?;
-        match Edits::read(&self.objects, &head, 0)?.tagged(tag) {
-            Some(epoch) => self.epoch_of(&head, epoch),
+        match Edits::read(&self.objects, &self.summaries, &head, 0)?.tagged(tag) {
+            Some(epoch) => self.commit_of(&head, epoch),
             None => Err(Error::not_found(format!("{machine} has no tag {tag}"))
                 .hint(format!("`epochfs log {machine}` lists its epochs and their tags"))),
         }
@@ -276,8 +290,16 @@ impl Repository {
             }
         }
         drop(heads);
+        if let Ok(head) = &appended {
+            self.summaries.appended(&self.objects, head);
+        }
         appended
     }
+}
+
+fn no_epoch(machine: &str, epoch: u64) -> Error {
+    Error::not_found(format!("{machine} has no epoch {epoch}"))
+        .hint(format!("`epochfs log {machine}` lists its epochs"))
 }
 
 /// About how many bytes a record takes in memory.

@@ -5,12 +5,11 @@ use std::sync::Arc;
 use crate::error::{FormatError, Result, invalid};
 use crate::name::check_machine;
 use crate::reference::ObjectRef;
-use crate::wire::{Put, Reader};
+use crate::wire::{Put, Reader, head, open, sealed};
 
 const RECORD_MAGIC: [u8; 8] = *b"EPOCHGCR";
 const LEASE_MAGIC: [u8; 8] = *b"EPOCHLSE";
 const BIRTH_MAGIC: [u8; 8] = *b"EPOCHBTH";
-const VERSION: u16 = 1;
 
 /// The most objects that one record condemns: what is left is condemned by the next.
 pub const CONDEMNED_MAX: usize = 1 << 17;
@@ -187,46 +186,6 @@ impl Birth {
         from.end()?;
         Ok(Self { repository: *repository, machine: machine.into() })
     }
-}
-
-pub(crate) fn head(magic: [u8; 8], repository: &[u8; 16]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(128);
-    out.put(&magic);
-    out.put_u16(VERSION);
-    out.put(repository);
-    out
-}
-
-pub(crate) fn sealed(mut out: Vec<u8>) -> Vec<u8> {
-    let check = crc32c::crc32c(&out);
-    out.put_u32(check);
-    out
-}
-
-/// What is behind magic, version and repository, all of which are checked.
-pub(crate) fn open<'a>(
-    what: &'static str,
-    magic: [u8; 8],
-    bytes: &'a [u8],
-    repository: &[u8; 16],
-) -> Result<Reader<'a>> {
-    let (body, check) = bytes.split_last_chunk().ok_or(FormatError::Truncated { what })?;
-    let mut from = Reader::new(what, body);
-    if from.array()? != magic {
-        return invalid(what, "it is none");
-    }
-    if crc32c::crc32c(body) != u32::from_le_bytes(*check) {
-        return Err(FormatError::Checksum { what });
-    }
-    match from.u16()? {
-        VERSION => {}
-        0 => return invalid(what, "it has no version"),
-        found => return Err(FormatError::NewerVersion { what, found }),
-    }
-    if from.array()? != *repository {
-        return Err(FormatError::Mismatch { what, why: "it is of another repository" });
-    }
-    Ok(from)
 }
 
 fn put_objects(objects: &[ObjectRef], out: &mut Vec<u8>) {

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use crate::error::{Result, invalid};
-use crate::gc::{head, open, sealed};
 use crate::name::check_machine;
-use crate::wire::{Put, Reader};
+use crate::wire::{Put, Reader, head, open, sealed};
 
 const HEARTBEAT_MAGIC: [u8; 8] = *b"EPOCHHBT";
 const ORDER_MAGIC: [u8; 8] = *b"EPOCHHOR";

@@ -15,6 +15,7 @@ mod object;
 mod page;
 mod record;
 mod reference;
+mod summary;
 mod trace;
 mod wire;
 
@@ -32,7 +33,7 @@ pub use name::{
     RECORDS_A_SEGMENT, RESERVE_KEY, STREAM_PATH_LEN_MAX, birth_key, check_machine, check_stream_path, check_tag,
     decode_component, encode_component, gc_record_key, heartbeat_key, hex, host_order_key, host_prefix, lease_key,
     log_prefix, machine_traces_prefix, pack_key, parse_host_key, parse_id, parse_lease_key, record_key, record_seq,
-    segment_name, trace_prefix, trace_seq,
+    segment_name, summary_key, trace_prefix, trace_seq,
 };
 pub use node::{
     FANOUT, LEVELS_MAX, Node, NodeEditor, NodePatch, Slot, StoredNode, decode_node, level_span, levels_for,
@@ -44,6 +45,7 @@ pub use object::{
 pub use page::{Hash, PAGE_SIZE, Page, hash_page, hash_pages, is_zero};
 pub use record::{Body, Commit, INLINE_MANIFEST_LEN_MAX, ManifestPlace, Owner, Record};
 pub use reference::{ObjectRef, Place};
+pub use summary::{EpochSet, SUMMARY_STEP, Summary, summary_span};
 pub use trace::{TRACE_RUNS_MAX, TRACE_WINDOWS_MAX, Trace, TraceRun};
 
 /// The version of the format that this crate writes, and the newest it reads.

@@ -103,6 +103,11 @@ pub fn record_key(machine: &str, seq: u64) -> String {
     format!("{}{}/{seq:016}", log_prefix(machine), segment_name(seq / RECORDS_A_SEGMENT))
 }
 
+/// The key of the summary of a machine's log up to this record.
+pub fn summary_key(machine: &str, to: u64) -> String {
+    format!("machines/{}/summaries/{to:016}", encode_component(machine))
+}
+
 /// The record number that a record's key ends with.
 pub fn record_seq(key: &str) -> Option<u64> {
     let name = key.rsplit('/').next()?;

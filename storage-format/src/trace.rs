@@ -8,7 +8,7 @@ use crate::error::{FormatError, Result, invalid};
 use crate::manifest::IMAGE_LEN_MAX;
 use crate::name::check_stream_path;
 use crate::page::PAGE_SIZE;
-use crate::wire::{Put, Reader};
+use crate::wire::{Put, Reader, number, put_number};
 
 const WHAT: &str = "trace";
 const MAGIC: [u8; 8] = *b"EPOCHTRC";
@@ -118,8 +118,8 @@ impl Trace {
         let mut runs = Vec::with_capacity(from.bounded(count, 2)?);
         let mut end = 0_u64;
         for _ in 0..count {
-            let first = end.wrapping_add(unzigzag(number(&mut from)?).cast_unsigned());
-            let run = TraceRun { first, count: number(&mut from)? };
+            let first = end.wrapping_add(unzigzag(number(WHAT, &mut from)?).cast_unsigned());
+            let run = TraceRun { first, count: number(WHAT, &mut from)? };
             if !is_sound(&run) {
                 return invalid(WHAT, "it has a run that no image has");
             }
@@ -141,31 +141,6 @@ fn zigzag(value: i64) -> u64 {
 
 fn unzigzag(value: u64) -> i64 {
     (value >> 1).cast_signed() ^ -(value & 1).cast_signed()
-}
-
-/// Seven bits a byte, the lowest first; the highest bit says that more follow.
-fn put_number(mut value: u64, out: &mut Vec<u8>) {
-    while value >= 0x80 {
-        out.put_u8(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.put_u8(value as u8);
-}
-
-fn number(from: &mut Reader<'_>) -> Result<u64> {
-    let mut value = 0;
-    for shift in (0..64).step_by(7) {
-        let byte = u64::from(from.u8()?);
-        let bits = byte & 0x7f;
-        if bits << shift >> shift != bits {
-            break;
-        }
-        value |= bits << shift;
-        if byte < 0x80 {
-            return Ok(value);
-        }
-    }
-    invalid(WHAT, "a number is too long")
 }
 
 #[cfg(test)]

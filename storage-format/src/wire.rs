@@ -144,3 +144,75 @@ impl Put for Vec<u8> {
         self.extend_from_slice(bytes);
     }
 }
+
+/// The version of small objects that are not made of blocks.
+const VERSION: u16 = 1;
+
+/// The beginning of a small object that is not made of blocks; [`sealed`] puts the end behind it.
+pub(crate) fn head(magic: [u8; 8], repository: &[u8; 16]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(128);
+    out.put(&magic);
+    out.put_u16(VERSION);
+    out.put(repository);
+    out
+}
+
+pub(crate) fn sealed(mut out: Vec<u8>) -> Vec<u8> {
+    let check = crc32c::crc32c(&out);
+    out.put_u32(check);
+    out
+}
+
+/// What is behind magic, version and repository, all of which are checked.
+pub(crate) fn open<'a>(
+    what: &'static str,
+    magic: [u8; 8],
+    bytes: &'a [u8],
+    repository: &[u8; 16],
+) -> Result<Reader<'a>> {
+    let (body, check) = bytes.split_last_chunk().ok_or(FormatError::Truncated { what })?;
+    let mut from = Reader::new(what, body);
+    if from.array()? != magic {
+        return invalid(what, "it is none");
+    }
+    if crc32c::crc32c(body) != u32::from_le_bytes(*check) {
+        return Err(FormatError::Checksum { what });
+    }
+    match from.u16()? {
+        VERSION => {}
+        0 => return invalid(what, "it has no version"),
+        found => return Err(FormatError::NewerVersion { what, found }),
+    }
+    if from.array()? != *repository {
+        return Err(FormatError::Mismatch { what, why: "it is of another repository" });
+    }
+    Ok(from)
+}
+
+/// Seven bits a byte, the lowest first; the highest bit says that more follow.
+pub(crate) fn put_number(mut value: u64, out: &mut Vec<u8>) {
+    while value >= 0x80 {
+        out.put_u8(value as u8 | 0x80);
+        value >>= 7;
+    }
+    out.put_u8(value as u8);
+}
+
+pub(crate) fn number(what: &'static str, from: &mut Reader<'_>) -> Result<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let byte = u64::from(from.u8()?);
+        let bits = byte & 0x7f;
+        if bits << shift >> shift != bits {
+            break;
+        }
+        value |= bits << shift;
+        if byte < 0x80 {
+            if byte == 0 && shift > 0 {
+                return invalid(what, "a number is longer than it must be");
+            }
+            return Ok(value);
+        }
+    }
+    invalid(what, "a number is too long")
+}

@@ -3,3 +3,5 @@
 #[path = "../common/asked.rs"]
 mod asked;
 mod clocks;
+mod fencing;
+mod world;

@@ -19,4 +19,5 @@ mod kill;
 mod live;
 mod model;
 mod races;
+mod summaries;
 mod support;

@@ -251,7 +251,7 @@ fn p2_tags_drops_and_commits_at_once_all_count() {
     for racer in 4..THREADS {
         for round in 1..ROUNDS {
             let tag = format!("r{racer}-{round}");
-            assert_eq!(state.tags.get(&tag), Some(&(round / 4 * 4 + 4)), "{tag}");
+            assert_eq!(state.list.tags.get(&tag), Some(&(round / 4 * 4 + 4)), "{tag}");
             assert_eq!(store.repository().tagged_record(&machine, &tag).unwrap().seq, round / 4 * 4 + 4);
         }
     }

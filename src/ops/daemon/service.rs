@@ -119,11 +119,9 @@ impl DaemonService {
     /// What this host says of its machines. Who said that he protects one still does, until he says that he does not, or
     /// the lease was over since: whatever becomes of him, the machine runs until then.
     pub fn heartbeat(&self, lease: Option<LeaseState>) -> Heartbeat {
-        let now = BootClock.elapsed();
-        let is_broken = |said: &Stopwatch| {
-            lease.is_some_and(|lease| {
-                !lease.lease.is_zero() && now.saturating_sub(said.elapsed()) < lease.unbroken_since
-            })
+        let is_broken = |status: &ProtectionStatus| {
+            let said = Duration::from_millis(status.said_at_ms);
+            lease.is_some_and(|lease| !lease.lease.is_zero() && said < lease.unbroken_since)
         };
         let mut machines: BTreeMap<Arc<str>, bool> = BTreeMap::new();
         let mut warmth: BTreeMap<Arc<str>, u64> = BTreeMap::new();
@@ -134,9 +132,9 @@ impl DaemonService {
                     prefetch.pushed_pages * PAGE_SIZE as u64;
             }
         }
-        lock(&self.protected).retain(|_, (said, _)| !is_broken(said) || said.elapsed() < FORGOTTEN_AFTER);
-        for (machine, (said, status)) in &*lock(&self.protected) {
-            if status.state != "ended" && !is_broken(said) {
+        lock(&self.protected).retain(|_, (said, status)| !is_broken(status) || said.elapsed() < FORGOTTEN_AFTER);
+        for (machine, (_, status)) in &*lock(&self.protected) {
+            if status.state != "ended" && !is_broken(status) {
                 machines.insert(machine.as_str().into(), true);
             }
         }

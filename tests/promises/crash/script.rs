@@ -169,7 +169,7 @@ pub fn check_lists(store: &EpochStore, machines: &BTreeMap<String, Machine>) -> 
         must!(head.record.seq == machine.newest, "{name} has {} records, not {}", head.record.seq, machine.newest);
         let state = store.repository().state(&head, &mut |_, _| {}).saying(name)?;
         must!(state.epochs.keys().eq(machine.epochs.keys()), "{name}: other epochs: {:?}", state.epochs.keys());
-        must!(state.tags == machine.tags, "{name}: other tags: {:?}", state.tags);
+        must!(state.list.tags == machine.tags, "{name}: other tags: {:?}", state.list.tags);
     }
     Ok(())
 }

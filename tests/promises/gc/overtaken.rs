@@ -1,4 +1,5 @@
-//! A commit that stands still between two instructions while a whole collection goes by.
+//! Commits that a collection goes by: one that stands still between two instructions meanwhile, and one on a host that keeps
+//! copies of what another host's collector deletes.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -9,9 +10,12 @@ use epochfs::Result;
 use epochfs::epoch::EpochStore;
 use epochfs::gc::{Collector, CollectorSettings, Step};
 use epochfs::platform::random::Seeded;
-use epochfs::platform::store::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail};
+use epochfs::platform::store::{
+    CacheSettings, CachedStore, Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, keys_below,
+};
 use epochfs::repo::{Index, LeaseSettings, Repository};
 
+use crate::support::image::noise;
 use crate::support::memory::MemoryStore;
 
 type Work = Box<dyn FnOnce() + Send>;
@@ -120,4 +124,36 @@ fn p4_a_commit_that_stood_still_does_not_refer_to_what_a_collection_deleted_mean
     let mut bytes = vec![0; memory.len()];
     epoch.stream(b"memory").unwrap().read_at(0, &mut bytes).unwrap();
     assert!(bytes == memory);
+}
+
+/// What another host's collector deleted is kept in this host's cache: no commit may refer to it.
+#[test]
+fn p4_what_is_kept_of_a_deleted_pack_is_not_taken_for_the_pack() {
+    let directory = tempfile::tempdir().unwrap();
+    let inner: Arc<dyn Store> = Arc::new(MemoryStore::default());
+    Repository::create(inner.clone()).unwrap();
+    let host = || {
+        let settings = CacheSettings { directory: directory.path().join("cache"), len_max: 1 << 30 };
+        let cached = CachedStore::new(inner.clone(), settings);
+        EpochStore::new(Repository::open(Arc::new(cached)).unwrap()).with_state(directory.path().join("state"))
+    };
+    let mut memory = vec![0; 4 << 20];
+    noise(&mut Seeded::new(1), &mut memory);
+    let commit = |machine: &str| {
+        let store = host();
+        let mut commit = store.begin_commit(machine, CommitOptions::default()).unwrap();
+        commit.add_bytes("memory", memory.clone()).unwrap();
+        let new_pages = commit.finish().unwrap().counts.new_pages;
+        let epoch = store.epoch(&machine.parse().unwrap()).unwrap();
+        let mut bytes = vec![0; memory.len()];
+        epoch.stream(b"memory").unwrap().read_at(0, &mut bytes).unwrap();
+        assert!(bytes == memory);
+        new_pages
+    };
+    assert_eq!(commit("web1"), 1024);
+    assert_eq!(commit("web2"), 0, "the index and the cache know all pages");
+    for key in keys_below(&*inner, "packs/").unwrap() {
+        inner.delete(&key).unwrap();
+    }
+    assert_eq!(commit("web3"), 1024, "the pages are gone, whatever is kept of them");
 }

@@ -367,7 +367,12 @@ impl World {
             let state = repository.state(&head, &mut |_, _| {}).saying("state")?;
             let (found, expected): (Vec<_>, Vec<_>) = (state.epochs.keys().collect(), machine.epochs.keys().collect());
             must!(found == expected, "{name}: the epochs are {found:?} instead of {expected:?}");
-            must!(state.tags == machine.tags, "{name}: the tags are {:?}, not {:?}", state.tags, machine.tags);
+            must!(
+                state.list.tags == machine.tags,
+                "{name}: the tags are {:?}, not {:?}",
+                state.list.tags,
+                machine.tags
+            );
         }
         Ok(())
     }

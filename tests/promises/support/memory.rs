@@ -47,7 +47,9 @@ impl Store for MemoryStore {
 
     fn get(&self, key: &str) -> Result<Bytes> {
         check_key(key)?;
-        self.lock().get(key).cloned().ok_or_else(|| Error::not_found(format!("there is no object {key} in memory")))
+        let found = self.lock().get(key).cloned();
+        self.counters.get(found.as_ref().map_or(0, |bytes| bytes.len() as u64));
+        found.ok_or_else(|| Error::not_found(format!("there is no object {key} in memory")))
     }
 
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
@@ -86,6 +88,7 @@ impl Store for MemoryStore {
 
     fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
         check_prefix(prefix)?;
+        self.counters.list();
         let found: Vec<_> = self
             .lock()
             .iter()
@@ -102,6 +105,7 @@ impl Store for MemoryStore {
 
     fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
         check_prefix(prefix)?;
+        self.counters.list();
         let objects = self.lock();
         let below = objects.keys().filter_map(|key| key.strip_prefix(prefix)?.split_once('/'));
         let mut names: Vec<String> = below.map(|(name, _)| name.to_owned()).collect();

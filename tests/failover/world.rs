@@ -1,0 +1,198 @@
+//! Hosts as processes: each with a state directory and a mount of its own, on one repository, under weather of its own.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use epochfs::EpochStore;
+use epochfs::platform::clock::Stopwatch;
+use epochfs::platform::store::WEATHER_VARIABLE;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::asked::skip;
+
+pub struct World {
+    directory: tempfile::TempDir,
+}
+
+/// One host. What it started ends with it.
+pub struct Host {
+    pub name: String,
+    directory: PathBuf,
+    repository: PathBuf,
+    daemon: Option<i32>,
+    started: Vec<i32>,
+}
+
+/// Whether a process is there, and no corpse.
+pub fn is_alive(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().and_then(|rest| rest.chars().next()).is_some_and(|state| !matches!(state, 'Z' | 'X'))
+}
+
+pub fn signal(pid: i32, signal: Signal) {
+    // One that has ended needs none.
+    let _ = kill_process(Pid::from_raw(pid).unwrap(), signal);
+}
+
+/// Waits until something is so; says whether it came to be.
+pub fn becomes(within: Duration, is_so: impl Fn() -> bool) -> bool {
+    let since = Stopwatch::start();
+    while !is_so() {
+        if since.elapsed() > within {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
+}
+
+/// Whether hosts can be had here that mount, and guests on KVM.
+pub fn can_run(test: &str) -> bool {
+    if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
+        skip(test, "hosts mount, which takes root and /dev/fuse");
+        return false;
+    }
+    if !Path::new("/dev/kvm").exists() {
+        skip(test, "guests run on KVM, and there is no /dev/kvm");
+        return false;
+    }
+    true
+}
+
+impl World {
+    pub fn new() -> Self {
+        let world = Self { directory: tempfile::tempdir().unwrap() };
+        EpochStore::create_directory(&world.repository()).unwrap();
+        world
+    }
+
+    pub fn repository(&self) -> PathBuf {
+        self.directory.path().join("repository")
+    }
+
+    pub fn store(&self) -> EpochStore {
+        EpochStore::open_directory(&self.repository()).unwrap()
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A host that is not mounted yet.
+    pub fn host(&self, name: &str) -> Host {
+        let directory = self.path(name);
+        fs::create_dir_all(directory.join("mount")).unwrap();
+        fs::write(directory.join("weather"), "").unwrap();
+        let repository = self.repository();
+        Host { name: name.to_owned(), directory, repository, daemon: None, started: Vec::new() }
+    }
+
+    /// A host that is mounted with such a lease.
+    pub fn mounted(&self, name: &str, lease: &str) -> Host {
+        let mut host = self.host(name);
+        host.mount(lease);
+        host
+    }
+}
+
+impl Host {
+    pub fn mountpoint(&self) -> PathBuf {
+        self.directory.join("mount")
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
+    pub fn weather(&self, words: &str) {
+        // It is read while it is written: whole at once, or not at all.
+        let (new, file) = (self.directory.join("weather.new"), self.directory.join("weather"));
+        fs::write(&new, words).unwrap();
+        rustix::fs::rename(&new, &file).unwrap();
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_epochfs"));
+        command.env("EPOCHFS_REPO", &self.repository).env("EPOCHFS_STATE_DIR", self.state());
+        command.env(WEATHER_VARIABLE, self.directory.join("weather"));
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        let output = self.command(arguments).output().unwrap();
+        assert!(output.status.signal().is_none(), "{arguments:?}: {output:?}");
+        output
+    }
+
+    #[track_caller]
+    pub fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.run(&[arguments, &["--json"]].concat());
+        assert!(output.status.success(), "{}: {arguments:?}: {}", self.name, String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    #[track_caller]
+    pub fn mount(&mut self, lease: &str) {
+        let at = self.mountpoint().display().to_string();
+        let document = self.json(&["mount", &at, "--background", "--lease", lease, "--host-name", &self.name]);
+        self.daemon = Some(document["pid"].as_i64().unwrap() as i32);
+    }
+
+    pub fn daemon(&self) -> i32 {
+        self.daemon.expect("it is mounted")
+    }
+
+    /// Lets a small guest run that counts, and returns its process.
+    #[track_caller]
+    pub fn guest(&mut self, arguments: &[&str]) -> i32 {
+        let document = self.json(&[&["run", "--detach"], arguments].concat());
+        let pid = document["pid"].as_i64().unwrap() as i32;
+        self.started.push(pid);
+        pid
+    }
+
+    /// The first process that is to end with this host.
+    pub fn started_first(&self) -> i32 {
+        self.started[0]
+    }
+
+    /// Something that is to end with this host.
+    pub fn started(&mut self, pid: i32) {
+        self.started.push(pid);
+    }
+
+    /// Kills the daemon at once.
+    pub fn kill_daemon(&mut self) {
+        if let Some(pid) = self.daemon.take() {
+            signal(pid, Signal::KILL);
+            assert!(becomes(Duration::from_secs(20), || !is_alive(pid)), "the daemon {pid} does not end");
+        }
+    }
+
+    pub fn log(&self) -> String {
+        let mut text = String::new();
+        for entry in fs::read_dir(self.state()).into_iter().flatten().flatten() {
+            text += &fs::read_to_string(entry.path().join("daemon.log")).unwrap_or_default();
+        }
+        text
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for pid in self.started.drain(..).filter(|pid| is_alive(*pid)).collect::<Vec<_>>() {
+            signal(pid, Signal::KILL);
+        }
+        if let Some(pid) = self.daemon.take() {
+            signal(pid, Signal::KILL);
+            becomes(Duration::from_secs(20), || !is_alive(pid));
+        }
+        // A dead daemon's mount, which nobody has any more.
+        let _ = rustix::mount::unmount(&self.mountpoint(), rustix::mount::UnmountFlags::DETACH);
+    }
+}
