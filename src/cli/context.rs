@@ -24,6 +24,10 @@ impl Context {
         self.global.json
     }
 
+    pub fn is_quiet(&self) -> bool {
+        self.global.quiet
+    }
+
     /// A notice for people, on stderr.
     pub fn notice(&self, text: &str) {
         if !self.global.quiet {

@@ -12,6 +12,8 @@ mod copy;
 mod diff;
 mod doctor;
 mod export;
+mod failover;
+mod failover_live;
 mod gc;
 mod hosts;
 mod init;
@@ -26,6 +28,7 @@ mod prune;
 mod restore;
 mod rm;
 mod run;
+mod screen;
 mod serve_uffd;
 mod show;
 mod stats;
@@ -133,6 +136,7 @@ enum Command {
     ServeUffd(serve_uffd::ServeUffd),
     Protect(protect::Protect),
     Hosts(hosts::HostsCommand),
+    Failover(failover::Failover),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Completions(completions::Completions),
@@ -166,6 +170,7 @@ impl Command {
             Self::ServeUffd(command) => command.run(context),
             Self::Protect(command) => command.run(context),
             Self::Hosts(command) => command.run(context),
+            Self::Failover(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
             Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),

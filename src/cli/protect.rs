@@ -193,7 +193,7 @@ fn here(context: &Context) -> Result<Here> {
     Ok(Here { socket, mountpoint: who.mountpoint.into(), program })
 }
 
-fn signals() -> Result<Receiver<i32>> {
+pub fn signals() -> Result<Receiver<i32>> {
     let failed = |error| Error::io("cannot watch signals", error);
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(failed)?;
     let (sender, receiver) = unbounded();

@@ -141,7 +141,7 @@ pub fn parse_duration(text: &str) -> Result<Duration> {
 }
 
 /// Bytes such as `10MiB`.
-fn parse_bytes(text: &str) -> Result<u64> {
+pub(super) fn parse_bytes(text: &str) -> Result<u64> {
     let bytes = split(text).and_then(|(number, unit)| match unit {
         "" | "B" => Some(number),
         "KiB" | "K" => Some(number * 1024.0),

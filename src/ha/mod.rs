@@ -2,6 +2,7 @@
 
 mod budget;
 mod config;
+pub mod failover;
 mod host;
 pub mod hosts;
 pub mod plan;

@@ -31,7 +31,7 @@ impl Leased {
         let file = LeaseFile::path_in(directory);
         let claim = LeaseClaim { file, lease: lease.lease, margin: margin(lease.lease), since: ownership.since };
         let program = std::env::current_exe().map_err(|error| Error::io("cannot find this program", error))?;
-        let guarded = GuardedLease { claim: claim.clone(), live: None };
+        let guarded = GuardedLease { claim: claim.clone(), process: None, live: None };
         let guard = Guard::start(&program, &Guarded::Parent, STOPPED_MAX, Some(&guarded))?;
         let is_over = Arc::new(AtomicBool::new(false));
         let of_thread = is_over.clone();

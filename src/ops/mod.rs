@@ -5,6 +5,7 @@ pub mod bench;
 pub mod control;
 pub mod daemon;
 pub mod doctor;
+pub mod failover;
 pub mod kernel;
 pub mod leased;
 pub mod machine;

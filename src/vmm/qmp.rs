@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::place::text;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::uffd::Peer;
 
 /// The longest line that is read.
 const LINE_LEN_MAX: usize = 1 << 20;
@@ -45,6 +46,11 @@ pub struct Monitor<'a> {
 }
 
 impl<'a> Monitor<'a> {
+    /// The process at the other end.
+    pub fn peer(&self) -> Result<Peer> {
+        Peer::of(&self.socket)
+    }
+
     /// Connects, as soon as QEMU listens.
     pub fn connect(path: &Path, wait: Duration, mut check: impl FnMut() -> Result<()> + Send + 'a) -> Result<Self> {
         let failed = |error| Error::io(format!("the monitor {}", path.display()), error);

@@ -1,7 +1,6 @@
 //! Hosts as processes: each with a state directory and a mount of its own, on one repository, under weather of its own.
 
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -65,7 +64,10 @@ pub fn can_run(test: &str) -> bool {
 
 impl World {
     pub fn new() -> Self {
-        let world = Self { directory: tempfile::tempdir().unwrap() };
+        // A lease is short here, and the disk of a machine that runs tests may be busy for longer.
+        let shared = Path::new("/dev/shm");
+        let directory = if shared.is_dir() { tempfile::tempdir_in(shared) } else { tempfile::tempdir() };
+        let world = Self { directory: directory.unwrap() };
         EpochStore::create_directory(&world.repository()).unwrap();
         world
     }
@@ -124,9 +126,7 @@ impl Host {
     }
 
     pub fn run(&self, arguments: &[&str]) -> Output {
-        let output = self.command(arguments).output().unwrap();
-        assert!(output.status.signal().is_none(), "{arguments:?}: {output:?}");
-        output
+        self.command(arguments).output().unwrap()
     }
 
     #[track_caller]
@@ -193,6 +193,6 @@ impl Drop for Host {
             becomes(Duration::from_secs(20), || !is_alive(pid));
         }
         // A dead daemon's mount, which nobody has any more.
-        let _ = rustix::mount::unmount(&self.mountpoint(), rustix::mount::UnmountFlags::DETACH);
+        let _ = rustix::mount::unmount(self.mountpoint(), rustix::mount::UnmountFlags::DETACH);
     }
 }

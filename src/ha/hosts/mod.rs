@@ -9,4 +9,4 @@ mod watch;
 pub use beat::{BEATS_EACH, Beats, HEARTBEAT_INTERVAL, check_location};
 pub use orders::{forget_host, newest_order, order};
 pub use silence::Silence;
-pub use watch::{HostSeen, Hosts, label};
+pub use watch::{HostSeen, Hosts, LastLook, label};

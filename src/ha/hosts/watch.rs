@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use epochfs_format::{HOSTS_PREFIX, Heartbeat, HostObject, HostPurpose, heartbeat_key, hex, parse_host_key, parse_id};
+use epochfs_format::{
+    HOSTS_PREFIX, Heartbeat, HostObject, HostPurpose, heartbeat_key, hex, host_prefix, parse_host_key, parse_id,
+};
 use serde::Serialize;
 
 use super::orders::read_order;
@@ -12,7 +14,7 @@ use super::silence::Silence;
 use crate::error::{Error, Kind, Result};
 use crate::ha::plan::{HostState, Running};
 use crate::platform::clock::Clock;
-use crate::platform::store::Store;
+use crate::platform::store::{Store, keys_below};
 
 /// A host as it was seen.
 #[derive(Clone, Debug)]
@@ -196,6 +198,14 @@ impl Hosts {
         Ok(())
     }
 
+    /// The same, unless the last look was less than `soonest` ago: several threads may wait for one host.
+    pub fn look_again(&mut self, soonest: Duration, longest: Duration) -> Result<()> {
+        match self.looked.is_some_and(|looked| self.clock.elapsed().saturating_sub(looked) < soonest) {
+            true => Ok(()),
+            false => self.look(longest),
+        }
+    }
+
     /// The newest heartbeat and the newest order of each host.
     #[allow(clippy::type_complexity)] // Two maps of the same shape, which the caller takes apart.
     fn list(&self) -> Result<(BTreeMap<[u8; 16], u64>, BTreeMap<[u8; 16], u64>)> {
@@ -271,18 +281,35 @@ impl Hosts {
         self.silence.watch(host, self.clock.elapsed());
     }
 
-    /// Whether machines that a host owns with such a lease may be taken over: it has said nothing new for long enough, and
-    /// a last look, which begins now, finds nothing either. The machine's term must have been read before this is called.
-    pub fn is_lapsed(&mut self, host: &[u8; 16], lease: Duration) -> Result<bool> {
-        if !self.silence.may_take_over(host, lease, self.clock.elapsed()) {
-            return Ok(false);
-        }
-        let Some(number) = self.silence.number(host) else {
-            let (newest, _) = self.list()?;
-            return Ok(!newest.contains_key(host));
+    /// For how long a host has said nothing new.
+    pub fn for_how_long(&self, host: &[u8; 16]) -> Option<Duration> {
+        self.silence.for_how_long(host, self.clock.elapsed())
+    }
+
+    /// The last look that must find nothing new before machines are taken over that a host owns with such a lease; nothing
+    /// while it has not been silent for long enough. The machine's term must have been read before this is called.
+    pub fn last_look(&self, host: &[u8; 16], lease: Duration) -> Option<LastLook> {
+        let may = self.silence.may_take_over(host, lease, self.clock.elapsed());
+        may.then(|| LastLook { store: self.store.clone(), host: *host, number: self.silence.number(host) })
+    }
+}
+
+/// See [`Hosts::last_look`].
+pub struct LastLook {
+    store: Arc<dyn Store>,
+    host: [u8; 16],
+    number: Option<u64>,
+}
+
+impl LastLook {
+    pub fn finds_nothing_new(&self) -> Result<bool> {
+        let Some(number) = self.number else {
+            return Ok(!keys_below(&*self.store, &host_prefix(&self.host))?
+                .iter()
+                .any(|key| matches!(parse_host_key(key), Some((_, HostObject::Heartbeat(_))))));
         };
         // By name, for a listing may lag behind: the next one is not there, and this one was not deleted for another.
-        let is_there = |number| Ok::<_, Error>(self.store.len(&heartbeat_key(host, number))?.is_some());
+        let is_there = |number| Ok::<_, Error>(self.store.len(&heartbeat_key(&self.host, number))?.is_some());
         Ok(!is_there(number + 1)? && is_there(number)?)
     }
 }

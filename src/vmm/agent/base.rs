@@ -47,9 +47,7 @@ fn process_behind(socket: &Path) -> Result<String> {
     let stream = UnixStream::connect(socket).map_err(failed)?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| failed(error.into()))?;
     let pid = peer.pid.as_raw_nonzero();
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).map_err(failed)?;
-    // The name in it may have spaces and parentheses.
-    let began = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(19)).unwrap_or_default();
+    let began = super::guard::began(pid.get())?;
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(failed)?;
     Ok(format!("{pid} {began} {}\n", boot.trim()))
 }

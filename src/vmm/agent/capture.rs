@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::cloud_hypervisor::CloudHypervisorControl;
 use super::firecracker::FirecrackerControl;
-use super::guard::{Guard, Guarded, GuardedLease, go_on, peer_of};
+use super::guard::{Guard, Guarded, GuardedLease, NamedProcess, go_on};
 use super::qemu::QemuControl;
 use super::{Agent, Capture, Control, Health, MonitorAt};
 use crate::error::{Error, Kind, Result};
@@ -58,7 +58,7 @@ impl MachineAgent {
         if let Health::Lost(why) = control.health()? {
             return Err(Error::new(Kind::Io, why));
         }
-        let machine = peer_of(monitor).map_err(|error| tracing::info!("{error}")).ok();
+        let machine = control.peer().map_err(|error| tracing::info!("{error}")).ok();
         Ok(Self {
             monitor: monitor.clone(),
             live: live.to_owned(),
@@ -89,10 +89,12 @@ impl MachineAgent {
         let Some(lessor) = &mut self.lessor else { return Ok(()) };
         let claim = lessor.claim()?;
         self.is_leased = claim.is_some();
-        let lease = claim.map(|claim| GuardedLease { claim, live: Some(self.live.clone()) });
-        let guarded = Guarded::Monitor(self.monitor.clone());
         // The machine behind the monitor may be another than before.
-        self.machine = Some(peer_of(&self.monitor)?);
+        let machine = self.control.peer()?;
+        let process = Some(NamedProcess::of(&machine)?);
+        self.machine = Some(machine);
+        let lease = claim.map(|claim| GuardedLease { claim, process, live: Some(self.live.clone()) });
+        let guarded = Guarded::Monitor(self.monitor.clone());
         self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, lease.as_ref())?);
         Ok(())
     }
@@ -214,7 +216,7 @@ impl Agent for MachineAgent {
 
     fn fence(&mut self) -> Result<()> {
         let path = self.monitor.path().display();
-        let machine = self.machine.take().map_or_else(|| peer_of(&self.monitor), Ok)?;
+        let machine = self.machine.take().map_or_else(|| self.control.peer(), Ok)?;
         if machine.is_this_process() {
             return Err(Error::usage(format!("the monitor at {path} is this process: the machine is not ended")));
         }

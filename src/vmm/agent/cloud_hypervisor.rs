@@ -9,8 +9,10 @@ use serde_json::json;
 
 use super::super::http::put;
 use super::super::place::text;
+use super::guard::peer_of;
 use super::{ANSWER_WAIT, Control, Health, ask};
 use crate::error::{Error, Result};
+use crate::uffd::Peer;
 
 /// How long a snapshot may take: memory that is not on the mount is written whole.
 const SNAPSHOT_WAIT: Duration = Duration::from_secs(50);
@@ -40,6 +42,10 @@ impl Control for CloudHypervisorControl {
             Some(state) => Health::Idle(state.to_owned()),
             None => Health::Lost(format!("{} is no API of Cloud Hypervisor", self.path.display())),
         })
+    }
+
+    fn peer(&mut self) -> Result<Peer> {
+        peer_of(&self.path)
     }
 
     fn prepare(&mut self) -> Result<()> {

@@ -8,8 +8,10 @@ use serde_json::json;
 use super::super::http::{put, send};
 use super::super::place::text;
 use super::base::Base;
+use super::guard::peer_of;
 use super::{ANSWER_WAIT, Control, Health, ask};
 use crate::error::Result;
+use crate::uffd::Peer;
 
 const CREATE: &str = "/snapshot/create";
 
@@ -61,6 +63,10 @@ impl Control for FirecrackerControl {
             Some(state) => Health::Idle(state.to_owned()),
             None => Health::Lost(format!("{} is no API of Firecracker", self.path.display())),
         })
+    }
+
+    fn peer(&mut self) -> Result<Peer> {
+        peer_of(&self.path)
     }
 
     fn stop(&mut self) -> Result<()> {

@@ -36,6 +36,8 @@ const TRY_FOR: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuardedLease {
     pub claim: LeaseClaim,
+    /// The machine's process, where that is not the one that starts the guard.
+    pub process: Option<NamedProcess>,
     /// The machine's directory on the mount, of which its process must have files.
     pub live: Option<PathBuf>,
 }
@@ -149,33 +151,61 @@ pub fn guard(guarded: &Guarded, patience: Duration, lease: Option<&GuardedLease>
 
 /// The machine's process, which must be what it seems: another program's socket may be handed to a monitor.
 fn hold(guarded: &Guarded, lease: &GuardedLease) -> Result<Peer> {
-    let MonitorAt::Qemu(_) = (match guarded {
-        Guarded::Monitor(monitor) => monitor,
-        Guarded::Parent => return parent(),
-    }) else {
-        return process_behind(guarded);
-    };
-    let machine = process_behind(guarded)?;
+    let Guarded::Monitor(monitor) = guarded else { return parent() };
+    let named = lease.process.as_ref().ok_or_else(|| Error::usage("the machine's process is not named"))?;
+    let machine = named.hold()?;
     match &lease.live {
-        Some(live) if !has_mapped(machine.pid(), live)? => Err(Error::usage(format!(
-            "{machine}, which listens for its monitor, has no file of {} mapped: it is not the machine",
-            live.display()
-        ))
-        .hint("let QEMU make the monitor's socket itself: -qmp unix:PATH,server,nowait")),
+        // The others' memory is their own.
+        Some(live) if matches!(monitor, MonitorAt::Qemu(_)) && !has_mapped(machine.pid(), live)? => {
+            Err(Error::usage(format!(
+                "{machine}, which listens for its monitor, has no file of {} mapped: it is not the machine",
+                live.display()
+            ))
+            .hint("let QEMU make the monitor's socket itself: -qmp unix:PATH,server,nowait"))
+        }
         _ => Ok(machine),
     }
 }
 
-fn process_behind(guarded: &Guarded) -> Result<Peer> {
-    match guarded {
-        Guarded::Monitor(monitor) => peer_of(monitor),
-        Guarded::Parent => parent(),
+/// A process by its number and when it began: numbers are used again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedProcess {
+    pid: i32,
+    began: String,
+}
+
+impl NamedProcess {
+    /// The name of a process that is held.
+    pub fn of(process: &Peer) -> Result<Self> {
+        let began = began(process.pid())?;
+        match process.has_ended() {
+            true => Err(Error::new(Kind::Io, format!("{process} has ended"))),
+            false => Ok(Self { pid: process.pid(), began }),
+        }
+    }
+
+    fn hold(&self) -> Result<Peer> {
+        let gone = || Error::new(Kind::Io, format!("process {}, the machine, is gone", self.pid));
+        let pid = Pid::from_raw(self.pid).ok_or_else(gone)?;
+        let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|_| gone())?;
+        // What is held now is what the number stood for when it was named.
+        match began(self.pid)? == self.began {
+            true => Ok(Peer::found(self.pid, process)),
+            false => Err(gone()),
+        }
     }
 }
 
-/// The process that listens at a monitor's socket.
-pub(super) fn peer_of(monitor: &MonitorAt) -> Result<Peer> {
-    let path = monitor.path();
+/// When a process began, as the kernel counts.
+pub(super) fn began(pid: i32) -> Result<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .map_err(|error| Error::io(format!("cannot tell when process {pid} began"), error))?;
+    // The name in it may have spaces and parentheses.
+    Ok(stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(19)).unwrap_or_default().to_owned())
+}
+
+/// The process that listens at the socket of a monitor that takes several clients.
+pub(super) fn peer_of(path: &Path) -> Result<Peer> {
     let socket =
         UnixStream::connect(path).map_err(|error| Error::io(format!("cannot connect to {}", path.display()), error))?;
     Peer::of(&socket).map_err(|error| error.context(path.display()))

@@ -15,11 +15,12 @@ use serde_json::Value;
 
 pub use base::Base;
 pub use capture::{Lessor, MachineAgent};
-pub use guard::{Guard, Guarded, GuardedLease, guard};
+pub use guard::{Guard, Guarded, GuardedLease, NamedProcess, guard};
 
 use super::http::send;
 use super::qmp::Monitor;
 use crate::error::{Error, Kind, Result};
+use crate::uffd::Peer;
 
 /// What a capture did to a machine.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -101,6 +102,9 @@ impl MonitorAt {
 /// What capturing takes of a kind of monitor. Each may be called again after it failed.
 trait Control: Send {
     fn health(&mut self) -> Result<Health>;
+
+    /// The machine's process.
+    fn peer(&mut self) -> Result<Peer>;
 
     /// What must be done before the machine is stopped.
     fn prepare(&mut self) -> Result<()> {

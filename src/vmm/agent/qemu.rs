@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::super::qmp::Monitor;
 use super::{ANSWER_WAIT, Control, Health};
 use crate::error::{Error, Result};
+use crate::uffd::Peer;
 
 /// How long the state may take to be saved, while the machine stands still.
 const STATE_WAIT: Duration = Duration::from_secs(10);
@@ -88,6 +89,11 @@ impl Control for QemuControl {
             // What is done with it is done by somebody else.
             status => Health::Idle(status.to_owned()),
         })
+    }
+
+    fn peer(&mut self) -> Result<Peer> {
+        // Over the connection that there is: QEMU takes one, and others that come meanwhile are left waiting.
+        self.monitor()?.peer()
     }
 
     fn prepare(&mut self) -> Result<()> {

@@ -1,0 +1,335 @@
+//! Starting machines on this host: the steps of one takeover.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use epochfs_format::{Owner, encode_component};
+
+use super::command::{Started, leave_running, start};
+use super::warden::WardenOrders;
+use crate::epoch::{Epoch, EpochName, EpochStore, Which};
+use crate::error::{Error, Result};
+use crate::fs::this_host;
+use crate::ha::failover::{FailoverConfig, Hands, Job, MachineRules, Values};
+use crate::ha::hosts::Hosts;
+use crate::ops::control::Client;
+use crate::platform::clock::{BootClock, Clock, Stopwatch};
+use crate::platform::lease::{LeaseClaim, LeaseFile, lease_of_host, margin, silence_needed};
+use crate::platform::lock::lock;
+use crate::vmm::Daemon;
+
+/// How sure somebody is that machines do not run where they did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// Not at all: their owners' leases must be over, by this host's clock.
+    Silent,
+    /// The operator, or a device of his, has seen to it that their hosts run nothing any more, or takes the blame.
+    Fenced,
+    /// Copies are started, which nobody owned.
+    Drill,
+}
+
+/// The longest part of a machine's memory that is read ahead of its start, and of the state of its devices.
+const WORKING_SET_MAX: u64 = 256 << 20;
+const STATE_MAX: u64 = 64 << 20;
+
+/// How often it is looked whether an owner's lease is over.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Looks that come later than this after the one before say nothing about silence.
+const LATE: Duration = Duration::from_secs(5);
+
+/// What a copy's name begins with.
+const COPY: &str = "drill-";
+
+/// This host, as one that starts machines.
+pub struct Here {
+    pub store: Arc<EpochStore>,
+    pub config: FailoverConfig,
+    /// Where this host keeps what belongs to the repository, and the daemon's socket.
+    pub directory: PathBuf,
+    pub socket: PathBuf,
+    pub mountpoint: PathBuf,
+    pub program: PathBuf,
+    pub repository: String,
+    pub state_directory: PathBuf,
+    pub how: How,
+    /// What is known of the other hosts.
+    pub hosts: Arc<Mutex<Hosts>>,
+    /// Copies that run, to be ended.
+    pub copies: Mutex<Vec<(String, Started)>>,
+}
+
+/// A machine whose storage is there.
+pub struct Attached {
+    /// The machine that is started: a copy has a name of its own.
+    machine: String,
+    epoch: u64,
+    claim: Option<LeaseClaim>,
+    rules: MachineRules,
+}
+
+impl Here {
+    /// This host as an owner, with its lease if it has one, which must be in force.
+    fn owner(&self) -> Result<(Owner, Option<Duration>)> {
+        let mut owner = this_host(&self.directory)?;
+        let lease =
+            lease_of_host(&self.directory, &BootClock)?.map(|lease| lease.lease).filter(|lease| !lease.is_zero());
+        owner.lease_ms = lease.map_or(0, |lease| u32::try_from(lease.as_millis()).unwrap_or(u32::MAX));
+        Ok((owner, lease))
+    }
+
+    fn daemon(&self) -> Result<Client> {
+        Client::connect(&self.socket)?.ok_or_else(|| {
+            Error::not_found("no daemon has the repository mounted here, and machines start from a mount")
+                .hint("mount it with --lease: epochfs mount MOUNTPOINT --background --lease 5s")
+        })
+    }
+
+    /// Waits until an owner's lease is over, where that is to be so.
+    fn wait_for_silence(&self, machine: &str, owner: &Owner) -> Result<()> {
+        if self.how != How::Silent {
+            return Ok(());
+        }
+        if owner.lease_ms == 0 {
+            return Err(Error::conflict(format!(
+                "{machine} is host {}'s without a lease: it is not ended there by itself",
+                owner.name
+            ))
+            .hint("if that host certainly runs nothing any more, repeat this with --fenced"));
+        }
+        let lease = Duration::from_millis(owner.lease_ms.into());
+        let since = Stopwatch::start();
+        // Watched from the beginning if need be, with looks that come when they come.
+        let patience = silence_needed(lease) + lease + Duration::from_secs(2);
+        lock(&self.hosts).watch(owner.host);
+        loop {
+            let look = lock(&self.hosts).last_look(&owner.host, lease);
+            if let Some(look) = look
+                && look.finds_nothing_new()?
+            {
+                return Ok(());
+            }
+            if since.elapsed() > patience || self.is_heard(owner) {
+                return Err(Error::conflict(format!("{machine} is host {}'s, which lives", owner.name))
+                    .hint("end it there, or have that host unmounted; `epochfs hosts` shows it"));
+            }
+            BootClock.sleep(LOOK);
+            lock(&self.hosts).look_again(LOOK, LATE)?;
+        }
+    }
+
+    fn is_heard(&self, owner: &Owner) -> bool {
+        lock(&self.hosts).seen().iter().any(|host| host.id == owner.host && host.was_heard && !host.is_silent)
+            && lock(&self.hosts).for_how_long(&owner.host) < Some(LOOK * 10)
+    }
+
+    /// Whether somebody here protects a machine, and said so just now.
+    fn runs_here(&self, machine: &str) -> bool {
+        let Ok(Some(status)) = Client::ask(&self.socket, Client::status) else { return false };
+        let runs = |state: &str| !matches!(state, "ended" | "lost");
+        status
+            .protected
+            .iter()
+            .any(|one| one.status.machine == machine && runs(&one.status.state) && one.said_ms_ago < 3000.0)
+    }
+
+    fn take(&self, machine: &Arc<str>, term: u64, rules: &MachineRules) -> Result<Option<LeaseClaim>> {
+        if rules.is_live() {
+            return Ok(self.daemon()?.take_over(machine, term)?.claim);
+        }
+        let (owner, lease) = self.owner()?;
+        let ownership = self.store.take_over(machine, owner, term)?;
+        let file = LeaseFile::path_in(&self.directory);
+        Ok(lease.map(|lease| LeaseClaim { file, lease, margin: margin(lease), since: ownership.since }))
+    }
+
+    /// Reads what the machine needs first, so that it is at hand: the state of its devices, and what earlier restores or the
+    /// latest epochs touched.
+    fn bring(&self, epoch: &Epoch, rules: &MachineRules, phase: &mut dyn FnMut(&'static str)) -> Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        let mut read = |stream: &str, runs: &mut dyn Iterator<Item = (u64, u64)>, most: u64| -> Result<()> {
+            let Ok(mut reader) = epoch.stream(stream.as_bytes()) else { return Ok(()) };
+            let mut left = most;
+            for (start, end) in runs {
+                let mut at = start;
+                while at < end.min(reader.len()) && left > 0 {
+                    let len = buffer.len().min((end - at) as usize);
+                    let filled = reader.read_at(at, &mut buffer[..len])?;
+                    if filled == 0 {
+                        break;
+                    }
+                    at += filled as u64;
+                    left = left.saturating_sub(filled as u64);
+                }
+            }
+            Ok(())
+        };
+        let (state, memory) = (rules.state_stream(), rules.memory_stream());
+        read(state, &mut std::iter::once((0, STATE_MAX)), STATE_MAX)?;
+        phase("state");
+        let page = epochfs_format::PAGE_SIZE as u64;
+        // Without a forecast the machine is started all the same, and reads what it touches.
+        let foreseen = self.daemon().and_then(|mut daemon| daemon.forecast(epoch.machine(), epoch.number(), memory));
+        let foreseen = foreseen.map(|foreseen| foreseen.runs).unwrap_or_default();
+        read(
+            memory,
+            &mut foreseen.into_iter().map(|(first, count)| (first * page, (first + count) * page)),
+            WORKING_SET_MAX,
+        )?;
+        phase("working set");
+        Ok(())
+    }
+
+    fn values(&self, attached: &Attached) -> Values {
+        let machine = self.mountpoint.join(&attached.machine);
+        let (live, epoch) = (machine.join("live"), machine.join("epochs").join(attached.epoch.to_string()));
+        let directory = if attached.rules.is_live() { live.clone() } else { epoch };
+        let text = |path: PathBuf| path.display().to_string();
+        Values {
+            machine: attached.machine.clone(),
+            epoch: attached.epoch.to_string(),
+            memory: text(directory.join(attached.rules.memory_stream())),
+            vmstate: text(directory.join(attached.rules.state_stream())),
+            directory: text(directory),
+            live: text(live),
+            mount: text(self.mountpoint.clone()),
+            program: text(self.program.clone()),
+            repo: self.repository.clone(),
+            state_dir: text(self.state_directory.clone()),
+        }
+    }
+
+    fn log(&self, kind: &str, machine: &str) -> PathBuf {
+        self.directory.join(format!("{kind}-{}.log", encode_component(machine)))
+    }
+
+    /// Ends and removes all copies.
+    pub fn end_copies(&self) -> Result<()> {
+        let copies = std::mem::take(&mut *lock(&self.copies));
+        let mut result = Ok(());
+        for (machine, started) in copies {
+            let ended = started.end().and_then(|()| self.remove_copy(&machine));
+            if let Err(error) = ended {
+                tracing::error!(machine, "the copy is left behind: {error}");
+                result = Err(error);
+            }
+        }
+        result
+    }
+
+    fn remove_copy(&self, machine: &str) -> Result<()> {
+        let name: Arc<str> = machine.into();
+        self.store.remove_machine(&name, true)?;
+        // What the mount keeps of it is given up; where none is mounted, nothing is kept.
+        Client::ask(&self.socket, |daemon| daemon.forget(machine)).map(|_| ())
+    }
+}
+
+impl Hands for Here {
+    type Attached = Attached;
+
+    fn attach(&self, job: &Job, phase: &mut dyn FnMut(&'static str)) -> Result<Option<Attached>> {
+        let machine: Arc<str> = job.machine.as_str().into();
+        let rules = self.config.of(&machine);
+        if rules.start.is_none() {
+            return Err(Error::usage(format!("it is not said how {machine} is started"))
+                .hint(format!("give start = [...] in [machines.{machine}] or in [defaults] of the file of --config")));
+        }
+        let head = self.store.repository().require(&machine)?;
+        phase("record");
+        if head.record.latest_epoch == 0 {
+            return Err(Error::not_found(format!("{machine} has no epoch that it could be started from")));
+        }
+        if self.how == How::Drill {
+            return self.attach_copy(&machine, head.record.latest_epoch, rules, phase).map(Some);
+        }
+        if let Some(owner) = &head.record.owner {
+            let is_own = this_host(&self.directory)?.host == owner.host;
+            if is_own && self.runs_here(&machine) {
+                return Ok(None);
+            }
+            if !is_own {
+                self.wait_for_silence(&machine, owner)?;
+                phase("owner's silence");
+            }
+        }
+        let claim = self.take(&machine, head.record.term, &rules)?;
+        phase("term");
+        // Nobody commits behind the term but this host: this is the last epoch that was acknowledged.
+        let epoch = self.newest(&machine)?;
+        phase("root");
+        self.bring(&epoch, &rules, phase)?;
+        Ok(Some(Attached { machine: machine.to_string(), epoch: epoch.number(), claim, rules }))
+    }
+
+    fn start(&self, job: &Job, attached: Attached, phase: &mut dyn FnMut(&'static str)) -> Result<()> {
+        let values = self.values(&attached);
+        let command = attached.rules.start.iter().flatten().map(|word| values.put(word)).collect::<Result<_>>()?;
+        let is_isolated = self.how == How::Drill;
+        let log = self.log("failover", &attached.machine);
+        let orders = WardenOrders { claim: attached.claim.clone(), command, log, is_isolated };
+        let started = start(&self.program, &orders)?;
+        phase("start");
+        if self.how == How::Drill {
+            lock(&self.copies).push((attached.machine.clone(), started));
+            return Ok(());
+        }
+        started.leave();
+        if let Some(arguments) = &attached.rules.protect {
+            let mut command = Command::new(&self.program);
+            command.arg("--repo").arg(&self.repository).arg("--state-dir").arg(&self.state_directory);
+            command.args(["protect", &job.machine]);
+            for word in arguments {
+                command.arg(values.put(word)?);
+            }
+            leave_running(&mut command, &self.log("protect", &job.machine))?;
+            phase("protect");
+        }
+        Ok(())
+    }
+}
+
+impl Here {
+    fn newest(&self, machine: &Arc<str>) -> Result<Epoch> {
+        self.store.epoch(&EpochName { machine: machine.clone(), which: None })
+    }
+
+    /// A copy of a machine's newest epoch, as a machine of its own.
+    fn attach_copy(
+        &self,
+        machine: &Arc<str>,
+        number: u64,
+        rules: MachineRules,
+        phase: &mut dyn FnMut(&'static str),
+    ) -> Result<Attached> {
+        let epoch = self.store.epoch(&EpochName { machine: machine.clone(), which: Some(Which::Number(number)) })?;
+        let copy = format!("{COPY}{machine}");
+        // One that an earlier drill left behind.
+        if self.store.repository().head(&copy.as_str().into())?.is_some() {
+            self.remove_copy(&copy)?;
+        }
+        let cloned = self.store.clone_epoch(epoch.record(), &copy)?;
+        let claim = self.take(&copy.as_str().into(), cloned.record.term, &rules)?;
+        phase("term");
+        let epoch = self.newest(&copy.as_str().into())?;
+        phase("root");
+        let attached = Attached { machine: copy, epoch: epoch.number(), claim, rules };
+        self.bring(&epoch, &attached.rules, phase)?;
+        Ok(attached)
+    }
+
+    /// What machines that are named here must be apart from, and how many processors they have.
+    pub fn describe(&self, machine: &str) -> (u32, BTreeSet<String>) {
+        let rules = self.config.of(machine);
+        (rules.cpus.unwrap_or(1), rules.apart.unwrap_or_default())
+    }
+
+    /// The place of a file of this host, for people.
+    pub fn logs(&self) -> &Path {
+        &self.directory
+    }
+}

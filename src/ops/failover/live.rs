@@ -1,0 +1,116 @@
+//! A plan from what hosts say just now.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use epochfs_format::{EntryKind, HostPurpose, hex};
+
+use super::here::Here;
+use crate::epoch::EpochName;
+use crate::error::{Error, Kind, Result};
+use crate::ha::failover::Job;
+use crate::ha::hosts::HostSeen;
+use crate::ha::plan::{Plan, Situation};
+
+/// A plan, and what it was made from.
+pub struct LivePlan {
+    pub situation: Situation,
+    pub plan: Plan,
+    /// Machines that cannot be planned for, and why.
+    pub left_out: Vec<(String, String)>,
+    /// This host's id.
+    pub own: String,
+}
+
+impl LivePlan {
+    /// What this host is to start, and what others are.
+    pub fn own_jobs(&self) -> Vec<Job> {
+        let mine = self.plan.placements.iter().filter(|placement| placement.host == self.own);
+        mine.map(|placement| {
+            let need = self.situation.needs.iter().find(|need| need.machine == placement.machine);
+            Job {
+                machine: placement.machine.clone(),
+                wave: placement.wave,
+                priority: placement.priority,
+                after: need.map(|need| need.after.clone()).unwrap_or_default(),
+            }
+        })
+        .collect()
+    }
+}
+
+/// Plans for machines among the hosts that live. `only_here` leaves the other hosts out. `was_on` is the host that each ran on, for
+/// the features of its processors.
+pub fn live_plan(
+    here: &Here,
+    own: &[u8; 16],
+    machines: &BTreeSet<String>,
+    seen: &[HostSeen],
+    only_here: bool,
+) -> Result<LivePlan> {
+    let mut situation = Situation { settings: here.config.planner.clone(), ..Situation::default() };
+    let mut features: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for host in seen {
+        let Some(said) = &host.said else { continue };
+        for machine in &said.machines {
+            features.entry(&machine.machine).or_insert_with(|| said.features.iter().cloned().collect());
+        }
+        let is_own = host.id == *own;
+        let is_accepting = is_own || (!only_here && said.is_accepting);
+        // One that is silent is not passed to the planner, nor is one whose machines are to go.
+        if !host.is_silent && (is_own || host.was_heard) {
+            let mut state = host.for_plan(is_accepting, &|machine| here.describe(machine));
+            state.runs.retain(|running| !machines.contains(&running.machine));
+            situation.hosts.push(state);
+        }
+    }
+    let mut left_out = Vec::new();
+    for machine in machines {
+        let name = EpochName { machine: machine.as_str().into(), which: None };
+        let epoch = match here.store.epoch(&name) {
+            Ok(epoch) => epoch,
+            Err(error) if error.kind() == Kind::NotFound => {
+                left_out.push((machine.clone(), error.to_string()));
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let rules = here.config.of(machine);
+        let memory = match epoch.manifest().get(rules.memory_stream().as_bytes()).map(|entry| &entry.kind) {
+            Some(EntryKind::Stream(image)) => image.length,
+            _ => 0,
+        };
+        let none = BTreeSet::new();
+        let features = features.get(machine.as_str()).unwrap_or(&none);
+        situation.needs.push(here.config.need(machine, epoch.number(), memory, features)?);
+    }
+    let plan = situation.plan();
+    Ok(LivePlan { situation, plan, left_out, own: hex(own) })
+}
+
+/// The machines that a host has, by what it said last, and what the log says of them: only those that it still owns.
+pub fn machines_of(here: &Here, host: &HostSeen, only_protected: bool) -> Result<BTreeSet<String>> {
+    let mut machines = BTreeSet::new();
+    for machine in host.said.iter().flat_map(|said| &said.machines) {
+        if only_protected && !machine.is_protected {
+            continue;
+        }
+        let name: Arc<str> = machine.machine.clone();
+        let head = here.store.repository().head(&name)?;
+        if head.is_some_and(|head| head.record.owner.as_ref().is_some_and(|owner| owner.host == host.id)) {
+            machines.insert(machine.machine.to_string());
+        }
+    }
+    Ok(machines)
+}
+
+/// Refuses a host that is there to be left alone.
+pub fn check_purpose(host: &HostSeen) -> Result<()> {
+    match host.purpose {
+        HostPurpose::Maintenance => {
+            Err(Error::conflict(format!("{} is under maintenance: its silence is no failure", host.label()))
+                .hint("`epochfs hosts ready` takes it back, or name the machines"))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,136 @@
+//! Watching the other hosts, and starting here what a plan gives this one when one of them falls silent. Every host plans by
+//! itself, from the same heartbeats and in the same way; where two come to different plans, the log decides.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use epochfs_format::HostPurpose;
+
+use super::here::Here;
+use super::live::{live_plan, machines_of};
+use crate::error::Result;
+use crate::fs::this_host;
+use crate::ha::failover::{Limits, MachineReport, Progress, Stage, execute};
+use crate::ha::hosts::{HEARTBEAT_INTERVAL, HostSeen};
+use crate::ops::control::Client;
+use crate::platform::clock::Stopwatch;
+use crate::platform::lock::lock;
+
+/// How often the others are looked at.
+const LOOK: Duration = HEARTBEAT_INTERVAL;
+
+/// Looks that come later than this after the one before say nothing about silence.
+const LATE: Duration = Duration::from_secs(5);
+
+/// How soon machines are tried again that could not be started, and how often.
+const RETRY: Duration = Duration::from_secs(10);
+const TRIES_MAX: u32 = 3;
+
+/// One failover.
+pub struct Took {
+    /// Whose machines they were.
+    pub host: String,
+    pub silent: Duration,
+    pub reports: Vec<MachineReport>,
+    /// What had no host, and why.
+    pub left_out: Vec<(String, String)>,
+}
+
+pub struct Serve {
+    pub here: Here,
+    pub limits: Limits,
+    /// Whether machines are started, or only what would be started is told.
+    pub is_auto: bool,
+    /// Machines that were tried: how often, and when last.
+    pub tried: BTreeMap<String, (u32, Stopwatch)>,
+}
+
+impl Serve {
+    /// Watches until it is told to stop. `took` hears of each failover, `told` how far one is.
+    pub fn run(
+        &mut self,
+        stop: &Receiver<i32>,
+        told: &(dyn Fn(&Progress<'_>) + Sync),
+        took: &mut dyn FnMut(&Took) -> Result<()>,
+    ) -> Result<()> {
+        let own = this_host(&self.here.directory)?.host;
+        let mut failing = false;
+        loop {
+            match self.look(&own, told, took) {
+                Ok(()) => failing = false,
+                Err(error) => {
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::warn!("the other hosts are not watched: {error}");
+                    }
+                }
+            }
+            match stop.recv_timeout(LOOK) {
+                Err(RecvTimeoutError::Timeout) => {}
+                _ => break,
+            }
+        }
+        // Nobody here starts machines any more; a daemon that is gone needs not be told.
+        let _ = Client::ask(&self.here.socket, |daemon| daemon.tell_accepting(false));
+        Ok(())
+    }
+
+    fn look(
+        &mut self,
+        own: &[u8; 16],
+        told: &(dyn Fn(&Progress<'_>) + Sync),
+        took: &mut dyn FnMut(&Took) -> Result<()>,
+    ) -> Result<()> {
+        Client::ask(&self.here.socket, |daemon| daemon.tell_accepting(self.is_auto))?;
+        let seen = {
+            let mut hosts = lock(&self.here.hosts);
+            hosts.look(LATE)?;
+            hosts.seen()
+        };
+        for host in &seen {
+            let is_failed = host.id != *own && host.is_silent && !host.lease().is_zero();
+            if is_failed && host.purpose != HostPurpose::Maintenance {
+                self.fail_over(own, host, &seen, told, took)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fail_over(
+        &mut self,
+        own: &[u8; 16],
+        host: &HostSeen,
+        seen: &[HostSeen],
+        told: &(dyn Fn(&Progress<'_>) + Sync),
+        took: &mut dyn FnMut(&Took) -> Result<()>,
+    ) -> Result<()> {
+        let may_try = |(tries, since): &(u32, Stopwatch)| *tries < TRIES_MAX && since.elapsed() > RETRY;
+        let mut machines: BTreeSet<String> = machines_of(&self.here, host, true)?;
+        machines.retain(|machine| self.tried.get(machine).is_none_or(may_try));
+        if machines.is_empty() {
+            return Ok(());
+        }
+        let live = live_plan(&self.here, own, &machines, seen, false)?;
+        let mut left_out = live.left_out.clone();
+        left_out.extend(live.plan.unplaced.iter().map(|one| (one.machine.clone(), one.reason.clone())));
+        let jobs = live.own_jobs();
+        for machine in jobs.iter().map(|job| &job.machine).chain(left_out.iter().map(|(machine, _)| machine)) {
+            let tries = self.tried.get(machine).map_or(0, |(tries, _)| *tries);
+            self.tried.insert(machine.clone(), (tries + 1, Stopwatch::start()));
+        }
+        if jobs.is_empty() && left_out.is_empty() {
+            // They are others'.
+            return Ok(());
+        }
+        let reports = match self.is_auto {
+            true => execute(&self.here, &jobs, &self.limits, told),
+            false => {
+                jobs.iter().map(|job| MachineReport { machine: job.machine.clone(), ..Default::default() }).collect()
+            }
+        };
+        for report in reports.iter().filter(|report| report.stage == Stage::Running) {
+            self.tried.remove(&report.machine);
+        }
+        took(&Took { host: host.label(), silent: host.silent, reports, left_out })
+    }
+}
