@@ -11,3 +11,4 @@ pub mod leased;
 pub mod machine;
 pub mod mounts;
 pub mod protect;
+pub mod servers;
