@@ -1,7 +1,7 @@
 //! What `epochfs failover` does to machines: taking those of a failed host over, trying it out, and watching for failures.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -117,7 +117,7 @@ impl Warden {
 }
 
 /// This host, mounted.
-fn here(context: &Context, config: &PathBuf, how: How) -> Result<Here> {
+fn here(context: &Context, config: &Path, how: How) -> Result<Here> {
     let config = FailoverConfig::read(config)?;
     let store = Arc::new(context.open_without_index()?);
     let directory = context.local_directory(&store);

@@ -54,6 +54,10 @@ pub struct Restore {
     /// Make a new machine of the epoch first, and run that: what it writes is kept, and can be committed.
     #[arg(long, value_name = "MACHINE")]
     clone: Option<String>,
+    /// Run the machine itself, from its newest epoch: what it writes goes to its own live, which must be this host's, with
+    /// nothing in it that no epoch holds. It is what a failover does.
+    #[arg(long, conflicts_with = "clone")]
+    live: bool,
     /// The stream that holds the memory: `memory` unless given; for Cloud Hypervisor, what its configuration names.
     #[arg(long, value_name = "STREAM")]
     memory: Option<String>,
@@ -114,8 +118,20 @@ impl Restore {
             mountpoint: who.mountpoint.into(),
             machine: epoch.machine().to_string(),
             epoch: epoch.number(),
-            clone: self.clone.clone(),
+            // Its own live is written to in place, as a clone's would be.
+            clone: if self.live { Some(epoch.machine().to_string()) } else { self.clone.clone() },
         };
+        if self.live {
+            let newest = store.repository().require(epoch.machine())?.record.latest_epoch;
+            if newest != epoch.number() {
+                return Err(Error::conflict(format!(
+                    "{} is not the newest epoch of {}, which its live lies on",
+                    epoch.name(),
+                    epoch.machine()
+                ))
+                .hint("name no epoch, or run this one as a clone: --clone MACHINE"));
+            }
+        }
         let work = Work { context, since, store, socket, epoch, place };
         match self.vmm {
             Vmm::Qemu => self.qemu(&work),
@@ -172,7 +188,8 @@ impl Restore {
     }
 
     fn make_clone<'a>(&self, work: &'a Work<'_>) -> Result<Option<MadeClone<'a>>> {
-        self.clone.as_ref().map(|name| MadeClone::make(&work.store, &work.epoch, name)).transpose()
+        let clone = self.clone.as_ref().filter(|_| !self.live);
+        clone.map(|name| MadeClone::make(&work.store, &work.epoch, name)).transpose()
     }
 
     fn qemu(&self, work: &Work<'_>) -> Result<ExitCode> {
@@ -182,7 +199,7 @@ impl Restore {
         let len = stream_len(&work.epoch, &memory)?;
         stream_len(&work.epoch, &state)?;
         let monitor = self.qmp.as_ref().map_or_else(MonitorPlace::own, |path| MonitorPlace::chosen(path));
-        let is_live = self.clone.is_some();
+        let is_live = work.place.clone.is_some();
         let watch = Watch::start()?;
         let file = place.directory().join(&memory);
         let wanted = self.wanted(work, &memory, file.clone(), is_live);
@@ -255,7 +272,7 @@ impl Restore {
             None => self.feed(work, self.wanted(work, memory, file, false), &watch)?,
         };
         request.load(api)?;
-        if let Some(clone) = &self.clone {
+        if let Some(clone) = &work.place.clone {
             // Its first snapshot by an agent need not hold all memory then. Without the note it does.
             if let Err(error) = Base::of(&context.local_directory(&work.store), clone).note(api) {
                 tracing::info!("{error}");
@@ -295,7 +312,7 @@ impl Restore {
         let feed = match &restore.memory {
             Some((stream, _)) => {
                 let file = place.directory().join(stream);
-                self.feed(work, self.wanted(work, stream, file, self.clone.is_some()), &watch)?
+                self.feed(work, self.wanted(work, stream, file, work.place.clone.is_some()), &watch)?
             }
             None => Feed::none(work.since, "the snapshot itself holds the memory"),
         };
