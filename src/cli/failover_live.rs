@@ -101,7 +101,7 @@ pub struct ServeCommand {
 
 /// The process that looks after what a start command leaves running.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  it is started by `epochfs failover run`, and by nobody else")]
+#[command(after_help = "Example:\n  epochfs failover warden --orders '{...}' (as `epochfs failover run` starts it)")]
 pub struct Warden {
     #[arg(long, value_name = "JSON")]
     orders: String,
@@ -153,7 +153,17 @@ fn here(context: &Context, config: &Path, how: How) -> Result<Here> {
 /// Finds the machines, watches the hosts for a moment, and plans.
 fn prepare(here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
     let own = this_host(&here.directory)?.host;
-    let seen = watch(&mut lock(&here.hosts), None)?;
+    let seen = {
+        let mut hosts = lock(&here.hosts);
+        match which.here {
+            // Nobody else is planned for, so that nobody need be found to live: whoever owns a machine is watched for that.
+            true => {
+                hosts.look(Duration::MAX)?;
+                hosts.seen()
+            }
+            false => watch(&mut hosts, None)?,
+        }
+    };
     let named = |name: &str| {
         let is_meant = |host: &&HostSeen| parse_id(name) == Some(host.id) || host.label() == name;
         let mut found = seen.iter().filter(is_meant);

@@ -54,7 +54,7 @@ pub struct Mount {
     /// 500ms; 5s does for most. Without it, machines stay this host's until they are taken over by hand.
     #[arg(long, value_name = "TIME", value_parser = parse_time, conflicts_with = "read_only")]
     lease: Option<Duration>,
-    /// How often other hosts are told that this one lives: 1500ms unless given, a quarter of a short lease. Without --lease
+    /// How often other hosts are told that this one lives: 1500ms unless given, a third of a short lease. Without --lease
     /// they are told only if this is given.
     #[arg(long, value_name = "TIME", value_parser = parse_time, conflicts_with = "read_only")]
     heartbeat: Option<Duration>,
@@ -140,7 +140,7 @@ impl Mount {
                 Error::usage("a lease lasts at least 500ms, and at most an hour").hint("for example --lease 5s")
             );
         }
-        let usual = if lease.is_zero() { HEARTBEAT_INTERVAL } else { HEARTBEAT_INTERVAL.min(lease / 4) };
+        let usual = if lease.is_zero() { HEARTBEAT_INTERVAL } else { HEARTBEAT_INTERVAL.min(lease / 3) };
         let interval = self.heartbeat.unwrap_or(usual);
         if !lease.is_zero() && interval > lease / 2 {
             return Err(Error::usage("with so few heartbeats the lease would be over when one is late")

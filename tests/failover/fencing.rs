@@ -74,6 +74,8 @@ fn p3_who_is_cut_off_from_the_repository_ends_what_it_runs_and_starts_nothing() 
         let world = World::new();
         let mut host = world.mounted("a", "2s");
         let pid = guest(&mut host);
+        let newest = || world.store().repository().require(&"demo".into()).map_or(0, |head| head.record.latest_epoch);
+        assert!(becomes(Duration::from_secs(10), || newest() > 0));
         host.weather(weather);
         let since = Stopwatch::start();
         assert!(becomes(LEASE * 3, || !is_alive(pid)), "{weather}: nobody ends it");

@@ -4,4 +4,6 @@
 mod asked;
 mod clocks;
 mod fencing;
+mod schedule;
+mod takeover;
 mod world;

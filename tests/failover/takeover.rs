@@ -125,7 +125,8 @@ fn a_host_that_falls_silent_is_stood_in_for_within_ten_seconds_at_default_limits
     let world = World::new();
     let config = config(&world);
     let (mut a, b, c) = (world.mounted("a", "5s"), world.mounted("b", "5s"), world.mounted("c", "5s"));
-    let _serving = [Serving::start(&b, &config, &world.path("b.log")), Serving::start(&c, &config, &world.path("c.log"))];
+    let _serving =
+        [Serving::start(&b, &config, &world.path("b.log")), Serving::start(&c, &config, &world.path("c.log"))];
     let guests = [guest(&mut a, "web1"), guest(&mut a, "web2")];
     // A healthy cluster stays as it is.
     std::thread::sleep(Duration::from_secs(8));

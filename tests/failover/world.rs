@@ -174,6 +174,32 @@ impl Host {
         }
     }
 
+    /// Guests of this host that run, whoever started them.
+    pub fn processes(&self) -> Vec<i32> {
+        let state = self.state().display().to_string();
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+            if words.iter().any(|word| *word == "run")
+                && words.iter().any(|word| *word == "--detached")
+                && words.iter().any(|word| *word == state)
+                && is_alive(pid)
+            {
+                found.push(pid);
+            }
+        }
+        found
+    }
+
+    /// The processes in which guests run here, whoever started them.
+    pub fn guests(&self) -> Vec<i32> {
+        let mut all = self.processes();
+        all.extend(self.started.iter().copied().filter(|pid| is_alive(*pid)));
+        all
+    }
+
     pub fn log(&self) -> String {
         let mut text = String::new();
         for entry in fs::read_dir(self.state()).into_iter().flatten().flatten() {
@@ -188,6 +214,7 @@ impl Drop for Host {
         for pid in self.started.drain(..).filter(|pid| is_alive(*pid)).collect::<Vec<_>>() {
             signal(pid, Signal::KILL);
         }
+        self.processes().into_iter().for_each(|pid| signal(pid, Signal::KILL));
         if let Some(pid) = self.daemon.take() {
             signal(pid, Signal::KILL);
             becomes(Duration::from_secs(20), || !is_alive(pid));

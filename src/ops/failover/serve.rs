@@ -14,11 +14,12 @@ use crate::fs::this_host;
 use crate::ha::failover::{Limits, MachineReport, Progress, Stage, execute};
 use crate::ha::hosts::{HEARTBEAT_INTERVAL, HostSeen};
 use crate::ops::control::Client;
-use crate::platform::clock::Stopwatch;
+use crate::platform::clock::{BootClock, Stopwatch};
+use crate::platform::lease::lease_of_host;
 use crate::platform::lock::lock;
 
-/// How often the others are looked at.
-const LOOK: Duration = HEARTBEAT_INTERVAL;
+/// How often the others are looked at least, where this host's lease is short.
+const LOOK_MIN: Duration = Duration::from_millis(100);
 
 /// Looks that come later than this after the one before say nothing about silence.
 const LATE: Duration = Duration::from_secs(5);
@@ -65,7 +66,10 @@ impl Serve {
                     }
                 }
             }
-            match stop.recv_timeout(LOOK) {
+            // As often as this host says itself that it lives, which the others do likewise.
+            let lease = lease_of_host(&self.here.directory, &BootClock).ok().flatten().map(|lease| lease.lease);
+            let look = lease.map_or(HEARTBEAT_INTERVAL, |lease| HEARTBEAT_INTERVAL.min(lease / 3)).max(LOOK_MIN);
+            match stop.recv_timeout(look) {
                 Err(RecvTimeoutError::Timeout) => {}
                 _ => break,
             }

@@ -1,0 +1,90 @@
+//! Becoming a machine's owner: with the first change, by taking it over, and again in a new term.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::journal::Journal;
+use super::refusal::{Answer, Refusal};
+use super::{Halt, Live, directory_of};
+use crate::epoch::admin::Ownership;
+use crate::error::{Error, Kind, Result};
+use crate::platform::lock::lock;
+
+impl Live {
+    pub(super) fn become_owner(&self) -> Answer<()> {
+        self.become_owner_by(&|| self.store.own(&self.machine, self.settings.host.clone(), false))
+    }
+
+    fn become_owner_by(&self, own: &dyn Fn() -> Result<Ownership>) -> Answer<()> {
+        let mut ownership = lock(&self.ownership);
+        if self.owned.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if ownership.is_none() {
+            match own() {
+                Ok(owned) => {
+                    self.term.store(owned.term, Ordering::Release);
+                    *ownership = Some(owned);
+                }
+                Err(error) if error.kind() == Kind::Conflict => {
+                    tracing::warn!(machine = %self.machine, "live is read-only: {error}");
+                    *self.halt.write().unwrap_or_else(PoisonError::into_inner) = Some(Halt::Foreign(error.to_string()));
+                    return Err(Refusal::ReadOnly);
+                }
+                Err(error) => return Err(error.into()),
+            }
+            *self.halt.write().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        // Nobody else commits from here on; somebody may have until now.
+        if self.spool.get().is_none() {
+            self.take_newest()?;
+            let directory = directory_of(&self.settings, &self.machine);
+            let (journal, spool) =
+                Journal::create(self.settings.files.clone(), &directory, self.settings.budget.clone())?;
+            *lock(&self.journal) = Some(journal);
+            let _ = self.spool.set(spool);
+        }
+        drop(ownership);
+        self.rewrite_journal()?;
+        self.owned.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes the machine over, in which this term is in force. Nothing of an earlier term may be kept here.
+    pub fn take_over(&self, term: u64) -> Result<Ownership> {
+        let own = || self.store.take_over(&self.machine, self.settings.host.clone(), term);
+        self.become_owner_by(&own)
+            .map_err(|refusal| if self.halt().is_some() { self.halted() } else { refusal.into() })?;
+        self.owned_since(Duration::ZERO)
+    }
+
+    /// The ownership, in a term that was asked for at `since` or later, by this host's clock: a new one if need be.
+    pub fn owned_since(&self, since: Duration) -> Result<Ownership> {
+        self.begin_change().map_err(|refusal| if self.halt().is_some() { self.halted() } else { refusal.into() })?;
+        let renewed = {
+            let mut ownership = lock(&self.ownership);
+            let Some(held) = ownership.as_ref() else {
+                return Err(Error::conflict(format!("{} was just given up here", self.machine)).hint("repeat it"));
+            };
+            if held.since >= since {
+                return Ok(held.clone());
+            }
+            match self.store.take_over(&self.machine, self.settings.host.clone(), held.term) {
+                Ok(renewed) => {
+                    self.term.store(renewed.term, Ordering::Release);
+                    *ownership = Some(renewed.clone());
+                    renewed
+                }
+                Err(error) if error.kind() == Kind::Conflict => {
+                    tracing::error!(machine = %self.machine, "live is read-only: {error}");
+                    self.halt_with(Halt::Fenced);
+                    return Err(self.halted());
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        self.rewrite_journal()?;
+        Ok(renewed)
+    }
+}
