@@ -171,6 +171,10 @@ impl Here {
         let (state, memory) = (rules.state_stream(), rules.memory_stream());
         read(state, &mut std::iter::once((0, STATE_MAX)), STATE_MAX)?;
         phase("state");
+        // A disk of this host gives pages as quickly later; what travels is better on its way by now.
+        if !self.store.repository().objects().store().is_remote() {
+            return Ok(());
+        }
         let page = epochfs_format::PAGE_SIZE as u64;
         // Without a forecast the machine is started all the same, and reads what it touches.
         let foreseen = self.daemon().and_then(|mut daemon| daemon.forecast(epoch.machine(), epoch.number(), memory));

@@ -1,7 +1,8 @@
 //! A plan from what hosts say just now.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use epochfs_format::{EntryKind, HostPurpose, hex};
 
@@ -11,6 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ha::failover::Job;
 use crate::ha::hosts::HostSeen;
 use crate::ha::plan::{Plan, Situation};
+use crate::platform::lock::lock;
 
 /// A plan, and what it was made from.
 pub struct LivePlan {
@@ -65,40 +67,71 @@ pub fn live_plan(
         }
     }
     let mut left_out = Vec::new();
-    for machine in machines {
-        let name = EpochName { machine: machine.as_str().into(), which: None };
-        let epoch = match here.store.epoch(&name) {
-            Ok(epoch) => epoch,
+    let machines: Vec<&String> = machines.iter().collect();
+    for (machine, found) in machines.iter().zip(at_once(here, &machines, &|machine| found(here, machine))) {
+        let (epoch, memory) = match found {
+            Ok(found) => found,
             Err(error) if error.kind() == Kind::NotFound => {
-                left_out.push((machine.clone(), error.to_string()));
+                left_out.push(((*machine).clone(), error.to_string()));
                 continue;
             }
             Err(error) => return Err(error),
         };
-        let rules = here.config.of(machine);
-        let memory = match epoch.manifest().get(rules.memory_stream().as_bytes()).map(|entry| &entry.kind) {
-            Some(EntryKind::Stream(image)) => image.length,
-            _ => 0,
-        };
         let none = BTreeSet::new();
         let features = features.get(machine.as_str()).unwrap_or(&none);
-        situation.needs.push(here.config.need(machine, epoch.number(), memory, features)?);
+        situation.needs.push(here.config.need(machine, epoch, memory, features)?);
     }
     let plan = situation.plan();
     Ok(LivePlan { situation, plan, left_out, own: hex(own) })
 }
 
+/// A machine's newest epoch, and how long its memory is.
+fn found(here: &Here, machine: &String) -> Result<(u64, u64)> {
+    let rules = here.config.of(machine);
+    let name: Arc<str> = machine.as_str().into();
+    if rules.memory.is_some() {
+        return match here.store.repository().require(&name)?.record.latest_epoch {
+            0 => Err(Error::not_found(format!("{machine} has no epoch that it could be started from"))),
+            epoch => Ok((epoch, 0)),
+        };
+    }
+    let epoch = here.store.epoch(&EpochName { machine: name, which: None })?;
+    let memory = match epoch.manifest().get(rules.memory_stream().as_bytes()).map(|entry| &entry.kind) {
+        Some(EntryKind::Stream(image)) => image.length,
+        _ => 0,
+    };
+    Ok((epoch.number(), memory))
+}
+
+/// Asks something of many, as many at once as are attached at once: each waits for the repository.
+fn at_once<I: Sync, T: Send>(here: &Here, items: &[I], ask: &(dyn Fn(&I) -> Result<T> + Sync)) -> Vec<Result<T>> {
+    let threads = here.config.limits().map_or(1, |limits| limits.attach_at_once).min(items.len());
+    let (next, answers) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    let work = || {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(at) else { return };
+            let answer = ask(item);
+            lock(&answers).insert(at, answer);
+        }
+    };
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+    answers.into_inner().unwrap_or_else(PoisonError::into_inner).into_values().collect()
+}
+
 /// The machines that a host has, by what it said last, and what the log says of them: only those that it still owns.
 pub fn machines_of(here: &Here, host: &HostSeen, only_protected: bool) -> Result<BTreeSet<String>> {
+    let said = host.said.iter().flat_map(|said| &said.machines);
+    let named: Vec<Arc<str>> =
+        said.filter(|machine| machine.is_protected || !only_protected).map(|machine| machine.machine.clone()).collect();
+    let owns = |machine: &Arc<str>| {
+        let head = here.store.repository().head(machine)?;
+        Ok(head.is_some_and(|head| head.record.owner.as_ref().is_some_and(|owner| owner.host == host.id)))
+    };
     let mut machines = BTreeSet::new();
-    for machine in host.said.iter().flat_map(|said| &said.machines) {
-        if only_protected && !machine.is_protected {
-            continue;
-        }
-        let name: Arc<str> = machine.machine.clone();
-        let head = here.store.repository().head(&name)?;
-        if head.is_some_and(|head| head.record.owner.as_ref().is_some_and(|owner| owner.host == host.id)) {
-            machines.insert(machine.machine.to_string());
+    for (machine, owns) in named.iter().zip(at_once(here, &named, &owns)) {
+        if owns? {
+            machines.insert(machine.to_string());
         }
     }
     Ok(machines)
