@@ -12,6 +12,7 @@ mod copy;
 mod diff;
 mod doctor;
 mod export;
+mod failover;
 mod gc;
 mod init;
 mod log;
@@ -131,6 +132,7 @@ enum Command {
     Status(status::Status),
     ServeUffd(serve_uffd::ServeUffd),
     Protect(protect::Protect),
+    Failover(failover::Failover),
     Doctor(doctor::Doctor),
     Bench(bench::Bench),
     Completions(completions::Completions),
@@ -163,6 +165,7 @@ impl Command {
             Self::Status(command) => command.run(context),
             Self::ServeUffd(command) => command.run(context),
             Self::Protect(command) => command.run(context),
+            Self::Failover(command) => command.run(context),
             Self::Doctor(command) => command.run(context),
             Self::Bench(command) => command.run(context),
             Self::Completions(command) => command.run(context),

@@ -6,6 +6,7 @@ mod host;
 pub mod plan;
 mod policy;
 mod protect;
+pub mod simulate;
 
 pub use budget::{Demand, share};
 pub use config::{Config, MachineConfig, parse_duration};

@@ -238,6 +238,41 @@ fn every_command_prints_a_document_with_its_fields() {
             "total_ratio",
         ],
     );
+    check(
+        &["failover", "simulate", "--hosts", "20", "--machines", "200", "--hosts-per-rack", "2"],
+        &[
+            "scenario.hosts",
+            "lost_hosts",
+            "lost_machines",
+            "placed",
+            "unplaced",
+            "planning_s",
+            "recoveries[].strategy",
+            "recoveries[].to_50_percent_s",
+            "recoveries[].to_99_percent_s",
+            "recoveries[].to_100_percent_s",
+            "recoveries[].times_as_fast",
+        ],
+    );
+    let cluster = world.file(
+        "cluster.json",
+        r#"{"hosts": [{"id": "h1", "memory": 9, "memory_free": 9, "cpus": 1}],
+            "needs": [{"machine": "a", "epoch": 1, "memory": 1, "cpus": 1}, {"machine": "b", "epoch": 1, "memory": 99, "cpus": 1}]}"#,
+    );
+    check(
+        &["failover", "plan", "--from", cluster.to_str().unwrap()],
+        &[
+            "placements[].machine",
+            "placements[].epoch",
+            "placements[].host",
+            "placements[].wave",
+            "unplaced[].machine",
+            "unplaced[].reason",
+            "unplaced[].why.kind",
+            "unplaced[].refusals",
+            "is_proven",
+        ],
+    );
     check(&["completions", "bash"], &["shell", "script"]);
     check(&["man"], &["page"]);
     let pages = world.path("man").into_os_string().into_string().unwrap();
