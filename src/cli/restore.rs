@@ -61,7 +61,8 @@ pub struct Restore {
     /// snapshot: `snapshot` unless given.
     #[arg(long, value_name = "STREAM")]
     state: Option<String>,
-    /// Then bring all other memory, too.
+    /// Then bring all other memory, too. Without a machine to wait for, the exit code tells whether it came: 3 where some of
+    /// it is damaged, 1 where it cannot be read; the machine runs all the same.
     #[arg(long)]
     hydrate: bool,
     /// Load the machine, and do not let it go on.
@@ -226,7 +227,7 @@ impl Restore {
         }
         let ended = running
             .wait(&watch, &feed, self.hydrate, self.detach, &mut |moments, is_over| reporter.news(moments, is_over))?;
-        Ok(ended.map_or(ExitCode::SUCCESS, |Ended(code)| ExitCode::from(code)))
+        Ok(ended.map_or_else(|| self.brought(&feed), |Ended(code)| ExitCode::from(code)))
     }
 
     fn firecracker(&self, work: &Work<'_>) -> Result<ExitCode> {
@@ -317,7 +318,17 @@ impl Restore {
     fn follow(&self, work: &Work<'_>, watch: &Watch, feed: &Feed, more: Value) -> Result<ExitCode> {
         let mut reporter = Reporter::new(self, work, more);
         watch.follow(feed, self.hydrate, &mut |moments, is_over| reporter.news(moments, is_over))?;
-        Ok(ExitCode::SUCCESS)
+        Ok(self.brought(feed))
+    }
+
+    /// How this ends while the machine runs on: not well where all memory was wanted and is not there.
+    fn brought(&self, feed: &Feed) -> ExitCode {
+        let moments = feed.moments();
+        match (self.hydrate && moments.resident.is_none(), moments.is_damaged) {
+            (false, _) => ExitCode::SUCCESS,
+            (true, true) => Error::damaged("memory").exit_code().into(),
+            (true, false) => ExitCode::FAILURE,
+        }
     }
 }
 

@@ -15,9 +15,12 @@ use super::context::Context;
 use super::output::{print, size};
 use crate::epoch::{EpochName, Which};
 use crate::error::{Error, Result};
+use crate::ops::daemon::background;
+use crate::ops::servers::{self, Known, ServerStatus};
+use crate::platform::clock::now_ns;
 use crate::restore::{Prefetcher, Settings};
 use crate::uffd::{
-    Channel, FromWorker, Image, Offload, OnDamage, Options, Ready, Supervision, offload, supervise, work,
+    Channel, FromWorker, Image, News, Offload, OnDamage, Options, Ready, Supervision, offload, supervise, work,
 };
 
 /// Serve the page faults of VMs that were restored from an epoch: each page is read when it is touched.
@@ -27,7 +30,7 @@ use crate::uffd::{
 /// the repository never sees a wrong byte: it is killed, or held.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs serve-uffd web1@17 --socket /run/web1.uffd\n  epochfs serve-uffd web1 --socket /run/web1.uffd --populate\n  epochfs serve-uffd ch1@17 --cloud-hypervisor /run/ch2.migration --directory snapshot\n\nIn Firecracker, once it listens:\n  PUT /snapshot/load {\"snapshot_path\": \"MOUNT/web1/epochs/17/vmstate\", \"mem_backend\":\n    {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/web1.uffd\"}, \"resume_vm\": true}"
+    after_help = "Examples:\n  epochfs serve-uffd web1@17 --socket /run/web1.uffd\n  epochfs serve-uffd web1 --socket /run/web1.uffd --populate --background\n  epochfs serve-uffd ch1@17 --cloud-hypervisor /run/ch2.migration --directory snapshot\n\nIn Firecracker, once it listens:\n  PUT /snapshot/load {\"snapshot_path\": \"MOUNT/web1/epochs/17/vmstate\", \"mem_backend\":\n    {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/web1.uffd\"}, \"resume_vm\": true}"
 )]
 pub struct ServeUffd {
     /// The epoch: MACHINE, MACHINE@17 or MACHINE@tag.
@@ -69,6 +72,12 @@ pub struct ServeUffd {
     /// Threads that fill memory ahead, for all VMs together.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     populate_threads: u16,
+    /// Return once VMs can come. The server's log is in page-fault-servers in the state directory.
+    #[arg(long, short)]
+    background: bool,
+    /// Set for the process in the background.
+    #[arg(long, hide = true)]
+    detached: bool,
     /// Set for the process that serves.
     #[arg(long, hide = true)]
     worker: bool,
@@ -87,6 +96,15 @@ impl ServeUffd {
         };
         let (socket, monitor) = (absolute(&self.socket)?, absolute(&self.cloud_hypervisor)?);
         let place = socket.clone().or(monitor.clone()).unwrap_or_default();
+        let state =
+            std::path::absolute(context.state_directory()).map_err(|error| Error::io("the state directory", error))?;
+        let log = servers::directory(&state).join(log_name(&place));
+        if self.background {
+            return self.start(context, socket.as_deref(), monitor.as_deref(), &state, &log);
+        }
+        if self.detached {
+            background::detach()?;
+        }
         let is_monitor = monitor.is_some();
         let common = self.arguments(context, monitor.as_deref())?;
         let epoch = self.epoch.clone();
@@ -102,23 +120,72 @@ impl ServeUffd {
             socket,
             on_damage: self.on_damage,
         };
-        supervise(supervision, &mut |ready, worker| {
-            let document = json!({
-                "machine": ready.machine,
-                "epoch": ready.epoch,
-                "stream": ready.stream,
-                "bytes": ready.len,
-                "socket": place.display().to_string(),
-                "pid": std::process::id(),
-                "worker": worker,
-            });
-            let printed = if context.json() { print(&format!("{document:#}\n")) } else { Ok(()) };
-            // The VMs are what matters; who started it may be gone.
-            if let Err(error) = printed {
-                tracing::warn!(%error, "VMs can come, but that could not be told");
+        let repository = context.location()?.absolute()?.to_string();
+        let (mut known, mut serving): (Option<Known>, _) = (None, (0, 0));
+        supervise(supervision, &mut |news| match news {
+            News::Serves { vms, worker } => {
+                serving = (vms as u64, worker);
+                known.iter_mut().for_each(|known| known.change(|status| (status.vms, status.worker) = serving));
             }
-            context.notice(&sentence(&document, is_monitor));
+            News::Ready(ready) => {
+                let log = self.detached.then(|| log.display().to_string());
+                let document = json!({
+                    "machine": ready.machine,
+                    "epoch": ready.epoch,
+                    "stream": ready.stream,
+                    "bytes": ready.len,
+                    "socket": place.display().to_string(),
+                    "pid": std::process::id(),
+                    "worker": serving.1,
+                    "log": log,
+                });
+                let status = ServerStatus {
+                    repository: repository.clone(),
+                    machine: ready.machine.clone(),
+                    epoch: ready.epoch,
+                    stream: ready.stream.clone(),
+                    socket: place.display().to_string(),
+                    pid: std::process::id(),
+                    worker: serving.1,
+                    vms: 0,
+                    started_ns: now_ns(),
+                    log,
+                };
+                match Known::new(&state, status) {
+                    Ok(new) => known = Some(new),
+                    Err(error) => tracing::warn!("status does not show this server: {error}"),
+                }
+                let printed = if context.json() { print(&format!("{document:#}\n")) } else { Ok(()) };
+                // The VMs are what matters; who started it may be gone.
+                if let Err(error) = printed.and_then(|()| if self.detached { background::let_go() } else { Ok(()) }) {
+                    tracing::warn!(%error, "VMs can come, but that could not be told");
+                }
+                context.notice(&sentence(&document, is_monitor));
+            }
         })?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Starts a server in the background, and waits until VMs can come.
+    fn start(
+        &self,
+        context: &Context,
+        socket: Option<&Path>,
+        monitor: Option<&Path>,
+        state: &Path,
+        log: &Path,
+    ) -> Result<ExitCode> {
+        servers::make_directory(state)?;
+        let mut arguments: Vec<OsString> = vec!["--repo".into(), context.location()?.absolute()?.url()?.into()];
+        arguments.extend(["--state-dir".into(), state.into(), "--json".into()]);
+        arguments.extend(self.serving(context, monitor));
+        arguments.extend(socket.iter().flat_map(|socket| ["--socket".into(), OsString::from(socket)]));
+        arguments.extend(["--detached".into(), "--".into(), named(&self.epoch).into()]);
+        let document = background::start(&arguments, log)?;
+        context.notice(&sentence(&document, monitor.is_some()));
+        if context.json() {
+            print(&format!("{document:#}\n"))?;
+        }
         Ok(ExitCode::SUCCESS)
     }
 
@@ -126,13 +193,21 @@ impl ServeUffd {
     fn arguments(&self, context: &Context, monitor: Option<&Path>) -> Result<Vec<OsString>> {
         let mut arguments: Vec<OsString> = vec!["--repo".into(), context.location()?.url()?.into()];
         arguments.extend(["--state-dir".into(), context.state_directory().into()]);
+        arguments.extend(self.serving(context, monitor));
+        arguments.push("--worker".into());
+        Ok(arguments)
+    }
+
+    /// What a server is told about how to serve, in the background or as a worker.
+    fn serving(&self, context: &Context, monitor: Option<&Path>) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = vec!["--cache-size".into(), context.cache_size().to_string().into()];
         arguments.extend(match context.verbosity() {
             (_, true) => vec!["--quiet".into()],
             (0, _) => vec![],
             (1, _) => vec!["-v".into()],
             _ => vec!["-vv".into()],
         });
-        arguments.extend(["serve-uffd", "--worker", "--stream"].map(Into::into));
+        arguments.extend(["serve-uffd", "--stream"].map(Into::into));
         arguments.push(self.stream.clone().into());
         arguments.extend(["--patience".into(), self.patience.to_string().into()]);
         arguments.extend(["--populate-threads".into(), self.populate_threads.to_string().into()]);
@@ -148,7 +223,7 @@ impl ServeUffd {
         }
         arguments.extend(self.populate.then(|| "--populate".into()));
         arguments.extend(self.no_prefetch.then(|| "--no-prefetch".into()));
-        Ok(arguments)
+        arguments
     }
 
     /// In the process that serves.
@@ -213,6 +288,13 @@ impl ServeUffd {
             ..Options::default()
         }
     }
+}
+
+/// A log's name by the socket of its server.
+fn log_name(socket: &Path) -> String {
+    let name = epochfs_format::encode_component(&socket.display().to_string());
+    // The end of a path tells more than its beginning.
+    format!("{}.log", &name[name.len().saturating_sub(200)..])
 }
 
 /// An epoch's name as it was given.

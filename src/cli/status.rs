@@ -10,9 +10,10 @@ use super::output::{plain, size, table, time};
 use crate::error::{Error, Result};
 use crate::ops::control::{Client, DaemonStatus, Protected, sockets};
 use crate::ops::mounts::{Liveness, liveness, mounts};
+use crate::ops::servers::{ServerStatus, servers};
 
 /// Show what is mounted: each daemon with its machines, what they have written and not committed, and the kernel's
-/// settings.
+/// settings; and the page-fault servers.
 ///
 /// Shows the daemon of the repository, or those of all repositories where none is named. That none runs is no failure.
 #[derive(clap::Args)]
@@ -34,9 +35,15 @@ impl Status {
             .map(serde_json::to_value)
             .collect::<serde_json::Result<_>>()
             .map_err(|error| Error::usage(format!("the status cannot be written: {error}")))?;
-        let dead = self.dead_mounts(context)?;
+        let only = match context.names_repository() {
+            true => Some(context.location()?.absolute()?.to_string()),
+            false => None,
+        };
+        let servers = servers(&context.state_directory(), only.as_deref());
+        let dead = self.dead_mounts(only.as_deref())?;
         let document = json!({
             "daemons": documents,
+            "page_fault_servers": servers,
             "dead_mounts": dead.iter().map(|(at, repository)| json!({"mountpoint": at, "repository": repository})).collect::<Vec<_>>(),
         });
         context.print(&document, || {
@@ -49,24 +56,39 @@ impl Status {
                     plain(at)
                 )
             }));
+            if !servers.is_empty() {
+                parts.push(render_servers(&servers));
+            }
             if parts.is_empty() { "nothing is mounted\n".to_owned() } else { parts.join("\n") }
         })?;
         Ok(ExitCode::SUCCESS)
     }
 
     /// Mounts whose daemons died, with their repositories; only those of the repository that is named, if one is.
-    fn dead_mounts(&self, context: &Context) -> Result<Vec<(String, String)>> {
-        let only = match context.names_repository() {
-            true => Some(context.location()?.absolute()?.to_string()),
-            false => None,
-        };
+    fn dead_mounts(&self, only: Option<&str>) -> Result<Vec<(String, String)>> {
         Ok(mounts()?
             .into_iter()
-            .filter(|mount| mount.is_ours() && only.as_ref().is_none_or(|only| *only == mount.repository()))
+            .filter(|mount| mount.is_ours() && only.is_none_or(|only| only == mount.repository()))
             .filter(|mount| liveness(&mount.at) == Liveness::Dead)
             .map(|mount| (mount.at.display().to_string(), mount.repository()))
             .collect())
     }
+}
+
+fn render_servers(servers: &[ServerStatus]) -> String {
+    let rows: Vec<Vec<String>> = servers
+        .iter()
+        .map(|server| {
+            vec![
+                format!("{}@{}", plain(&server.machine), server.epoch),
+                plain(&server.stream),
+                server.vms.to_string(),
+                plain(&server.socket),
+                server.pid.to_string(),
+            ]
+        })
+        .collect();
+    format!("page-fault servers\n{}", table(&["EPOCH", "STREAM", ">VMS", "SOCKET", ">PROCESS"], &rows))
 }
 
 /// An agent that has said nothing for so long is gone, or hangs.

@@ -23,7 +23,8 @@ impl FileSystem {
                     live.begin_change()?;
                 }
                 let file = live.file(node)?;
-                Ok(self.handles.insert(Handle::Live(live, file)))
+                let residency = self.restore_clone(inode, &live, node, &file);
+                Ok(self.handles.insert(Handle::Live(live, file, residency)))
             }
             Object::Stored(stored) if stored.kind() == NodeKind::File => {
                 if write {
@@ -50,11 +51,16 @@ impl FileSystem {
     pub fn read(&self, handle: u64, offset: u64, buffer: &mut [u8]) -> Answer<usize> {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
         let count = match &*handle {
-            Handle::Live(live, file) => live.read(file, offset, buffer)?,
+            Handle::Live(live, file, residency) => {
+                let count = live.read(file, offset, buffer)?;
+                if let Some(residency) = residency {
+                    residency.demand(pages_of(offset, count as u64));
+                }
+                count
+            }
             Handle::Stored(epoch, image, residency) => {
-                let size = PAGE_SIZE as u64;
-                let end = offset.saturating_add(buffer.len() as u64).min(image.length);
-                residency.demand(offset / size..end.div_ceil(size));
+                let len = (buffer.len() as u64).min(image.length.saturating_sub(offset));
+                residency.demand(pages_of(offset, len));
                 let image = SharedImage { nodes: epoch.nodes(), image };
                 image.read_at(offset, buffer).map_err(|error| error.context(epoch.name()))?
             }
@@ -83,7 +89,7 @@ impl FileSystem {
         drops_privileges: bool,
     ) -> Answer<()> {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
-        let Handle::Live(live, file) = &*handle else { return Err(Refusal::ReadOnly) };
+        let Handle::Live(live, file, _) = &*handle else { return Err(Refusal::ReadOnly) };
         write(live, file, offset, data)?;
         if drops_privileges {
             self.drop_privileges(live, file.id)?;
@@ -95,7 +101,7 @@ impl FileSystem {
     /// Reserves or clears a range. `drops_privileges` as in [`Self::write`].
     pub fn allocate(&self, handle: u64, range: Range<u64>, what: Allocation, drops_privileges: bool) -> Answer<()> {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
-        let Handle::Live(live, file) = &*handle else { return Err(Refusal::ReadOnly) };
+        let Handle::Live(live, file, _) = &*handle else { return Err(Refusal::ReadOnly) };
         live.allocate(file, range, what)?;
         if drops_privileges { self.drop_privileges(live, file.id) } else { Ok(()) }
     }
@@ -104,7 +110,7 @@ impl FileSystem {
     pub fn seek(&self, handle: u64, offset: u64, data: bool) -> Answer<Option<u64>> {
         let handle = self.handles.get(handle).ok_or(Refusal::Stale)?;
         match &*handle {
-            Handle::Live(live, file) => live.seek(file, offset, data),
+            Handle::Live(live, file, _) => live.seek(file, offset, data),
             Handle::Stored(epoch, image, _) => {
                 if offset >= image.length {
                     return Ok(None);
@@ -132,4 +138,9 @@ impl FileSystem {
             _ => Ok(()),
         }
     }
+}
+
+fn pages_of(offset: u64, len: u64) -> Range<u64> {
+    let size = PAGE_SIZE as u64;
+    offset / size..offset.saturating_add(len).div_ceil(size)
 }

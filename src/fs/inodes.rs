@@ -67,7 +67,8 @@ pub struct Line {
 
 /// Something that is open.
 pub enum Handle {
-    Live(Arc<Live>, Arc<LiveFile>),
+    /// With what is recorded of it, if it is being restored.
+    Live(Arc<Live>, Arc<LiveFile>, Option<Arc<Residency>>),
     Stored(Epoch, Image, Arc<Residency>),
     /// What it holds is looked up when it is read from its beginning.
     Directory {

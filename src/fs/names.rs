@@ -64,7 +64,10 @@ impl FileSystem {
 
     pub fn forget(&self, inode: u64, count: u64) {
         match self.inodes.forget(inode, count) {
-            Some(Object::Live(live, node)) => live.hold(node, false),
+            Some(Object::Live(live, node)) => {
+                self.restores.forget(inode);
+                live.hold(node, false);
+            }
             Some(Object::Stored(_)) => self.restores.forget(inode),
             _ => {}
         }
@@ -239,7 +242,7 @@ impl FileSystem {
         let id = live.create_file(node, name, creator)?;
         let file = live.file(id)?;
         let found = self.tell(Object::Live(live.clone(), id))?;
-        Ok((found, self.handles.insert(Handle::Live(live, file))))
+        Ok((found, self.handles.insert(Handle::Live(live, file, None))))
     }
 
     pub fn unlink(&self, parent: u64, name: &[u8]) -> Answer<()> {

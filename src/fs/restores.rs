@@ -9,7 +9,8 @@ use epochfs_format::{Image, PAGE_SIZE, Page};
 use super::FileSystem;
 use super::mapped::used_pages;
 use super::object::{Stored, stream_number};
-use crate::epoch::{EpochName, Which};
+use crate::epoch::live::{Live, LiveFile};
+use crate::epoch::{EpochName, Which, commit_of};
 use crate::error::{Error, Result};
 use crate::platform::lock::lock;
 use crate::restore::{Extent, Foreseen, Prefetch, PrefetchStatus, Prefetcher, Residency, Sink, Target};
@@ -98,6 +99,36 @@ impl FileSystem {
             *prefetch = Some(prefetcher.begin(target, Extent::Forecast));
         }
         residency.clone()
+    }
+
+    /// A file of a live was opened. Where that is a clone's, and lies on what it was cloned from, its machine is being
+    /// restored: what it touches is recorded for the next restore of the original. Nothing is pushed, which could overwrite
+    /// what the machine has just written.
+    pub(super) fn restore_clone(&self, inode: u64, live: &Live, node: u64, file: &LiveFile) -> Option<Arc<Residency>> {
+        let prefetcher = self.prefetcher.as_ref()?;
+        let image = file.base();
+        if image.length < PREFETCHED_LEN_MIN || live.base() == 0 {
+            return None;
+        }
+        if let Some((residency, _)) = self.restores.lock().get(&inode) {
+            return Some(residency.clone());
+        }
+        let record = self.store.repository().epoch_record(live.machine(), live.base()).ok()?;
+        let (machine, number) = commit_of(&record).ok()?.origin.clone()?;
+        let stream: Arc<[u8]> = live.path(node)?.into();
+        let name = EpochName { machine, which: Some(Which::Number(number)) };
+        // It may have been dropped: then nobody will restore it again.
+        let epoch = self.store.epoch(&name).ok()?;
+        let digest = |image: &Image| image.root.as_ref().map(|root| root.digest);
+        let image = epoch.manifest().stream(&stream).filter(|original| digest(original) == digest(&image))?.clone();
+        let mut open = self.restores.lock();
+        let (residency, prefetch) = open.entry(inode).or_insert_with(|| (Arc::new(Residency::new(image.length)), None));
+        if prefetch.is_none() {
+            let sink = InodeSink { inode, length: image.length, cache: self.restores.cache.clone() };
+            let target = Target { epoch, stream, image, residency: residency.clone(), sink: Arc::new(sink) };
+            *prefetch = Some(prefetcher.begin(target, Extent::Recorded));
+        }
+        Some(residency.clone())
     }
 
     /// Pushes nothing any more. Whoever answers the kernel must still do so.

@@ -9,3 +9,4 @@ pub mod kernel;
 pub mod machine;
 pub mod mounts;
 pub mod protect;
+pub mod servers;

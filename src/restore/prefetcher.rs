@@ -16,7 +16,7 @@ use super::foreseen::Foreseen;
 use super::residency::Residency;
 use super::traces::Traces;
 use crate::epoch::{Epoch, EpochStore, LEAF_PAGES, SharedImage, Window, page_count};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::lock::lock;
 
@@ -75,6 +75,8 @@ pub struct Target {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Extent {
+    /// Nothing: what the restore touches is recorded.
+    Recorded,
     /// What the restore is expected to need soon.
     Forecast,
     /// Then everything else.
@@ -112,6 +114,9 @@ pub struct PrefetchStatus {
     /// How long ago the beginning was.
     #[serde(default)]
     pub age_ms: f64,
+    /// Pages were damaged, or lay beside damaged ones: they are left to whoever asks for them, and is told.
+    #[serde(default)]
+    pub is_damaged: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +147,9 @@ struct Work {
     batch_pages: usize,
     in_flight: usize,
     failures: u32,
+    /// Some pages could not be read, so that there will never be all; and some of these are damaged.
+    is_incomplete: bool,
+    is_damaged: bool,
     responsive: Option<Duration>,
     resident: Option<Duration>,
 }
@@ -222,7 +230,7 @@ impl Prefetcher {
             target,
             since: Stopwatch::start(),
             work: Mutex::new(Work {
-                state: State::Planning,
+                state: if extent == Extent::Recorded { State::Done } else { State::Planning },
                 source: Source::Nothing,
                 restores: 0,
                 window: Arc::default(),
@@ -236,6 +244,8 @@ impl Prefetcher {
                 batch_pages: BATCH_PAGES_FIRST,
                 in_flight: 0,
                 failures: 0,
+                is_incomplete: false,
+                is_damaged: false,
                 responsive: None,
                 resident: None,
             }),
@@ -243,6 +253,7 @@ impl Prefetcher {
             looks: AtomicU32::new(0),
         });
         lock(&self.shared.queue).all.push(prefetch.clone());
+        // One that only records is looked at from time to time.
         self.shared.again(&prefetch);
         prefetch
     }
@@ -271,7 +282,8 @@ impl Prefetcher {
 
     pub fn statuses(&self) -> Vec<PrefetchStatus> {
         let all = lock(&self.shared.queue).all.clone();
-        all.iter().map(|prefetch| prefetch.status()).collect()
+        let is_pushed = |prefetch: &&Arc<Prefetch>| lock(&prefetch.work).extent != Extent::Recorded;
+        all.iter().filter(is_pushed).map(|prefetch| prefetch.status()).collect()
     }
 
     /// Ends all prefetches, and keeps what was recorded. Whoever takes pages must still do so.
@@ -326,6 +338,7 @@ impl Prefetch {
             responsive_ms: work.responsive.map(ms),
             resident_ms: work.resident.map(ms),
             age_ms: ms(self.since.elapsed()),
+            is_damaged: work.is_damaged,
         }
     }
 
@@ -375,11 +388,13 @@ impl Prefetch {
         }
         if pages.is_empty() {
             if work.in_flight == 0 {
-                work.state = State::Done;
                 let elapsed = self.since.elapsed();
                 work.responsive.get_or_insert(elapsed);
-                if work.extent == Extent::Everything {
-                    work.resident.get_or_insert(elapsed);
+                work.state = State::Done;
+                match (work.extent, work.is_incomplete) {
+                    (Extent::Everything, true) => work.state = State::Failed,
+                    (Extent::Everything, false) => drop(work.resident.get_or_insert(elapsed)),
+                    _ => {}
                 }
             }
             return Step::Nothing;
@@ -426,6 +441,8 @@ impl Prefetch {
             Ok(false) => work.state = State::Cancelled,
             Err(error) => {
                 work.failures += 1;
+                work.is_incomplete = true;
+                work.is_damaged |= error.kind() == Kind::Damaged;
                 // Whoever asks for the page is told, and by name.
                 tracing::info!(epoch = self.target.epoch.name(), "pages were not prefetched: {error}");
                 if work.failures >= FAILURES_MAX {
@@ -602,6 +619,15 @@ impl Shared {
         let Some(touched) = residency.take_touched(now) else { return };
         if !self.keeps_traces || is_scan(&touched, page_count(image.length)) {
             return;
+        }
+        let is_recorded = lock(&prefetch.work).extent == Extent::Recorded;
+        if is_recorded {
+            // Whatever brings the pages that are foreseen asks for them as the machine does.
+            let found = forecast(&self.store, &self.traces, epoch, stream, image);
+            if found.source == Source::Trace {
+                let mut work = lock(&prefetch.work);
+                (work.restores, work.foreseen, work.windows) = (found.restores, found.runs, found.windows);
+            }
         }
         let (foreseen, restores, window, windows) = {
             let work = lock(&prefetch.work);

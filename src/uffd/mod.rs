@@ -36,6 +36,6 @@ pub use offload::{Offload, Served};
 pub use peer::Peer;
 pub use populate::Outcome;
 pub use server::{OnDamage, Options, Server};
-pub use supervisor::{Supervision, supervise};
+pub use supervisor::{News, Supervision, supervise};
 pub use vm::{Admission, End, Pushed, Vm, VmStatus};
 pub use worker::{offload, work};

@@ -67,8 +67,16 @@ struct Supervisor {
     is_finishing: bool,
 }
 
-/// Serves until a signal ends it. `told` hears once VMs may come, with the worker's process.
-pub fn supervise(supervision: Supervision, told: &mut dyn FnMut(&Ready, u32)) -> Result<()> {
+/// What a supervisor tells.
+pub enum News<'a> {
+    /// VMs may come.
+    Ready(&'a Ready),
+    /// So many VMs are served, by this process.
+    Serves { vms: usize, worker: u32 },
+}
+
+/// Serves until a signal ends it.
+pub fn supervise(supervision: Supervision, told: &mut dyn FnMut(News<'_>)) -> Result<()> {
     allow_many_files();
     let mut signals = signals()?;
     let (worker, ready) = Worker::start(&(supervision.worker)(None))?;
@@ -79,7 +87,8 @@ pub fn supervise(supervision: Supervision, told: &mut dyn FnMut(&Ready, u32)) ->
             Some(Lobby::open(path, image, ready.len, supervision.on_damage)?)
         }
     };
-    told(&ready, worker.child.id());
+    told(News::Serves { vms: 0, worker: worker.child.id() });
+    told(News::Ready(&ready));
     let mut supervisor = Supervisor {
         supervision,
         ready,
@@ -91,12 +100,13 @@ pub fn supervise(supervision: Supervision, told: &mut dyn FnMut(&Ready, u32)) ->
         deaths: Vec::new(),
         is_finishing: false,
     };
-    supervisor.run(&mut signals)
+    supervisor.run(&mut signals, told)
 }
 
 impl Supervisor {
-    fn run(&mut self, signals: &mut UnixStream) -> Result<()> {
+    fn run(&mut self, signals: &mut UnixStream, told: &mut dyn FnMut(News<'_>)) -> Result<()> {
         loop {
+            told(News::Serves { vms: self.vms.len() + self.watched.len(), worker: self.worker.child.id() });
             if self.is_finishing && self.vms.is_empty() && self.supervision.socket.is_some() {
                 return self.worker.close();
             }

@@ -177,6 +177,7 @@ impl Child {
         let mut log = None;
         match output {
             Output::Passed { stdout_is_taken } => {
+                end_with_parent(&mut started);
                 started.stderr(Stdio::piped());
                 if *stdout_is_taken {
                     let stderr = rustix::io::dup(rustix::stdio::stderr()).map_err(|error| failed(error.into()))?;
@@ -286,6 +287,22 @@ impl Drop for Child {
             self.end();
         }
     }
+}
+
+/// A monitor in the foreground ends with whoever started it, also if that is killed. It is started by the main thread,
+/// whose end is the process's.
+fn end_with_parent(command: &mut Command) {
+    let parent = rustix::process::getpid();
+    let ask = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+        // It may be dead already.
+        match rustix::process::getppid() == Some(parent) {
+            true => Ok(()),
+            false => Err(rustix::io::Errno::SRCH.into()),
+        }
+    };
+    // SAFETY: between fork and exec only two system calls are made; nothing is allocated and no lock is taken.
+    unsafe { command.pre_exec(ask) };
 }
 
 fn open_log(path: &Path) -> Result<File> {

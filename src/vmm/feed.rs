@@ -45,6 +45,8 @@ pub struct Moments {
     pub foreseen_pages: Option<u64>,
     /// Why the working set will not be known to be there.
     pub unknown: Option<String>,
+    /// Some of the memory is damaged.
+    pub is_damaged: bool,
 }
 
 impl Moments {
@@ -191,6 +193,9 @@ impl Work {
             let is_known = status.source != "nothing";
             let unknown = match status.state.as_str() {
                 "mistaken" => Some("the machine reads other pages than were foreseen; the next restore knows better"),
+                "failed" if status.is_damaged => {
+                    Some("pages are damaged, and whoever touches one is told; `epochfs verify` lists them")
+                }
                 "failed" => Some("pages could not be read; the daemon's log says why"),
                 "cancelled" => Some("the daemon ended it"),
                 "planning" => None,
@@ -202,6 +207,7 @@ impl Work {
                     moments.source = Some(status.source.clone());
                     moments.foreseen_pages = Some(status.foreseen_pages);
                 }
+                moments.is_damaged = status.is_damaged;
                 moments.working_set = moment(status.responsive_ms).filter(|_| is_known);
                 moments.resident = moment(status.resident_ms);
                 if !is_known {
@@ -333,6 +339,7 @@ mod tests {
             responsive_ms,
             resident_ms,
             age_ms: 30.0,
+            is_damaged: false,
         }
     }
 

@@ -314,6 +314,7 @@ fn every_command_prints_a_document_with_its_fields() {
             &["status"],
             &[
                 "dead_mounts",
+                "page_fault_servers",
                 "daemons[].repository",
                 "daemons[].id",
                 "daemons[].mountpoint",
@@ -384,7 +385,7 @@ fn every_command_prints_a_document_with_its_fields() {
         );
         check(&["umount", mountpoint.text()], &["mountpoint", "repository", "ended", "holders"]);
     }
-    check(&["status"], &["daemons", "dead_mounts"]);
+    check(&["status"], &["daemons", "dead_mounts", "page_fault_servers"]);
     // What a host lacks makes doctor fail, and is no fault of the document.
     seen.insert("doctor".to_owned());
     has(
@@ -420,7 +421,7 @@ fn every_command_prints_a_document_with_its_fields() {
     seen.insert("serve-uffd".to_owned());
     has(
         &serde_json::from_slice(&document).unwrap(),
-        &["machine", "epoch", "stream", "bytes", "socket", "pid", "worker"],
+        &["machine", "epoch", "stream", "bytes", "socket", "pid", "worker", "log"],
     );
     seen.insert("run".to_owned());
     // Where there is no KVM, its own tests say so.

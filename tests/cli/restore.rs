@@ -262,6 +262,52 @@ fn a_machine_is_started_told_what_to_load_and_left_running() {
     restoring.check_clean();
 }
 
+/// A machine whose memory is damaged runs, as it may never touch that page; who asked for all of it is told.
+#[test]
+fn that_memory_is_damaged_is_told_to_who_wants_all_of_it() {
+    if !can_mount_or_skip("that_memory_is_damaged_is_told_to_who_wants_all_of_it") {
+        return;
+    }
+    let world = World::new();
+    let restoring = Restoring::new(&world);
+    world.ok(["umount", restoring.mountpoint.text()]);
+    let packs = std::fs::read_dir(world.path("repository/packs")).unwrap().flat_map(|directory| {
+        std::fs::read_dir(directory.unwrap().path()).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>()
+    });
+    let pack = packs.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let mut bytes = std::fs::read(&pack).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 100].iter_mut().for_each(|byte| *byte ^= 0x55);
+    std::fs::remove_file(&pack).unwrap();
+    std::fs::write(&pack, &bytes).unwrap();
+    restoring.mountpoint.mount();
+    let actor = Actor::new(&world, "exec sleep 600");
+    let monitor = actor.monitor(|_, _| None);
+    let ran = world.run(actor.options("web1", &["--detach", "--json", "--hydrate"]));
+    ran.code(3).says("first instruction after").says("pages are damaged").says("`epochfs verify`");
+    assert!(ran.json()["resident_ms"].is_null() && actor.is_there());
+    kill(actor.pid(), Signal::KILL);
+    monitor.join().unwrap();
+    world.run(["umount", restoring.mountpoint.text()]).code(0);
+}
+
+#[test]
+fn a_restore_in_the_foreground_that_is_killed_leaves_no_qemu() {
+    if !can_mount_or_skip("a_restore_in_the_foreground_that_is_killed_leaves_no_qemu") {
+        return;
+    }
+    let world = World::new();
+    let restoring = Restoring::new(&world);
+    let actor = Actor::new(&world, "exec sleep 600");
+    let monitor = actor.monitor(|_, _| None);
+    let mut child = world.start(actor.options("web1", &[]));
+    assert!(names(&monitor.join().unwrap()).ends_with(&["cont"]));
+    kill(child.id(), Signal::KILL);
+    assert!(!child.wait().unwrap().success());
+    wait_until("QEMU is gone", || !actor.is_there());
+    restoring.check_clean();
+}
+
 #[test]
 fn in_the_foreground_it_ends_as_qemu_does() {
     if !can_mount_or_skip("in_the_foreground_it_ends_as_qemu_does") {

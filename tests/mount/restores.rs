@@ -139,6 +139,51 @@ fn a_second_restore_finds_there_what_the_first_one_touched() {
     mount.finish();
 }
 
+/// Machines are restored from a clone so that they can be protected on: what they touch is what the original's next restore
+/// will, whether it is by a clone or not.
+#[test]
+fn what_a_clone_touches_is_the_trace_of_its_origin() {
+    let Some(mut mount) = Mount::new("what_a_clone_touches_is_the_trace_of_its_origin") else { return };
+    let expected = commit_epochs(&mount, "web1", 1);
+    let pages: Vec<usize> = (0..150).map(|at| at * 7919 % PAGES).collect();
+    let others: Vec<usize> = (0..80).map(|at| 100 + at * 17).collect();
+    for (clone, pages) in [("web2", pages.clone()), ("web3", [pages.clone(), others.clone()].concat())] {
+        mount.ok(["clone", "web1@e0", clone]);
+        mount.restart();
+        let path = mount.live(clone).join("memory");
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        let map = Mapping::shared(&file, 0, expected.len()).unwrap();
+        map.advise(0..expected.len(), MADV_RANDOM).unwrap();
+        let mut found = vec![0; PAGE];
+        for page in &pages {
+            map.read(page * PAGE, &mut found).unwrap();
+            assert!(found == expected[page * PAGE..][..PAGE], "page {page} of {clone}");
+        }
+        // What is written is the clone's, and no reason to read it later from the original.
+        map.write(5 * PAGE, &[1; PAGE]).unwrap();
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(prefetches(&mount).is_empty(), "nothing is pushed to a live");
+    }
+    mount.restart();
+    let file = File::open(mount.epoch("web1", "e0").join("memory")).unwrap();
+    let told = ended(&mount);
+    let mut touched = [pages, others, vec![5]].concat();
+    touched.sort_unstable();
+    touched.dedup();
+    assert_eq!((&told["source"], &told["pushed_pages"]), (&"trace".into(), &touched.len().into()), "{told:#}");
+    drop(file);
+    // A live that is no clone, and one that has gone on to epochs of its own, leave none.
+    mount.commit("web3", "own").unwrap();
+    mount.restart();
+    fs::remove_dir_all(mount.repository().join("traces")).unwrap();
+    for machine in ["web1", "web3"] {
+        let file = File::options().read(true).write(true).open(mount.live(machine).join("memory")).unwrap();
+        file.read_exact_at(&mut [0; PAGE], 900 * PAGE as u64).unwrap();
+    }
+    mount.stop();
+    assert!(!mount.repository().join("traces").exists());
+}
+
 /// Nobody asks for pages that are there: a restore that was foreseen well makes only requests that were not foreseen.
 #[test]
 fn what_was_foreseen_well_is_not_forgotten_for_what_else_is_touched() {

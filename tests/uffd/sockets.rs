@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::fixture::{GuestProcess, Program, World};
+use crate::fixture::{GuestProcess, Program, World, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -40,6 +40,44 @@ fn a_socket_is_private_and_goes_with_its_server() {
     refused(&["serve-uffd", "web1", "--stream", "other", "--socket", &socket], 5, "other");
     refused(&["serve-uffd", "web1"], 2, "--socket");
     assert!(!world.socket().exists());
+}
+
+#[test]
+fn a_server_in_the_background_is_shown_and_outlives_who_started_it() {
+    let Some(world) = World::new("servers in the background", 256) else { return };
+    let socket = world.socket().into_os_string().into_string().unwrap();
+    let document = |arguments: &[&str]| -> serde_json::Value {
+        let output = world.command(arguments).stderr(std::process::Stdio::inherit()).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let servers = || document(&["status", "--json"])["page_fault_servers"].as_array().unwrap().clone();
+    assert!(servers().is_empty());
+    let started = document(&["--json", "serve-uffd", "web1@1", "--socket", &socket, "--background"]);
+    let log = std::path::PathBuf::from(started["log"].as_str().unwrap());
+    let [server] = &servers()[..] else { panic!("{:?}", servers()) };
+    for (field, value) in [("machine", "web1"), ("stream", "memory"), ("socket", &socket)] {
+        assert_eq!(server[field], value);
+    }
+    assert_eq!((&server["pid"], &server["vms"], &server["epoch"]), (&started["pid"], &0.into(), &1.into()));
+    let mut orders = world.orders(1);
+    orders.waits = true;
+    orders.operations = 100;
+    let mut guest = GuestProcess::start(&orders);
+    guest.must_say("ready");
+    guest.must_say("done");
+    wait_until("the VM is shown", || servers()[0]["vms"] == 1);
+    let told = world.command(&["status"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&told.stdout).contains("web1@1"), "{told:?}");
+    drop(guest);
+    wait_until("the VM is gone", || servers()[0]["vms"] == 0);
+    let again = world.command(&["serve-uffd", "web1", "--socket", &socket, "--background"]).output().unwrap();
+    assert_eq!(again.status.code(), Some(4), "{}", String::from_utf8_lossy(&again.stderr));
+    let pid = rustix::process::Pid::from_raw(started["pid"].as_u64().unwrap() as i32).unwrap();
+    rustix::process::kill_process(pid, Signal::TERM).unwrap();
+    wait_until("the server is gone", || servers().is_empty());
+    assert!(!world.socket().exists());
+    assert!(std::fs::read_to_string(log).unwrap().contains("serving memory of web1@1"));
 }
 
 #[test]

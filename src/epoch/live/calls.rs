@@ -147,6 +147,11 @@ impl Live {
     }
 
     /// The file that a number stands for, for as long as the caller likes.
+    /// The path of a node that has one.
+    pub fn path(&self, id: u64) -> Option<Vec<u8>> {
+        self.shared().path(id)
+    }
+
     pub fn file(&self, id: u64) -> Answer<Arc<LiveFile>> {
         self.shared().file(id).cloned()
     }
