@@ -31,7 +31,7 @@ fn a_plan_is_shown_and_nothing_is_done() {
     let ran = world.ok(["failover", "plan", "--from", file]);
     for text in [
         "h2.example",
-        "no host has 100.0 GiB of memory left: h2.example has the most, 10.0 GiB",
+        "no host has 100.0 GiB of memory left: h1.example has the most, 16.0 GiB",
         "no processor has the features it was saved with: h1.example lacks amx",
         "2 placed, 2 without a host: no plan places more",
     ] {
