@@ -7,6 +7,7 @@ pub mod daemon;
 pub mod doctor;
 pub mod kernel;
 pub mod machine;
+pub mod metrics;
 pub mod mounts;
 pub mod protect;
 pub mod servers;

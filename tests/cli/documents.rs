@@ -383,6 +383,13 @@ fn every_command_prints_a_document_with_its_fields() {
                 "overhead",
             ],
         );
+        let text = world.ok(["status", "--metrics"]).stdout;
+        assert!(text.contains("\nepochfs_mounted{") && text.contains("epochfs_dead_mounts{} 0\n"), "{text}");
+        for line in text.lines().filter(|line| !line.starts_with("# ")) {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            assert!(name.starts_with("epochfs_") && name.ends_with('}') && value.parse::<f64>().is_ok(), "{line}");
+        }
+        world.run(["status", "--metrics", "--json"]).code(2).says("do not go together");
         check(&["umount", mountpoint.text()], &["mountpoint", "repository", "ended", "holders"]);
     }
     check(&["status"], &["daemons", "dead_mounts", "page_fault_servers"]);
