@@ -1,11 +1,12 @@
 //! What holds for plans of any size, and how long a large one takes.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 
 use super::exhaustive::{GIB, any_situation, host, need, settings};
 use super::oracle::check;
 use super::*;
-use crate::platform::clock::Stopwatch;
 use crate::platform::random::Seeded;
 
 /// A cluster in which machines fill a given share of the memory that is left.
@@ -38,19 +39,22 @@ fn cluster(hosts: usize, machines: usize, dice: &mut Seeded) -> Situation {
     situation
 }
 
+/// How long this thread has had a processor: what else runs on this host does not count.
+fn busy() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 #[test]
 fn ten_thousand_machines_on_five_hundred_hosts_take_less_than_a_second() {
     for (what, memory) in [("room for all", 1), ("a third too few", 2)] {
         let mut situation = cluster(500, 10_000, &mut Seeded::new(1));
         situation.needs.iter_mut().for_each(|need| need.memory *= memory);
-        // The shortest of three times is that of the planner, the others are those of what else runs here.
-        let took = |_| {
-            let clock = Stopwatch::start();
-            (situation.plan(), clock.elapsed())
-        };
-        let (plan, took) = (0..3).map(took).min_by_key(|(_, took)| *took).unwrap();
+        let before = busy();
+        let plan = situation.plan();
+        let took = busy() - before;
         let placed = plan.placements.len();
-        eprintln!("10,000 machines on 500 hosts, {what}: {placed} placed in {} ms", took.as_millis());
+        eprintln!("10,000 machines on 500 hosts, {what}: {placed} placed in {} ms of one processor", took.as_millis());
         assert!(took.as_millis() < 1000, "it took {took:?}");
         assert_eq!(placed + plan.unplaced.len(), 10_000);
     }
