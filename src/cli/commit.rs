@@ -217,7 +217,7 @@ impl Commit {
         bar.finish();
         let index = &store.index(None).0.counters;
         let asked = (index.lookups.load(Ordering::Relaxed), index.hits.load(Ordering::Relaxed));
-        CommitSummary::new(&committed, asked, started.elapsed())
+        CommitSummary::new(&committed, asked, started.elapsed(), store.repository().room_left())
     }
 
     /// Files cannot be committed beside what this host's own mount has of the machine.

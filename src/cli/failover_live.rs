@@ -199,6 +199,7 @@ fn plan_document(live: &LivePlan) -> Value {
     json!({
         "placements": live.plan.placements,
         "unplaced": live.plan.unplaced,
+        "is_proven": live.plan.is_proven,
         "left_out": live.left_out.iter().map(|(machine, why)| json!({"machine": machine, "why": why})).collect::<Vec<_>>(),
         "here": live.own,
     })

@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use super::context::Context;
-use super::output::{plain, size, table, time};
+use super::output::{plain, print, size, table, time};
 use crate::error::{Error, Result};
 use crate::ops::control::{Client, DaemonStatus, Protected, sockets};
+use crate::ops::metrics::exposition;
 use crate::ops::mounts::{Liveness, liveness, mounts};
 use crate::ops::servers::{ServerStatus, servers};
 
@@ -17,8 +18,14 @@ use crate::ops::servers::{ServerStatus, servers};
 ///
 /// Shows the daemon of the repository, or those of all repositories where none is named. That none runs is no failure.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  epochfs status\n  epochfs --repo /srv/epochs status --json")]
-pub struct Status {}
+#[command(
+    after_help = "Examples:\n  epochfs status\n  epochfs --repo /srv/epochs status --json\n  epochfs status --metrics > /var/lib/node_exporter/epochfs.prom"
+)]
+pub struct Status {
+    /// As a monitoring system reads it: Prometheus' text format.
+    #[arg(long)]
+    metrics: bool,
+}
 
 impl Status {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
@@ -41,6 +48,13 @@ impl Status {
         };
         let servers = servers(&context.state_directory(), only.as_deref());
         let dead = self.dead_mounts(only.as_deref())?;
+        if self.metrics {
+            if context.json() {
+                return Err(Error::usage("--metrics and --json do not go together").hint("choose one form"));
+            }
+            print(&exposition(&daemons, &servers, dead.len()))?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let document = json!({
             "daemons": documents,
             "page_fault_servers": servers,

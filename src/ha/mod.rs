@@ -8,6 +8,7 @@ pub mod hosts;
 pub mod plan;
 mod policy;
 mod protect;
+pub mod simulate;
 
 pub use budget::{Demand, share};
 pub use config::{Config, MachineConfig, parse_duration};

@@ -1,8 +1,8 @@
 //! How often a machine is checkpointed: a pure function of what its checkpoints cost so far.
 //!
 //! A machine loses what it did since the newest durable epoch. So an epoch is begun as often as its target asks for, and
-//! never more often than it may: a share of the machine's time, the store's speed and its bytes each set the shortest
-//! interval they allow, and the longest of these holds. It grows at once, and shrinks by steps, and only for a reason.
+//! never more often than it may: a share of the machine's time, the store's speed, its bytes and its room, and what else the
+//! host has to do each set the shortest interval they allow, and the longest of these holds. It grows at once, and shrinks by steps, and only for a reason.
 
 use std::time::Duration;
 
@@ -21,6 +21,13 @@ const SHRINKS_FROM: f64 = 0.8;
 
 /// How much of an old figure is left when a smaller one is measured. Larger ones count at once.
 const MEMORY: f64 = 0.5;
+
+/// The room that commits leave is not used up sooner than in this time, however little there is.
+const ROOM_LASTS: Duration = Duration::from_secs(3600);
+
+/// A host with more than so many threads that want to run, for each processor, has more to do than it can: what is done for
+/// protection makes it slower still.
+const LOAD_BORNE: f64 = 1.5;
 
 /// How much sooner than the target's an epoch is begun, for what is not foreseen.
 const RPO_MARGIN: f64 = 0.9;
@@ -63,6 +70,10 @@ pub struct Observation {
     pub durable_after: Duration,
     pub stored_bytes: u64,
     pub failed: bool,
+    /// Threads that want to run on this host, for each processor.
+    pub host_load: f64,
+    /// Bytes that commits may still take in the store, where it has an end.
+    pub room: Option<u64>,
 }
 
 /// What sets an interval.
@@ -79,6 +90,10 @@ pub enum Limit {
     Store,
     /// The bytes that may be stored.
     StoreRate,
+    /// The room that the store has left.
+    Room,
+    /// What else this host has to do.
+    HostLoad,
     /// Checkpoints that failed.
     Failures,
 }
@@ -92,6 +107,8 @@ impl Limit {
             Self::Host => "this host's machines together would lose more of their time than they may",
             Self::Store => "an epoch takes that long until it is durable",
             Self::StoreRate => "more bytes would be stored than may be",
+            Self::Room => "the store has little room left: prune and collect garbage, or give it more",
+            Self::HostLoad => "this host has more to do than it can",
             Self::Failures => "checkpoints failed",
         }
     }
@@ -116,6 +133,9 @@ pub struct Policy {
     lost: f64,
     durable: f64,
     bytes: f64,
+    /// The same of the host's load; and the room as it was last.
+    load: f64,
+    room: Option<u64>,
     failures: u32,
     /// The interval before this one.
     interval: Duration,
@@ -138,6 +158,8 @@ impl Policy {
             lost: 0.0,
             durable: 0.0,
             bytes: 0.0,
+            load: 0.0,
+            room: None,
             failures: 0,
             interval: interval.max(INTERVAL_MIN),
             paced: Duration::ZERO,
@@ -157,6 +179,7 @@ impl Policy {
     pub fn observe(&mut self, seen: &Observation) {
         // What was lost was lost, whether or not an epoch came of it.
         self.lost = expect(self.lost, seen.lost.as_secs_f64());
+        self.load = expect(self.load, seen.host_load);
         self.last = (seen.lost.as_secs_f64(), seen.lost_by_pages.min(seen.lost).as_secs_f64());
         if seen.failed {
             self.failures = self.failures.saturating_add(1);
@@ -165,6 +188,7 @@ impl Policy {
         self.failures = 0;
         self.durable = expect(self.durable, seen.durable_after.as_secs_f64());
         self.bytes = expect(self.bytes, seen.stored_bytes as f64);
+        self.room = seen.room;
     }
 
     /// The interval that is asked for.
@@ -204,6 +228,14 @@ impl Policy {
             let paced = self.pace(share.min(self.target.overhead).max(1e-6));
             self.paced = paced;
             limits.push((paced, if is_hosts { Limit::Host } else { Limit::Overhead }));
+            // A target that its shares of time allow is met on a busy host, too.
+            if self.load > LOAD_BORNE && self.target.rpo.is_none() {
+                limits.push((self.wanted().mul_f64((self.load / LOAD_BORNE).min(100.0)), Limit::HostLoad));
+            }
+        }
+        if let Some(room) = self.room {
+            let lasts = secs(self.bytes * ROOM_LASTS.as_secs_f64() / room.max(1) as f64);
+            limits.push((lasts.min(INTERVAL_MAX), Limit::Room));
         }
         if let Some(rate) = self.target.store_rate {
             limits.push((secs(self.bytes / rate.max(1) as f64), Limit::StoreRate));
@@ -284,6 +316,32 @@ mod tests {
         let decision = settle(&mut Policy::new(target), &seen(50, 20));
         assert_eq!((decision.interval, decision.limit, decision.meets_rpo), (MS * 100, Limit::Target, None));
         assert_eq!(settle(&mut Policy::new(target), &seen(50, 400)).interval, MS * 500);
+    }
+
+    #[test]
+    fn little_room_and_a_host_that_is_overloaded_are_heeded_and_named() {
+        let target = Target { rpo: Some(MS * 1000), ..Target::default() };
+        let usual = seen(1, 1);
+        // A MiB an epoch, and 60 of them left: one in a minute, so that they last for an hour.
+        let decision = settle(&mut Policy::new(target), &Observation { room: Some(60 << 20), ..usual });
+        assert_eq!((decision.interval, decision.limit, decision.meets_rpo), (MS * 60_000, Limit::Room, Some(false)));
+        let decision = settle(&mut Policy::new(target), &Observation { room: Some(0), ..usual });
+        assert_eq!((decision.interval, decision.limit), (INTERVAL_MAX, Limit::Room));
+        let decision = settle(&mut Policy::new(target), &Observation { room: Some(1 << 40), ..usual });
+        assert_eq!(decision.limit, Limit::Target);
+        // Also where the interval is fixed: a full store has no epochs at all.
+        let fixed = Target { fixed: Some(MS * 100), ..Target::default() };
+        let decision = settle(&mut Policy::new(fixed), &Observation { room: Some(60 << 20), ..usual });
+        assert_eq!(decision.limit, Limit::Room);
+        // Three times as many threads as can be borne: a third of the epochs, where no target says otherwise.
+        let busy = Observation { host_load: 4.5, ..usual };
+        let decision = settle(&mut Policy::new(Target::default()), &busy);
+        assert_eq!((decision.interval, decision.limit), (MS * 3000, Limit::HostLoad));
+        for target in [target, fixed] {
+            assert_eq!(settle(&mut Policy::new(target), &busy).limit, Limit::Target);
+        }
+        let idle = Observation { host_load: 1.4, ..usual };
+        assert_eq!(settle(&mut Policy::new(Target::default()), &idle).limit, Limit::Target);
     }
 
     #[test]

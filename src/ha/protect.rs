@@ -7,7 +7,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use serde::{Deserialize, Serialize};
 
-use super::host::Host;
+use super::host::{Host, host_load};
 use super::policy::{Decision, Limit, Observation, Policy};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
@@ -32,6 +32,8 @@ pub struct Stored {
     pub epoch: u64,
     pub changed_pages: u64,
     pub stored_bytes: u64,
+    /// Bytes that commits may still take in the store, where it has an end.
+    pub room: Option<u64>,
 }
 
 /// An epoch on its way.
@@ -82,6 +84,10 @@ pub struct ProtectionStatus {
     pub pause_p99_ms: f64,
     /// The share of the machine's time that the last interval cost it.
     pub overhead: f64,
+    /// Threads that want to run on this host, for each processor.
+    pub host_load: f64,
+    /// Bytes that commits may still take in the store, where it has an end.
+    pub room_bytes: Option<u64>,
 }
 
 /// One machine's protection.
@@ -227,6 +233,8 @@ fn run_until_stopped(protection: &mut Protection, once: bool, stop: &Receiver<()
             }
         }
         let (seen, result) = checkpoint(protection, stop, run);
+        let seen = Observation { host_load: host_load(), ..seen };
+        run.status.host_load = seen.host_load;
         protection.policy.observe(&seen);
         match result {
             Ok(()) => run.is("protected", None),
@@ -306,7 +314,9 @@ fn checkpoint(protection: &mut Protection, stop: &Receiver<()>, run: &mut Run<'_
     run.status.durable_ms = ms(durable_after);
     (run.status.changed_pages, run.status.stored_bytes) = (stored.changed_pages, stored.stored_bytes);
     let (lost, lost_by_pages) = lost(&capture, &stored);
-    let seen = Observation { lost, lost_by_pages, durable_after, stored_bytes: stored.stored_bytes, failed: false };
+    run.status.room_bytes = stored.room;
+    let (stored_bytes, room) = (stored.stored_bytes, stored.room);
+    let seen = Observation { lost, lost_by_pages, durable_after, stored_bytes, room, ..Observation::default() };
     (seen, captured.map(|_| ()))
 }
 

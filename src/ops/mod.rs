@@ -9,6 +9,7 @@ pub mod failover;
 pub mod kernel;
 pub mod leased;
 pub mod machine;
+pub mod metrics;
 pub mod mounts;
 pub mod protect;
 pub mod servers;

@@ -54,6 +54,7 @@ impl Epochs for DaemonEpochs {
                     epoch: summary.epoch,
                     changed_pages: summary.changed_pages,
                     stored_bytes: summary.stored_bytes,
+                    room: summary.room_bytes,
                 });
                 drop(frozen);
                 let _ = done.send(stored);

@@ -8,7 +8,7 @@ use epochfs_format::{
 };
 
 use super::objects::Objects;
-use super::summaries::Summaries;
+use super::summaries::{Summaries, with_next};
 use crate::error::{Error, Kind, Result};
 
 /// The newest record of a log.
@@ -101,14 +101,7 @@ impl EpochList {
                 objects.record(machine, seq)?
             };
             let (record, digest) = found.ok_or_else(|| missing(machine, seq))?;
-            let one = Summary::of(&record, digest);
-            sum = Some(match sum {
-                None => one,
-                Some(before) => {
-                    check_link(&record, &before.digest)?;
-                    before.then(&one)
-                }
-            });
+            sum = Some(with_next(sum, &record, digest)?);
         }
         let Some(sum) = sum else { return Ok(Self::default()) };
         let tags = sum.tags.into_iter().filter_map(|(tag, epoch)| Some((tag, epoch?)));

@@ -24,6 +24,11 @@ fn low_water(room: &Room) -> u64 {
 }
 
 impl Repository {
+    /// How much commits may still take, where the store has an end.
+    pub fn room_left(&self) -> Option<u64> {
+        self.objects().store().room().map(|room| room.free.saturating_sub(low_water(&room)))
+    }
+
     /// Refuses where so little room is left that only giving some back should take it.
     pub fn check_room(&self) -> Result<()> {
         let store = self.objects().store();

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use epochfs_format::{SUMMARY_STEP, Summary, summary_key, summary_span};
+use epochfs_format::{Hash, Record, SUMMARY_STEP, Summary, summary_key, summary_span};
 
 use super::cache::TwoGenerations;
 use super::log::{Head, check_link, missing};
@@ -119,19 +119,24 @@ fn stored(objects: &Objects, machine: &Arc<str>, to: u64) -> Result<Option<Summa
     }
 }
 
+/// What records come to with the next one, which must follow them.
+pub(super) fn with_next(before: Option<Summary>, record: &Record, digest: Hash) -> Result<Summary> {
+    let one = Summary::of(record, digest);
+    match before {
+        None => Ok(one),
+        Some(before) => {
+            check_link(record, &before.digest)?;
+            Ok(before.then(&one))
+        }
+    }
+}
+
 /// What the records of the step that ends with this one come to.
 fn base(objects: &Objects, machine: &Arc<str>, to: u64) -> Result<Summary> {
     let mut summary: Option<Summary> = None;
     for seq in to + 1 - SUMMARY_STEP..=to {
         let (record, digest) = objects.record(machine, seq)?.ok_or_else(|| missing(machine, seq))?;
-        let one = Summary::of(&record, digest);
-        summary = Some(match summary {
-            None => one,
-            Some(before) => {
-                check_link(&record, &before.digest)?;
-                before.then(&one)
-            }
-        });
+        summary = Some(with_next(summary, &record, digest)?);
     }
     Ok(summary.expect("a step has records"))
 }
@@ -146,7 +151,7 @@ pub(crate) struct Summing {
 
 impl Summing {
     /// Takes the next record; returns the summary up to it, where there is one.
-    pub fn add(&mut self, record: &epochfs_format::Record, digest: epochfs_format::Hash) -> Option<&Summary> {
+    pub fn add(&mut self, record: &Record, digest: Hash) -> Option<&Summary> {
         let one = Summary::of(record, digest);
         let grown = match self.step.take() {
             Some(before) => before.then(&one),

@@ -1,8 +1,8 @@
 //! The collector's records and readers' leases: their bytes stay what they were, and damage is refused.
 
-use std::fs;
-use std::path::PathBuf;
+mod bytes;
 
+use bytes::{golden, resealed};
 use epochfs_format::{
     Birth, FormatError, GcBody, GcRecord, Lease, ObjectRef, birth_key, gc_record_key, lease_key, parse_lease_key,
 };
@@ -40,28 +40,10 @@ fn lease() -> Lease {
     }
 }
 
-fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/gc").join(name);
-    if !path.exists() && std::env::var_os("EPOCHFS_BLESS").is_some() {
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, bytes).unwrap();
-    }
-    fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; EPOCHFS_BLESS=1 writes it", path.display()))
-}
-
-/// The bytes with a checksum that fits.
-fn resealed(bytes: &[u8], edit: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
-    let mut body = bytes[..bytes.len() - 4].to_vec();
-    edit(&mut body);
-    let check = crc32c::crc32c(&body);
-    body.extend_from_slice(&check.to_le_bytes());
-    body
-}
-
 #[test]
 fn records_are_read_as_what_they_mean_and_written_as_they_are() {
     for (name, record) in records() {
-        let bytes = golden(&format!("{name}.bin"), &record.encode());
+        let bytes = golden(&format!("gc/{name}.bin"), &record.encode());
         assert_eq!(bytes, record.encode(), "{name}");
         assert_eq!(GcRecord::decode(&bytes, &REPOSITORY, record.seq).unwrap(), record);
         assert!(matches!(GcRecord::decode(&bytes, &[0; 16], record.seq), Err(FormatError::Mismatch { .. })));
@@ -104,7 +86,7 @@ fn hostile_counts_and_orders_are_refused() {
 
 #[test]
 fn leases_are_read_as_what_they_mean_and_written_as_they_are() {
-    let bytes = golden("lease.bin", &lease().encode());
+    let bytes = golden("gc/lease.bin", &lease().encode());
     assert_eq!(bytes, lease().encode());
     assert_eq!(Lease::decode(&bytes, &REPOSITORY).unwrap(), lease());
     assert!(matches!(Lease::decode(&bytes, &[0; 16]), Err(FormatError::Mismatch { .. })));
@@ -137,7 +119,7 @@ fn keys_are_what_the_format_says() {
 #[test]
 fn announcements_are_read_as_what_they_mean_and_written_as_they_are() {
     let birth = Birth { repository: REPOSITORY, machine: "db 1".into() };
-    let bytes = golden("birth.bin", &birth.encode());
+    let bytes = golden("gc/birth.bin", &birth.encode());
     assert_eq!(bytes, birth.encode());
     assert_eq!(Birth::decode(&bytes, &REPOSITORY).unwrap(), birth);
     for at in 0..bytes.len() {

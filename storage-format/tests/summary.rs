@@ -1,9 +1,10 @@
 //! Summaries of logs: their bytes stay what they were, and damage is refused.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::PathBuf;
+mod bytes;
 
+use std::collections::BTreeMap;
+
+use bytes::{golden, resealed};
 use epochfs_format::{FormatError, Summary, summary_key, summary_span};
 
 const REPOSITORY: [u8; 16] = *b"0123456789abcdef";
@@ -30,28 +31,10 @@ fn all() -> [(&'static str, Summary); 3] {
     [("first", summary(16, false)), ("later", summary(48, false)), ("removed", summary(80, true))]
 }
 
-fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden/summary").join(name);
-    if !path.exists() && std::env::var_os("EPOCHFS_BLESS").is_some() {
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, bytes).unwrap();
-    }
-    fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}; EPOCHFS_BLESS=1 writes it", path.display()))
-}
-
-/// The bytes with a checksum that fits.
-fn resealed(bytes: &[u8], edit: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
-    let mut body = bytes[..bytes.len() - 4].to_vec();
-    edit(&mut body);
-    let check = crc32c::crc32c(&body);
-    body.extend_from_slice(&check.to_le_bytes());
-    body
-}
-
 #[test]
 fn summaries_are_read_as_what_they_mean_and_written_as_they_are() {
     for (name, summary) in all() {
-        let bytes = golden(&format!("{name}.bin"), &summary.encode(&REPOSITORY));
+        let bytes = golden(&format!("summary/{name}.bin"), &summary.encode(&REPOSITORY));
         assert_eq!(bytes, summary.encode(&REPOSITORY), "{name}");
         let decode = |bytes: &[u8]| Summary::decode(bytes, &REPOSITORY, "web1", summary.to);
         assert_eq!(decode(&bytes).unwrap(), summary);

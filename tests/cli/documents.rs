@@ -62,6 +62,7 @@ fn every_command_prints_a_document_with_its_fields() {
     let file = world.file("a", pages(1, 20));
     let memory = stream("memory", &file).into_string().unwrap();
     check(&["init"], &["repository", "id"]);
+    check(&["hosts"], &["hosts"]);
     let committed = [
         "machine",
         "epoch",
@@ -238,6 +239,41 @@ fn every_command_prints_a_document_with_its_fields() {
             "total_ratio",
         ],
     );
+    check(
+        &["failover", "simulate", "--hosts", "20", "--machines", "200", "--hosts-per-rack", "2"],
+        &[
+            "scenario.hosts",
+            "lost_hosts",
+            "lost_machines",
+            "placed",
+            "unplaced",
+            "planning_s",
+            "recoveries[].strategy",
+            "recoveries[].to_50_percent_s",
+            "recoveries[].to_99_percent_s",
+            "recoveries[].to_100_percent_s",
+            "recoveries[].times_as_fast",
+        ],
+    );
+    let cluster = world.file(
+        "cluster.json",
+        r#"{"hosts": [{"id": "h1", "memory": 9, "memory_free": 9, "cpus": 1}],
+            "needs": [{"machine": "a", "epoch": 1, "memory": 1, "cpus": 1}, {"machine": "b", "epoch": 1, "memory": 99, "cpus": 1}]}"#,
+    );
+    check(
+        &["failover", "plan", "--from", cluster.to_str().unwrap()],
+        &[
+            "placements[].machine",
+            "placements[].epoch",
+            "placements[].host",
+            "placements[].wave",
+            "unplaced[].machine",
+            "unplaced[].reason",
+            "unplaced[].why.kind",
+            "unplaced[].refusals",
+            "is_proven",
+        ],
+    );
     check(&["completions", "bash"], &["shell", "script"]);
     check(&["man"], &["page"]);
     let pages = world.path("man").into_os_string().into_string().unwrap();
@@ -348,6 +384,13 @@ fn every_command_prints_a_document_with_its_fields() {
                 "overhead",
             ],
         );
+        let text = world.ok(["status", "--metrics"]).stdout;
+        assert!(text.contains("\nepochfs_mounted{") && text.contains("epochfs_dead_mounts{} 0\n"), "{text}");
+        for line in text.lines().filter(|line| !line.starts_with("# ")) {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            assert!(name.starts_with("epochfs_") && name.ends_with('}') && value.parse::<f64>().is_ok(), "{line}");
+        }
+        world.run(["status", "--metrics", "--json"]).code(2).says("do not go together");
         check(&["umount", mountpoint.text()], &["mountpoint", "repository", "ended", "holders"]);
     }
     check(&["status"], &["daemons", "dead_mounts", "page_fault_servers"]);

@@ -7,6 +7,7 @@ mod copy;
 mod dirty;
 mod documents;
 mod export;
+mod failover;
 mod gc;
 mod help;
 mod index;

@@ -146,6 +146,7 @@ pub fn simulate(scenario: &Scenario) -> Outcome {
             durable_after: secs(durable),
             stored_bytes: (pages * 2000.0) as u64,
             failed: load.fails,
+            ..Observation::default()
         };
         machines[at].policy.observe(&seen);
         let demands: Vec<Demand> = machines

@@ -5,6 +5,7 @@
 
 use super::oracle::{best, check, worth};
 use super::*;
+use crate::platform::random::Seeded;
 
 /// Everything in the small is counted in this.
 pub const GIB: u64 = 1 << 30;
@@ -139,44 +140,32 @@ fn dependencies() -> impl Iterator<Item = Situation> {
     })
 }
 
-/// Numbers from a seed.
-pub struct Dice(pub u64);
+fn one_in(dice: &mut Seeded, times: u64) -> bool {
+    dice.below(times) == 0
+}
 
-impl Dice {
-    pub fn below(&mut self, most: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % most
-    }
-
-    pub fn one_in(&mut self, times: u64) -> bool {
-        self.below(times) == 0
-    }
-
-    fn some(&mut self, one_in: u64, names: &[&str]) -> Vec<String> {
-        names.iter().filter(|_| self.one_in(one_in)).map(|name| (*name).to_owned()).collect()
-    }
+/// Each of these names, or not.
+fn some(dice: &mut Seeded, times: u64, names: &[&str]) -> Vec<String> {
+    names.iter().filter(|_| one_in(dice, times)).map(|name| (*name).to_owned()).collect()
 }
 
 /// Any situation with so many hosts and machines at most.
-pub fn any_situation(dice: &mut Dice, hosts: u64, machines: u64) -> Situation {
+pub fn any_situation(dice: &mut Seeded, hosts: u64, machines: u64) -> Situation {
     let (hosts, machines) = (dice.below(hosts) + 1, dice.below(machines) + 1);
-    let rack = |dice: &mut Dice| vec!["zone".to_owned(), format!("rack{}", dice.below(2))];
+    let rack = |dice: &mut Seeded| vec!["zone".to_owned(), format!("rack{}", dice.below(2))];
     let mut situation = Situation { settings: settings(), ..Situation::default() };
     for at in 0..hosts as usize {
         let mut one = host(at, dice.below(6));
         one.cpus = dice.below(6) as u32;
-        one.is_accepting = !dice.one_in(8);
+        one.is_accepting = !one_in(dice, 8);
         one.location = rack(dice);
-        one.cpu_features = dice.some(2, &["avx2", "sse4"]).into_iter().collect();
-        if dice.one_in(3) {
-            let apart = dice.some(2, &["a", "b"]).into_iter().collect();
+        one.cpu_features = some(dice, 2, &["avx2", "sse4"]).into_iter().collect();
+        if one_in(dice, 3) {
+            let apart = some(dice, 2, &["a", "b"]).into_iter().collect();
             one.runs.push(Running { machine: format!("r{at}"), apart });
         }
         for machine in 0..machines {
-            if dice.one_in(4) {
+            if one_in(dice, 4) {
                 one.warm.insert(format!("m{machine}"), (dice.below(3) << 26) + dice.below(9));
             }
         }
@@ -185,19 +174,19 @@ pub fn any_situation(dice: &mut Dice, hosts: u64, machines: u64) -> Situation {
     for at in 0..machines as usize {
         let mut one = need(at, dice.below(4), dice.below(3) as i32);
         one.cpus = dice.below(4) as u32;
-        one.cpu_features = dice.some(5, &["avx2", "sse4"]).into_iter().collect();
-        one.apart = dice.some(4, &["a", "b"]).into_iter().collect();
+        one.cpu_features = some(dice, 5, &["avx2", "sse4"]).into_iter().collect();
+        one.apart = some(dice, 4, &["a", "b"]).into_iter().collect();
         one.image_bytes = dice.below(3) << 26;
-        if dice.one_in(5) {
+        if one_in(dice, 5) {
             one.allowed.push(rack(dice));
         }
-        if dice.one_in(4) {
+        if one_in(dice, 4) {
             one.preferred.push(rack(dice));
         }
-        if dice.one_in(4) {
+        if one_in(dice, 4) {
             one.after.push(format!("m{}", dice.below(machines)));
         }
-        if dice.one_in(20) {
+        if one_in(dice, 20) {
             one.after.push(format!("r{}", dice.below(hosts)));
         }
         situation.needs.push(one);
@@ -225,9 +214,25 @@ fn every_way_to_wait_for_each_other_is_planned_best() {
 
 #[test]
 fn samples_of_everything_together_are_planned_best() {
-    let mut dice = Dice(7);
+    let mut dice = Seeded::new(7);
     let samples = std::iter::repeat_with(|| any_situation(&mut dice, 4, 6)).take(100_000);
     assert_eq!(try_all(samples, &Situation::plan).unwrap(), 100_000);
+}
+
+/// What larger plans are made by, which is not the best in every case, is so in nearly all of the small ones: in 97.9 % of them, when
+/// this was written.
+#[test]
+fn without_trying_everything_nearly_all_are_planned_best() {
+    let settings = Settings { search_steps: 0, ..settings() };
+    let (mut count, mut best_ones) = (0_u32, 0_u32);
+    for situation in sizes_and_priorities(6) {
+        let plan = plan(&situation.needs, &situation.hosts, &settings);
+        check(&situation, &plan).unwrap();
+        count += 1;
+        best_ones += u32::from(worth(&situation, &plan) == best(&situation));
+    }
+    eprintln!("{best_ones} of {count} planned best without trying everything");
+    assert!(best_ones >= count / 100 * 97, "{best_ones} of {count}");
 }
 
 /// Planners with a mistake each. The tests above must notice every one of them.

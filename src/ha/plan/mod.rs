@@ -4,8 +4,9 @@
 //! place as many, more of the next, and so on; then the one with more machines where they had better be; then the one with
 //! more of their images in their hosts' caches, in units of 64 MiB. With up to twelve machines the plan is the best one
 //! there is, if the steps that the settings allow are enough to prove it. With more it is what `fill.rs` finds, for which this
-//! holds: no limit is exceeded, no machine is left out that a host has room for when all is placed, and none for which
-//! there would be room without machines of a lower priority. `Plan::is_proven` says that no more could have been placed.
+//! holds: no limit is exceeded, no machine is left out that a host has room for when all is placed, and none that waits for
+//! nobody is left out where there would be room for it without less urgent machines. `Plan::is_proven` says whether no more
+//! could have been placed.
 //!
 //! **Dependencies.** A machine that another one waits for counts as being as urgent as that one, unless that one is left out
 //! anyway. Who waits for a machine that has no host has none either.
@@ -46,7 +47,7 @@ pub fn plan(needs: &[Need], hosts: &[HostState], settings: &Settings) -> Plan {
 /// Places machines on hosts, when an earlier plan is being carried out and its hosts are not what they were. `needs` are
 /// still all of them, `hosts` those that are left, `placed` what was placed and has neither failed nor been given up.
 ///
-/// What was placed stays, unless its host is gone, or accepts nothing any more and does not run it yet. What a machine
+/// What was placed stays, however urgent it is, unless its host is gone, or accepts nothing any more and does not run it yet. What a machine
 /// takes is subtracted from its host's room unless the host says that it runs it.
 pub fn replan(needs: &[Need], hosts: &[HostState], settings: &Settings, placed: &[Placement]) -> Plan {
     let problem = Problem::new(needs, hosts, placed, settings);

@@ -1,14 +1,16 @@
 //! What holds for plans of any size, and how long a large one takes.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 
-use super::exhaustive::{Dice, GIB, any_situation, host, need, settings};
+use super::exhaustive::{GIB, any_situation, host, need, settings};
 use super::oracle::check;
 use super::*;
-use crate::platform::clock::Stopwatch;
+use crate::platform::random::Seeded;
 
 /// A cluster in which machines fill a given share of the memory that is left.
-fn cluster(hosts: usize, machines: usize, dice: &mut Dice) -> Situation {
+fn cluster(hosts: usize, machines: usize, dice: &mut Seeded) -> Situation {
     let mut situation = Situation::default();
     for at in 0..hosts {
         let mut one = host(at, 256);
@@ -23,13 +25,13 @@ fn cluster(hosts: usize, machines: usize, dice: &mut Dice) -> Situation {
         one.cpus = 1 << dice.below(3);
         one.image_bytes = one.memory;
         one.cpu_features = (0..79 + dice.below(2)).map(|feature| format!("feature{feature}")).collect();
-        if dice.one_in(3) {
+        if dice.below(3) == 0 {
             one.apart.insert(format!("service{}", at / 5));
         }
-        if dice.one_in(4) {
+        if dice.below(4) == 0 {
             one.allowed.push(vec![format!("zone{}", dice.below(3))]);
         }
-        if at % 10 != 0 && dice.one_in(2) {
+        if at % 10 != 0 && dice.below(2) == 0 {
             one.after.push(format!("m{}", at / 10 * 10));
         }
         situation.needs.push(one);
@@ -37,16 +39,22 @@ fn cluster(hosts: usize, machines: usize, dice: &mut Dice) -> Situation {
     situation
 }
 
+/// How long this thread has had a processor: what else runs on this host does not count.
+fn busy() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 #[test]
 fn ten_thousand_machines_on_five_hundred_hosts_take_less_than_a_second() {
     for (what, memory) in [("room for all", 1), ("a third too few", 2)] {
-        let mut situation = cluster(500, 10_000, &mut Dice(1));
+        let mut situation = cluster(500, 10_000, &mut Seeded::new(1));
         situation.needs.iter_mut().for_each(|need| need.memory *= memory);
-        let clock = Stopwatch::start();
+        let before = busy();
         let plan = situation.plan();
-        let took = clock.elapsed();
+        let took = busy() - before;
         let placed = plan.placements.len();
-        eprintln!("10,000 machines on 500 hosts, {what}: {placed} placed in {} ms", took.as_millis());
+        eprintln!("10,000 machines on 500 hosts, {what}: {placed} placed in {} ms of one processor", took.as_millis());
         assert!(took.as_millis() < 1000, "it took {took:?}");
         assert_eq!(placed + plan.unplaced.len(), 10_000);
     }
@@ -90,7 +98,7 @@ fn a_name_that_comes_twice_is_started_once() {
 }
 
 /// Some of what was placed runs, some is on its way, and one host is gone.
-fn interrupted(mut situation: Situation, dice: &mut Dice) -> (Situation, Vec<Placement>) {
+fn interrupted(mut situation: Situation, dice: &mut Seeded) -> (Situation, Vec<Placement>) {
     let plan = situation.plan();
     let lost = dice.below(situation.hosts.len() as u64) as usize;
     let lost = situation.hosts.remove(lost);
@@ -100,12 +108,12 @@ fn interrupted(mut situation: Situation, dice: &mut Dice) -> (Situation, Vec<Pla
     }
     let (mut kept, mut placed) = (Vec::new(), Vec::new());
     for mut placement in plan.placements {
-        if dice.one_in(3) {
+        if dice.below(3) == 0 {
             continue;
         }
         if let Some(host) = situation.hosts.iter_mut().find(|host| host.id == placement.host) {
             let Some(need) = situation.needs.iter().find(|need| need.machine == placement.machine) else { continue };
-            if dice.one_in(2) {
+            if dice.below(2) == 0 {
                 host.memory_free -= need.memory;
                 host.cpus_used += need.cpus;
                 host.runs.push(Running { machine: need.machine.clone(), apart: need.apart.clone() });
@@ -124,7 +132,7 @@ proptest! {
 
     #[test]
     fn plans_of_any_size_are_right(seed in any::<u64>(), hosts in 1_u64..30, machines in 1_u64..80) {
-        let situation = any_situation(&mut Dice(seed), hosts, machines);
+        let situation = any_situation(&mut Seeded::new(seed), hosts, machines);
         let plan = situation.plan();
         prop_assert_eq!(check(&situation, &plan), Ok(()));
         // The order in which things are listed does not matter.
@@ -138,14 +146,14 @@ proptest! {
 
     #[test]
     fn steps_that_run_out_do_no_harm(seed in any::<u64>(), search in 0_u64..200, repair in 0_u64..200) {
-        let mut situation = any_situation(&mut Dice(seed), 6, 14);
+        let mut situation = any_situation(&mut Seeded::new(seed), 6, 14);
         (situation.settings.search_steps, situation.settings.repair_steps) = (search, repair);
         prop_assert_eq!(check(&situation, &situation.plan()), Ok(()));
     }
 
     #[test]
     fn what_was_placed_stays_when_a_second_host_fails(seed in any::<u64>(), hosts in 2_u64..12, machines in 1_u64..40) {
-        let mut dice = Dice(seed);
+        let mut dice = Seeded::new(seed);
         let situation = any_situation(&mut dice, hosts, machines);
         prop_assume!(situation.hosts.len() > 1);
         let (situation, kept) = interrupted(situation, &mut dice);

@@ -6,7 +6,8 @@ use super::situation::{HostState, Settings};
 /// How a host is chosen for a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Style {
-    /// Where it had better be, where its image is warm, and where most is left: for when there is room for all.
+    /// Where it had better be, where its image is warm, and where most is left for each machine that is restarted there:
+    /// for when there is room for all.
     Spread,
     /// Where the least is left, so that the rest stays in one piece for large machines: for when room is short.
     Pack,
@@ -238,7 +239,12 @@ impl Room {
             let at = host as usize;
             let (memory, cpus) = (self.memory[at] - item.need.memory, self.cpus[at] - u64::from(item.need.cpus));
             let left = match style {
-                Style::Spread => (memory as f64 * self.per_byte[at]).min(cpus as f64 * self.per_cpu[at]),
+                // A host restarts a few machines at a time: each gets as many as go with what it has left, so that all
+                // hosts are done at about the same time.
+                Style::Spread => {
+                    let left = (memory as f64 * self.per_byte[at]).min(cpus as f64 * self.per_cpu[at]);
+                    left / (1 + self.movable[at].len() + self.fixed[at].len()) as f64
+                }
                 Style::Pack => memory as f64 + cpus as f64 * self.bytes_per_cpu,
             };
             while warm.first().is_some_and(|(other, _)| *other < host) {

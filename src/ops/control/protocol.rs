@@ -125,11 +125,19 @@ pub struct CommitSummary {
     pub index_lookups: u64,
     pub index_hits: u64,
     pub elapsed_ms: f64,
+    /// Bytes that commits may still take in the store, where it has an end.
+    #[serde(default)]
+    pub room_bytes: Option<u64>,
 }
 
 impl CommitSummary {
     /// `index` are the look-ups and the hits.
-    pub fn new(committed: &Committed, index: (u64, u64), elapsed: std::time::Duration) -> Result<Self> {
+    pub fn new(
+        committed: &Committed,
+        index: (u64, u64),
+        elapsed: std::time::Duration,
+        room_bytes: Option<u64>,
+    ) -> Result<Self> {
         let (commit, counts) = (commit_of(&committed.record)?, &committed.counts);
         Ok(Self {
             machine: committed.machine.to_string(),
@@ -144,6 +152,7 @@ impl CommitSummary {
             index_lookups: index.0,
             index_hits: index.1,
             elapsed_ms: elapsed.as_secs_f64() * 1000.0,
+            room_bytes,
         })
     }
 }

@@ -264,7 +264,8 @@ impl DaemonService {
         let committed = ticket.wait()?;
         let after = counted();
         // Commits of other machines at the same time count here too: the index does not know who asks.
-        CommitSummary::new(&committed, (after.0 - before.0, after.1 - before.1), started.elapsed())
+        let asked = (after.0 - before.0, after.1 - before.1);
+        CommitSummary::new(&committed, asked, started.elapsed(), store.repository().room_left())
     }
 
     fn umount(&self, lazy: bool) -> Result<Unmounted> {
