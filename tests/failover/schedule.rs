@@ -39,8 +39,9 @@ fn runs_on(world: &World) -> BTreeSet<String> {
             continue;
         }
         let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        let state = stat.rsplit(") ").next().and_then(|rest| rest.chars().next());
-        if !matches!(state, Some('R' | 'S' | 'D')) {
+        let is_stopped = stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'));
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if is_stopped || !pid.is_some_and(is_alive) {
             continue;
         }
         let environment = fs::read(entry.path().join("environ")).unwrap_or_default();

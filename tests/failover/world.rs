@@ -26,10 +26,28 @@ pub struct Host {
     started: Vec<i32>,
 }
 
-/// Whether a process is there, and no corpse.
+/// Whether a process has a thread that may still do something: one that was killed, and waits in the kernel for a daemon that
+/// is stopped, never comes back from there.
 pub fn is_alive(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ").next().and_then(|rest| rest.chars().next()).is_some_and(|state| !matches!(state, 'Z' | 'X'))
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    threads.flatten().any(|thread| may_run(&thread.path()))
+}
+
+/// A thread is on its way out.
+const PF_EXITING: u64 = 4;
+/// SIGKILL among the signals that wait for a thread.
+const KILLED: u64 = 1 << 8;
+
+fn may_run(thread: &Path) -> bool {
+    let read = |name: &str| fs::read_to_string(thread.join(name)).unwrap_or_default();
+    let (stat, status) = (read("stat"), read("status"));
+    let mut fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+    let (state, flags) = (fields.next().unwrap_or_default(), fields.nth(5).and_then(|flags| flags.parse::<u64>().ok()));
+    let is_killed = status.lines().any(|line| {
+        let waiting = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"));
+        waiting.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).is_some_and(|set| set & KILLED != 0)
+    });
+    !matches!(state, "" | "Z" | "X") && flags.is_some_and(|flags| flags & PF_EXITING == 0) && !is_killed
 }
 
 pub fn signal(pid: i32, signal: Signal) {
