@@ -177,10 +177,12 @@ impl FileSystem {
         let files: Arc<dyn Files> = Arc::new(RealFiles);
         let host = host(&*files, &settings.state)?;
         let (owner, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let (spools, state) = (files.clone(), settings.state.clone());
+        let room = Box::new(move || spools.room(&state));
         let live_settings = LiveSettings {
             files,
             directory: settings.state.join("live"),
-            budget: Arc::new(Budget::new(settings.spool_len_max)),
+            budget: Arc::new(Budget::new(settings.spool_len_max, room)),
             host,
             owner,
             group,
