@@ -36,7 +36,7 @@ fn draft(record: Option<&Record>, body: Body) -> Draft {
 
 fn owned_by(machine: &str, owner: &Owner) -> Error {
     Error::conflict(format!("{machine} is owned by host {}", owner.name))
-        .hint("stop protecting it there first, or remove it with --force")
+        .hint("a host owns what was changed on its mount: remove it with --force if nothing there is wanted")
 }
 
 /// Lets a record go behind any other that leaves the machine in being, with the state that one left.

@@ -59,8 +59,10 @@ impl FileSystem {
                 count
             }
             Handle::Stored(epoch, image, residency) => {
-                let len = (buffer.len() as u64).min(image.length.saturating_sub(offset));
-                residency.demand(pages_of(offset, len));
+                if let Some(residency) = residency {
+                    let len = (buffer.len() as u64).min(image.length.saturating_sub(offset));
+                    residency.demand(pages_of(offset, len));
+                }
                 let image = SharedImage { nodes: epoch.nodes(), image };
                 image.read_at(offset, buffer).map_err(|error| error.context(epoch.name()))?
             }

@@ -69,7 +69,7 @@ pub struct Line {
 pub enum Handle {
     /// With what is recorded of it, if it is being restored.
     Live(Arc<Live>, Arc<LiveFile>, Option<Arc<Residency>>),
-    Stored(Epoch, Image, Arc<Residency>),
+    Stored(Epoch, Image, Option<Arc<Residency>>),
     /// What it holds is looked up when it is read from its beginning.
     Directory {
         inode: u64,

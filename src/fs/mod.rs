@@ -139,10 +139,12 @@ impl FileSystem {
         let mut host = owners::host(&*files, &settings.state)?;
         host.lease_ms = u32::try_from(settings.lease.as_millis()).unwrap_or(u32::MAX);
         let (owner, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let (spools, state) = (files.clone(), settings.state.clone());
+        let room = Box::new(move || spools.room(&state));
         let live_settings = LiveSettings {
             files,
             directory: settings.state.join("live"),
-            budget: Arc::new(Budget::new(settings.spool_len_max)),
+            budget: Arc::new(Budget::new(settings.spool_len_max, room)),
             host,
             owner,
             group,

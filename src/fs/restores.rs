@@ -1,7 +1,7 @@
 //! Epochs that are being read: what their readers have, and what is pushed to them before they ask.
 
 use std::collections::HashMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use epochfs_format::{Image, PAGE_SIZE, Page};
@@ -21,8 +21,9 @@ pub trait PageCache: Send + Sync {
     fn store(&self, inode: u64, offset: u64, bytes: &[u8]) -> bool;
 }
 
-/// Shorter streams are read in no time, and nobody maps them.
-const PREFETCHED_LEN_MIN: u64 = 4 << 20;
+/// Shorter streams are read in no time, and nobody maps them; longer ones are no machine's memory, and what is known of
+/// their pages would take memory of its own.
+const PREFETCHED_LEN: RangeInclusive<u64> = 4 << 20..=8 << 40;
 
 /// What is known of the streams that are open, by inode.
 #[derive(Default)]
@@ -80,12 +81,14 @@ impl Restores {
 
 impl FileSystem {
     /// A stream of an epoch was opened: what its readers have, and the beginning of a prefetch if it is the first.
-    pub(super) fn restore(&self, stored: &Stored, image: &Image) -> Arc<Residency> {
+    pub(super) fn restore(&self, stored: &Stored, image: &Image) -> Option<Arc<Residency>> {
+        if !PREFETCHED_LEN.contains(&image.length) {
+            return None;
+        }
         let inode = stream_number(stored.epoch.machine(), stored.epoch.number(), &stored.path);
         let mut open = self.restores.lock();
         let (residency, prefetch) = open.entry(inode).or_insert_with(|| (Arc::new(Residency::new(image.length)), None));
         if prefetch.is_none()
-            && image.length >= PREFETCHED_LEN_MIN
             && let Some(prefetcher) = &self.prefetcher
         {
             let sink = InodeSink { inode, length: image.length, cache: self.restores.cache.clone() };
@@ -98,7 +101,7 @@ impl FileSystem {
             };
             *prefetch = Some(prefetcher.begin(target, Extent::Forecast));
         }
-        residency.clone()
+        Some(residency.clone())
     }
 
     /// A file of a live was opened. Where that is a clone's, and lies on what it was cloned from, its machine is being
@@ -107,7 +110,7 @@ impl FileSystem {
     pub(super) fn restore_clone(&self, inode: u64, live: &Live, node: u64, file: &LiveFile) -> Option<Arc<Residency>> {
         let prefetcher = self.prefetcher.as_ref()?;
         let image = file.base();
-        if image.length < PREFETCHED_LEN_MIN || live.base() == 0 {
+        if !PREFETCHED_LEN.contains(&image.length) || live.base() == 0 {
             return None;
         }
         if let Some((residency, _)) = self.restores.lock().get(&inode) {

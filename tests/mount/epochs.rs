@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::fixture::{Mount, Options, is_mounted};
 use crate::raw::{Mapping, ioctl};
-use crate::support::{PAGE, fails, is_root, noise, open, rename, skip};
+use crate::support::{PAGE, errno, fails, is_root, noise, open, rename, same_file, skip};
 
 /// How a filesystem may say that something is never done here.
 const REFUSED: &[Errno] = &[Errno::PERM, Errno::ACCESS, Errno::ROFS, Errno::INVAL, Errno::OPNOTSUPP, Errno::NOSYS];
@@ -256,6 +256,83 @@ fn files_are_not_committed_over_what_the_mount_here_has() {
     }
     // Nobody was fenced.
     mount.ok(["commit", "web1"]);
+    mount.finish();
+}
+
+/// What is durable where the repository is not is durable nowhere.
+#[test]
+fn p1_nothing_is_acknowledged_that_went_into_another_directory() {
+    let options = Options { expected: vec!["is not there"], ..Options::default() };
+    let Some(mount) = Mount::with("p1_nothing_is_acknowledged_that_went_into_another_directory", options) else {
+        return;
+    };
+    let live = mount.make_machine("web1");
+    fs::write(live.join("memory"), noise(1, 300_000)).unwrap();
+    mount.commit("web1", "first").unwrap();
+    let (repository, aside) = (mount.repository(), mount.repository().with_extension("aside"));
+    let whole = noise(2, 300_000);
+    fs::write(live.join("memory"), &whole).unwrap();
+    File::open(live.join("memory")).unwrap().sync_all().unwrap();
+    rename(&repository, &aside).unwrap();
+    fs::create_dir(&repository).unwrap();
+    assert!(mount.commit("web1", "lost").is_err());
+    assert_eq!(mount.run(["commit", "web1"]).status.code(), Some(5), "it holds no repository");
+    // An epoch that cannot be reached is not one that does not exist.
+    let error = File::open(mount.epoch("web1", "first").join("memory")).err().unwrap();
+    assert_eq!(errno(&error), Some(rustix::io::Errno::IO), "{error}");
+    assert_eq!(fs::read_dir(&repository).unwrap().count(), 0, "something was written there");
+    fs::remove_dir(&repository).unwrap();
+    rename(&aside, &repository).unwrap();
+    same_file(&live.join("memory"), &whole).unwrap();
+    let epoch = mount.commit("web1", "second").unwrap();
+    same_file(&epoch.join("memory"), &whole).unwrap();
+    same_file(&mount.epoch("web1", "first").join("memory"), &noise(1, 300_000)).unwrap();
+    mount.finish();
+}
+
+/// An epoch that is dropped takes nothing from live, whether the daemon is killed or stopped afterwards.
+#[test]
+fn p6_live_stays_as_it_is_when_its_epoch_is_dropped() {
+    let Some(mut mount) = Mount::new("p6_live_stays_as_it_is_when_its_epoch_is_dropped") else { return };
+    let live = mount.make_machine("web1");
+    fs::write(live.join("one"), noise(1, 50_000)).unwrap();
+    mount.commit("web1", "first").unwrap();
+    for (round, name) in ["two", "three"].into_iter().enumerate() {
+        fs::write(live.join(name), noise(round as u64 + 2, 50_000)).unwrap();
+        mount.commit("web1", name).unwrap();
+        fs::remove_dir(mount.epoch("web1", name)).unwrap();
+        match round {
+            0 => mount.restart(),
+            _ => mount.kill_and_restart(),
+        }
+        same_file(&live.join(name), &noise(round as u64 + 2, 50_000)).unwrap();
+    }
+    let epoch = mount.commit("web1", "last").unwrap();
+    for (number, name) in (1..).zip(["one", "two", "three"]) {
+        same_file(&epoch.join(name), &noise(number, 50_000)).unwrap();
+    }
+    mount.finish();
+}
+
+/// What is known of the pages of a stream that is being restored must not take memory in proportion to a length that
+/// anybody can choose.
+#[test]
+fn files_of_any_length_are_opened_and_read() {
+    let Some(mount) = Mount::new("files_of_any_length_are_opened_and_read") else { return };
+    let live = mount.make_machine("web1");
+    let lengths = [1_u64 << 40, 1 << 50, (1 << 62) + 5];
+    for length in lengths {
+        let file = File::create(live.join(length.to_string())).unwrap();
+        file.write_all_at(&[7; 5], length - 5).unwrap();
+    }
+    mount.commit("web1", "long").unwrap();
+    for length in lengths {
+        let file = File::open(mount.epoch("web1", "long").join(length.to_string())).unwrap();
+        let mut found = [1; 10];
+        file.read_exact_at(&mut found, length - 10).unwrap();
+        assert_eq!(found, [0, 0, 0, 0, 0, 7, 7, 7, 7, 7]);
+        assert_eq!(file.metadata().unwrap().len(), length);
+    }
     mount.finish();
 }
 

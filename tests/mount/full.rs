@@ -102,7 +102,8 @@ fn p6_a_full_disk_of_the_spool_refuses_writes_and_goes_on_with_room() {
     fs::write(live.join("before"), noise(99, 100_000)).unwrap();
     mount.commit("web1", "before").unwrap();
     for round in 0..2 {
-        disk.fill(2 << 20);
+        // Beside what is left to journals.
+        disk.fill(DISK_LEN / 16 + (2 << 20));
         let path = live.join("memory");
         let file = open(&path).unwrap();
         let count = write_until_full(&file, PIECE, 100);
@@ -145,6 +146,35 @@ fn p6_a_full_disk_of_the_spool_refuses_writes_and_goes_on_with_room() {
     holds(&live.join("memory"), PIECE, 8);
     let epoch = mount.commit("web1", "after").unwrap();
     holds(&epoch.join("memory"), PIECE, 8);
+    mount.finish();
+}
+
+/// The spool is what fills the disk: it leaves what a commit needs, which makes room.
+#[test]
+fn p6_a_spool_that_fills_its_disk_is_emptied_by_commits_and_by_removing_files() {
+    let test = "p6_a_spool_that_fills_its_disk";
+    let directory = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::new(test, directory.path().join("disk")) else { return };
+    let options = Options { state: Some(disk.0.join("state")), ..Options::default() }.full();
+    let Some(mut mount) = Mount::with(test, options) else { return };
+    let live = mount.make_machine("web1");
+    for round in 0..3 {
+        let file = open(&live.join("memory")).unwrap();
+        let count = write_until_full(&file, PIECE, 10_000);
+        assert!(count * PIECE > DISK_LEN as usize / 4, "only {count} pieces in round {round}");
+        file.sync_all().unwrap();
+        if round == 1 {
+            mount.kill_and_restart();
+            holds(&live.join("memory"), PIECE, count);
+        }
+        let epoch = mount.commit("web1", &format!("round{round}")).unwrap();
+        holds(&epoch.join("memory"), PIECE, count);
+        // What no epoch has is given up with its file.
+        let _ = write_until_full(&open(&live.join("other")).unwrap(), PIECE, 10_000);
+        fs::remove_file(live.join("other")).unwrap();
+        File::open(&live).unwrap().sync_all().unwrap();
+        fs::remove_file(live.join("memory")).unwrap();
+    }
     mount.finish();
 }
 

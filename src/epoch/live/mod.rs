@@ -575,13 +575,24 @@ impl Live {
     }
 
     /// Ends the live: what is on its way is finished; what no epoch holds stays in the spool, and the machine stays
-    /// this host's. A machine without such changes is given up.
+    /// this host's. A machine without such changes is given up. One whose epoch was dropped has nothing but what is here.
     pub fn close(&self) -> Result<()> {
         self.end_commits();
         self.sync()?;
         {
-            let _tree = self.exclusive();
+            let tree = self.exclusive();
             if !self.owned.load(Ordering::Acquire) || !self.is_clean() || self.halt().is_some() {
+                return Ok(());
+            }
+            drop(tree);
+        }
+        if self.is_base_dropped()? {
+            tracing::info!(machine = %self.machine, "the epoch that live lies on was dropped: live stays as it is");
+            return Ok(());
+        }
+        {
+            let _tree = self.exclusive();
+            if !self.is_clean() {
                 return Ok(());
             }
             self.closed.store(true, Ordering::Release);
@@ -589,6 +600,21 @@ impl Live {
         // One may have begun since; it has nothing new to commit.
         self.wait_for_commits();
         self.give_up()
+    }
+
+    /// Whether the epoch that the files lie on is none any more.
+    fn is_base_dropped(&self) -> Result<bool> {
+        match self.base() {
+            0 => Ok(false),
+            base => match self.store.repository().epoch_record(&self.machine, base) {
+                Ok(_) => Ok(false),
+                // With the machine goes what is kept of it.
+                Err(error) if error.kind() == Kind::NotFound => {
+                    Ok(self.store.repository().head(&self.machine)?.is_some())
+                }
+                Err(error) => Err(error),
+            },
+        }
     }
 
     fn give_up(&self) -> Result<()> {

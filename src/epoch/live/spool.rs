@@ -27,20 +27,55 @@ const SPARE_SLOTS: u32 = 16 << 10;
 /// that nobody waits long.
 const PUNCHED_SLOTS: u32 = 256;
 
+/// So much of the disk, or a 16th of a smaller one, is left to journals and logs: without them nothing could be committed, and
+/// so no room be made.
+const LEFT_FREE: u64 = 64 << 20;
+
+/// How many slots are taken between looks at the disk.
+const LOOK_SLOTS: u64 = 256;
+
+/// What is free where the spools are, and how much there is.
+pub type FreeRoom = Box<dyn Fn() -> Option<(u64, u64)> + Send + Sync>;
+
 /// How many slots all machines may use together.
-#[derive(Debug)]
 pub struct Budget {
     slots_max: u64,
     used: AtomicU64,
+    room: FreeRoom,
+    /// Slots that may still be taken before the disk is looked at.
+    unseen: AtomicU64,
 }
 
 impl Budget {
-    pub fn new(len_max: u64) -> Self {
-        Self { slots_max: len_max / PAGE_SIZE as u64, used: AtomicU64::new(0) }
+    pub fn new(len_max: u64, room: FreeRoom) -> Self {
+        Self { slots_max: len_max / PAGE_SIZE as u64, used: AtomicU64::new(0), room, unseen: AtomicU64::new(0) }
+    }
+
+    /// Whether the disk has room for so many more.
+    fn disk_has_room(&self, count: u64) -> bool {
+        let unseen = self.unseen.load(Ordering::Relaxed);
+        if unseen >= count {
+            self.unseen.store(unseen - count, Ordering::Relaxed);
+            return true;
+        }
+        let Some((free, total)) = (self.room)() else { return true };
+        let needed = (count + LOOK_SLOTS) * PAGE_SIZE as u64;
+        let has_room = free >= LEFT_FREE.min(total / 16) + needed;
+        self.unseen.store(if has_room { LOOK_SLOTS } else { 0 }, Ordering::Relaxed);
+        has_room
+    }
+
+    /// Whether space that is not used may be kept: there is more of it than anybody waits for.
+    fn is_disk_roomy(&self) -> bool {
+        (self.room)().is_none_or(|(free, total)| free >= (total / 4).min(LEFT_FREE * 16))
     }
 
     /// `beyond`: what cannot be refused is taken, and whoever comes next finds less room.
     fn take(&self, count: u64, beyond: bool) -> Result<()> {
+        if !self.disk_has_room(count) {
+            return Err(Error::new(Kind::NoSpace, "the disk of the spool is full, but for what commits need")
+                .hint("commit, so that changed pages move to the repository, or free some of that disk"));
+        }
         let taken = self.used.fetch_add(count, Ordering::Relaxed) + count;
         if taken > self.slots_max && !beyond {
             self.give_back(count);
@@ -262,7 +297,8 @@ impl Spool {
     /// Frees slots that nothing names.
     pub fn free(&self, mut slots: Vec<u32>) {
         slots.sort_unstable();
-        let spare = |held: &Slots| held.end - held.used_count <= SPARE_SLOTS;
+        let is_roomy = self.budget.is_disk_roomy();
+        let spare = |held: &Slots| is_roomy && held.end - held.used_count <= SPARE_SLOTS;
         for run in slots.chunk_by(|a, b| a + 1 == *b) {
             let range = run[0]..run[0] + run.len() as u32;
             if range.len() >= PUNCHED_SLOTS as usize && !spare(&self.lock()) {

@@ -62,4 +62,14 @@ pub trait Files: Send + Sync {
     /// this machine's.
     fn modified_ns(&self, path: &Path) -> io::Result<u64>;
     fn canonicalize(&self, path: &Path) -> io::Result<PathBuf>;
+
+    /// Which file or directory this is, whatever its name; always the same one where that cannot be told.
+    fn identity(&self, _path: &Path) -> io::Result<(u64, u64)> {
+        Ok((0, 0))
+    }
+
+    /// The bytes that are free where this lies, and how many there are in all, if that is known.
+    fn room(&self, _path: &Path) -> Option<(u64, u64)> {
+        None
+    }
 }

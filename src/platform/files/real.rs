@@ -140,6 +140,16 @@ impl Files for RealFiles {
         Ok(modified.duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)))
     }
 
+    fn identity(&self, path: &Path) -> io::Result<(u64, u64)> {
+        let metadata = fs::metadata(path)?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+
+    fn room(&self, path: &Path) -> Option<(u64, u64)> {
+        let told = rustix::fs::statvfs(path).ok()?;
+        Some((told.f_bavail.saturating_mul(told.f_frsize), told.f_blocks.saturating_mul(told.f_frsize)))
+    }
+
     fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {
         fs::canonicalize(path)
     }

@@ -59,7 +59,7 @@ impl Daemon {
         let settings = LiveSettings {
             files,
             directory: PathBuf::from(format!("/state{number}")),
-            budget: Arc::new(Budget::new(spool_len_max)),
+            budget: Arc::new(Budget::new(spool_len_max, Box::new(|| None))),
             host: host(number),
             owner: 0,
             group: 0,

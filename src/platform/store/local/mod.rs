@@ -108,9 +108,10 @@ impl LocalStore {
             result = open_and_take();
         }
         result.map_err(|error| match error {
-            ReadError::Io(error) if is_missing(&error) => {
-                Error::not_found(format!("there is no object {key} in {}", self.url()))
-            }
+            ReadError::Io(error) if is_missing(&error) => match self.shared.check_here() {
+                Ok(()) => Error::not_found(format!("there is no object {key} in {}", self.url())),
+                Err(away) => away,
+            },
             ReadError::Io(error) => Error::io(format!("cannot read {key} in {}", self.url()), error),
             ReadError::Short { object_len } => {
                 Error::damaged(format!("object {key} in {} is shorter than its {object_len} bytes", self.url()))
@@ -239,7 +240,7 @@ impl Store for LocalStore {
     fn len(&self, key: &str) -> Result<Option<u64>> {
         check_key(key)?;
         match self.shared.files.len(&self.shared.path(key)) {
-            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) if is_missing(&error) => self.shared.check_here().map(|()| None),
             result => result.map_err(|error| Error::io(format!("cannot read {key} in {}", self.url()), error)),
         }
     }
@@ -259,17 +260,20 @@ impl Store for LocalStore {
     fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
         check_key(key)?;
         self.shared.check_usable(key)?;
+        self.shared.check_here()?;
         Ok(Box::new(LocalWriter::new(Arc::clone(&self.shared), key)))
     }
 
     fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
         check_prefix(prefix)?;
+        self.shared.check_here()?;
         self.shared.counters.list();
         list::walk(&*self.shared.files, &self.shared.root, prefix, after, each).map(|_| ())
     }
 
     fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
         check_prefix(prefix)?;
+        self.shared.check_here()?;
         self.shared.counters.list();
         list::dirs(&*self.shared.files, &self.shared.root, prefix)
     }
@@ -285,6 +289,7 @@ impl Store for LocalStore {
     fn delete(&self, key: &str) -> Result<()> {
         check_key(key)?;
         self.shared.check_usable(key)?;
+        self.shared.check_here()?;
         let failed = |error| Error::io(format!("cannot delete {key} in {}", self.url()), error);
         let path = self.shared.path(key);
         let removed = self.shared.files.remove_file(&path);

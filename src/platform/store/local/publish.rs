@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use epochfs_format::DESCRIPTOR_KEY;
+
 use super::handles::Handles;
 use super::is_missing;
 use crate::error::{Error, Kind, Result};
@@ -25,9 +27,17 @@ pub(super) struct Shared {
     /// Directories whose own names are known to be durable. One that was merely found may have been made a moment
     /// ago by somebody who has not synced it yet, so its parents are synced once before anything in it counts.
     durable_dirs: Mutex<HashSet<PathBuf>>,
+    /// Which directory this is, and what its descriptor says, which is another one's once something else lies at its path.
+    here: Mutex<Here>,
     /// Set by a failed sync. What the kernel holds of this store is unknown from then on, and a later sync that
     /// succeeds would prove nothing.
     poisoned: AtomicBool,
+}
+
+/// The directory that was opened.
+struct Here {
+    identity: (u64, u64),
+    descriptor: Option<Vec<u8>>,
 }
 
 /// A file under a temporary name, which goes away with this value.
@@ -40,7 +50,38 @@ pub(super) struct Temporary {
 impl Shared {
     pub fn new(root: PathBuf, files: Arc<dyn Files>, handles: Handles) -> Self {
         let durable_dirs = Mutex::new(HashSet::from([root.clone()]));
-        Self { files, root, counters: Counters::default(), handles, durable_dirs, poisoned: AtomicBool::new(false) }
+        let descriptor = read_descriptor(&*files, &root);
+        let here = Here { identity: files.identity(&root).unwrap_or_default(), descriptor };
+        Self {
+            files,
+            root,
+            counters: Counters::default(),
+            handles,
+            durable_dirs,
+            here: Mutex::new(here),
+            poisoned: AtomicBool::new(false),
+        }
+    }
+
+    /// Fails where something else lies at the directory's path than what was opened: a file system that was unmounted, or
+    /// another repository. Nothing may be written there, and nothing that is not there is gone.
+    pub fn check_here(&self) -> Result<()> {
+        let away = |why: String| {
+            Error::new(Kind::Io, format!("{} is not there: {why}", self.url()))
+                .hint("mount it or move it back; what waits to be stored is kept until then")
+        };
+        let identity = self.files.identity(&self.root).map_err(|error| away(error.to_string()))?;
+        let mut here = lock(&self.here);
+        if identity == here.identity {
+            return Ok(());
+        }
+        let descriptor = read_descriptor(&*self.files, &self.root);
+        if here.descriptor.is_none() || descriptor != here.descriptor {
+            return Err(away("another directory lies at its path".to_owned()));
+        }
+        // The same repository, mounted once more: what was durable then is, and what is open is read once more.
+        here.identity = identity;
+        Ok(())
     }
 
     pub fn url(&self) -> String {
@@ -82,6 +123,7 @@ impl Shared {
     /// Writes the parts to a temporary file and publishes it.
     pub fn put(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
         self.check_usable(key)?;
+        self.check_here()?;
         let temporary = self.temporary(false).map_err(|error| self.write_error(key, error))?;
         let mut offset = 0;
         for part in parts.iter().filter(|part| !part.is_empty()) {
@@ -105,6 +147,8 @@ impl Shared {
         let path = self.path(key);
         let put = self.link(&temporary.path, &path).map_err(|error| self.write_error(key, error))?;
         drop(temporary);
+        // Only what lies in the repository counts.
+        self.check_here()?;
         // Also when somebody else made it: what the caller was told to exist must not vanish with the power.
         self.sync_name(&path).map_err(|error| self.write_error(key, error))?;
         self.counters.put(len);
@@ -227,4 +271,14 @@ impl Drop for Temporary {
         self.file = None;
         let _ = self.files.remove_file(&self.path);
     }
+}
+
+/// What says which repository a directory holds, if it holds one.
+fn read_descriptor(files: &dyn Files, root: &Path) -> Option<Vec<u8>> {
+    let file = files.open(&root.join(DESCRIPTOR_KEY)).ok()?;
+    // A descriptor is short.
+    let mut bytes = vec![0; file.len().ok()?.min(4096) as usize];
+    let count = file.read_at(0, &mut bytes).ok()?;
+    bytes.truncate(count);
+    Some(bytes)
 }

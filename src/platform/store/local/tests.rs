@@ -102,3 +102,54 @@ fn a_streamed_object_whose_name_is_taken_is_a_conflict() {
     }
     assert_eq!(temporaries(dir.path()), 0);
 }
+
+/// A file system that was unmounted, or a directory that was moved: what lies at the path then is not the store.
+#[test]
+fn p1_another_directory_at_the_path_is_not_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, aside) = (dir.path().join("root"), dir.path().join("aside"));
+    store(&root).put_if_absent("epochfs.json", &[b"this one"]).unwrap();
+    let store = LocalStore::open(&root, Arc::new(RealFiles)).unwrap();
+    store.put_if_absent("a", &[b"a"]).unwrap();
+    let begun = store.writer("packs/begun").unwrap();
+    let move_away = || rustix::fs::rename(&root, &aside).unwrap();
+    let refused = |store: &LocalStore| {
+        let mut each = |_: ObjectInfo| Ok(true);
+        let kinds = [
+            store.put_if_absent("b", &[b"b"]).err(),
+            store.get("b").err(),
+            store.len("b").err(),
+            store.list("", None, &mut each).err(),
+            store.list_dirs("packs/").err(),
+            store.delete("a").err(),
+            store.writer("c").err(),
+        ];
+        assert!(kinds.iter().all(|error| error.as_ref().is_some_and(|error| error.kind() == Kind::Io)), "{kinds:?}");
+    };
+    move_away();
+    refused(&store);
+    for content in [None, Some(&b"another"[..])] {
+        std::fs::create_dir(&root).unwrap();
+        if let Some(content) = content {
+            std::fs::write(root.join("epochfs.json"), content).unwrap();
+        }
+        refused(&store);
+        let is_written = std::fs::read_dir(&root).unwrap().count() > usize::from(content.is_some());
+        assert!(!is_written);
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+    std::fs::create_dir(&root).unwrap();
+    assert!(begun.finish().is_err());
+    std::fs::remove_dir_all(&root).unwrap();
+    rustix::fs::rename(&aside, &root).unwrap();
+    store.put_if_absent("b", &[b"b"]).unwrap();
+    // The same store by another number of its directory, as after another mount.
+    std::fs::create_dir(dir.path().join("copy")).unwrap();
+    for name in ["epochfs.json", "a", "b"] {
+        std::fs::copy(root.join(name), dir.path().join("copy").join(name)).unwrap();
+    }
+    move_away();
+    rustix::fs::rename(dir.path().join("copy"), &root).unwrap();
+    store.put_if_absent("c", &[b"c"]).unwrap();
+    assert_eq!(&store.get("b").unwrap()[..], b"b");
+}
