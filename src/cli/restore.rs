@@ -66,7 +66,7 @@ pub struct Restore {
     #[arg(long, value_name = "STREAM")]
     state: Option<String>,
     /// Then bring all other memory, too. Without a machine to wait for, the exit code tells whether it came: 3 where some of
-    /// it is damaged, 1 where it cannot be read; the machine runs all the same.
+    /// it is damaged, 1 where it cannot be read; the machine runs all the same until it touches such a page.
     #[arg(long)]
     hydrate: bool,
     /// Load the machine, and do not let it go on.
@@ -94,6 +94,9 @@ pub struct Restore {
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
+
+/// What a process gets that touches a page of a mapped file that cannot be read.
+const SIGBUS: u8 = 7;
 
 /// What every restore works with.
 struct Work<'a> {
@@ -244,6 +247,12 @@ impl Restore {
         }
         let ended = running
             .wait(&watch, &feed, self.hydrate, self.detach, &mut |moments, is_over| reporter.news(moments, is_over))?;
+        if ended == Some(Ended(128 + SIGBUS)) {
+            context.notice(
+                "QEMU was ended by SIGBUS: it touched a page of its memory that is damaged or cannot be read; \
+                 `epochfs verify` tells which, and the daemon's log names the object",
+            );
+        }
         Ok(ended.map_or_else(|| self.brought(&feed), |Ended(code)| ExitCode::from(code)))
     }
 

@@ -94,6 +94,10 @@ impl ServeUffd {
                 .map(Some)
                 .map_err(|error| Error::io(format!("the path {}", path.display()), error)),
         };
+        if self.cloud_hypervisor.is_none() && (self.paused || !self.directory.is_empty()) {
+            return Err(Error::usage("--paused and --directory are for --cloud-hypervisor")
+                .hint("leave them out: a VM that comes to the socket says itself whether it runs"));
+        }
         let (socket, monitor) = (absolute(&self.socket)?, absolute(&self.cloud_hypervisor)?);
         let place = socket.clone().or(monitor.clone()).unwrap_or_default();
         let state =

@@ -67,6 +67,17 @@ impl Lobby {
         &self.socket.path
     }
 
+    /// Lets nobody come any more. Whoever came before is heard: they have handed their memory over, and look at nothing that
+    /// would tell them that nobody is there.
+    pub fn close(&mut self) {
+        self.socket.remove();
+    }
+
+    /// Whether nobody stands here any more, as far as the last step saw.
+    pub fn is_empty(&self) -> bool {
+        self.greetings.is_empty()
+    }
+
     /// What to wait for before the next step.
     pub fn sources(&self) -> Vec<PollFd<'_>> {
         let mut sources = Vec::new();
@@ -118,6 +129,8 @@ impl Lobby {
     }
 
     fn admit(&self, mut greeting: Greeting, layout: Result<Layout>) -> Option<Admission> {
+        // Whoever hands over a userfaultfd has memory that waits.
+        let has_uffd = greeting.descriptors.iter().any(is_userfaultfd);
         let uffd = match (greeting.descriptors.pop(), greeting.descriptors.is_empty() && !greeting.is_cut) {
             (None, _) => Err(Error::usage("it sent no descriptor")),
             (Some(_), false) => Err(Error::usage("it sent more than one descriptor")),
@@ -125,7 +138,7 @@ impl Lobby {
         };
         let Greeting { peer, connection, .. } = greeting;
         let (refused, is_stuck) = match (uffd, layout) {
-            (Err(error), _) => (error, false),
+            (Err(error), _) => (error, has_uffd),
             (Ok(_), Err(error)) => (error, true),
             (Ok(uffd), Ok(layout)) => match Ledger::new(self.stream_len) {
                 Ok(ledger) => {
@@ -253,8 +266,20 @@ impl Socket {
     }
 }
 
+fn is_userfaultfd(descriptor: &OwnedFd) -> bool {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
+    link.is_ok_and(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
+}
+
 impl Drop for Socket {
     fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+impl Socket {
+    /// Removes its file, unless another one has taken its place.
+    fn remove(&self) {
         let is_ours = std::fs::symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.file);
         if is_ours && let Err(error) = std::fs::remove_file(&self.path) {
             tracing::warn!("cannot remove the socket {}: {error}", self.path.display());

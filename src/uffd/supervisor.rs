@@ -107,7 +107,7 @@ impl Supervisor {
     fn run(&mut self, signals: &mut UnixStream, told: &mut dyn FnMut(News<'_>)) -> Result<()> {
         loop {
             told(News::Serves { vms: self.vms.len() + self.watched.len(), worker: self.worker.child.id() });
-            if self.is_finishing && self.vms.is_empty() && self.supervision.socket.is_some() {
+            if self.is_finishing && self.lobby.is_none() && self.vms.is_empty() && self.supervision.socket.is_some() {
                 return self.worker.close();
             }
             let (is_told, is_signalled) = self.wait(signals)?;
@@ -118,6 +118,7 @@ impl Supervisor {
                 for admission in lobby.step() {
                     self.keep(admission)?;
                 }
+                self.leave_lobby();
             }
             if is_told && !self.hear()? {
                 return Ok(());
@@ -144,7 +145,6 @@ impl Supervisor {
             let _ = self.worker.close();
             return true;
         }
-        self.lobby = None;
         self.is_finishing = true;
         self.vms.retain(|_, kept| !kept.0.peer.has_ended());
         match self.vms.len() + self.watched.len() {
@@ -153,8 +153,19 @@ impl Supervisor {
                 "stopping once {count} VMs have all their memory; a second signal kills them, as they could not go on"
             ),
         }
-        self.tell_to_finish();
+        match &mut self.lobby {
+            Some(lobby) => lobby.close(),
+            None => self.tell_to_finish(),
+        }
         false
+    }
+
+    /// Once this is to end, and all who had come before were heard, there is nobody to wait for.
+    fn leave_lobby(&mut self) {
+        if self.is_finishing && self.lobby.as_ref().is_some_and(Lobby::is_empty) {
+            self.lobby = None;
+            self.tell_to_finish();
+        }
     }
 
     fn tell_to_finish(&mut self) {

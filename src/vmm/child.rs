@@ -224,6 +224,7 @@ impl Child {
         let tail = tail.trim();
         let said = if tail.is_empty() { "it said nothing".to_owned() } else { tail.to_owned() };
         Error::new(Kind::Io, format!("{} ended before the machine ran ({status}): {said}", self.name))
+            .hint("run the command that --print shows by hand to see more")
     }
 
     /// The end of what it said on standard error.

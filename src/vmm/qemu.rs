@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -84,6 +84,11 @@ impl MonitorPlace {
                 .create(directory)
                 .map_err(|error| Error::io(format!("cannot make {}", directory.display()), error));
         }
+        // QEMU removes whatever has the name of its monitor.
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|file| !file.file_type().is_socket()) {
+            return Err(Error::conflict(format!("{} is there, and is no socket", self.path.display()))
+                .hint("give --qmp another path, or remove it"));
+        }
         // Another QEMU there would be told to load the state.
         match UnixStream::connect(&self.path) {
             Ok(_) => Err(Error::conflict(format!("somebody listens at {} already", self.path.display()))
@@ -136,6 +141,8 @@ impl Qemu<'_> {
             feed.note(|moments, now| moments.loaded = Some(now));
         }
         drop(monitor);
+        // Its last answer may have been on its way when it ended.
+        child.check()?;
         Ok(Running { child })
     }
 }

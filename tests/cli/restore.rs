@@ -438,6 +438,10 @@ fn a_monitor_that_another_qemu_has_is_left_alone() {
     let _other = UnixListener::bind(&actor.monitor).unwrap();
     world.run(actor.options("web1", &["--clone", "web2"])).code(4).says("somebody listens at");
     assert!(!actor.pid.exists() && actor.monitor.exists());
+    std::fs::remove_file(&actor.monitor).unwrap();
+    std::fs::write(&actor.monitor, b"precious").unwrap();
+    world.run(actor.options("web1", &["--clone", "web2"])).code(4).says("is no socket");
+    assert_eq!(std::fs::read(&actor.monitor).unwrap(), b"precious");
     restoring.check_clean();
 }
 

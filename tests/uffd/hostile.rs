@@ -96,6 +96,34 @@ fn a_vm_that_cannot_be_served_is_killed_and_not_left_waiting() {
     assert!(program.log().contains("its memory cannot be served"), "{}", program.log());
 }
 
+/// Whoever has handed memory over looks at nothing that would tell that the server is about to end.
+#[test]
+fn vms_that_come_while_the_server_is_told_to_end_are_served_or_sent_away_and_never_left_waiting() {
+    let text = r#"[{"base_host_virt_addr":ADDRESS,"size":16384,"offset":0,"page_size":4096}]"#;
+    let mut served = 0;
+    for round in 0..6 {
+        let Some(world) = World::new("VMs that come late", 16) else { return };
+        let mut program = Program::start(&world, &[]);
+        let socket = world.socket();
+        let start = || {
+            let mut command = crate::process::command("hostile", &[socket.to_str().unwrap(), text]);
+            command.stderr(std::process::Stdio::null()).spawn().unwrap()
+        };
+        let children: Vec<_> = (0..12).map(|_| start()).collect();
+        std::thread::sleep(Duration::from_millis(round * 4));
+        program.signal(rustix::process::Signal::TERM);
+        for mut child in children {
+            let _watchdog = crate::fixture::Watchdog::new(child.id(), PATIENCE);
+            let ended = child.wait().unwrap();
+            // One that found nobody at the socket says so; none is killed by a watchdog.
+            assert!(ended.code().is_some(), "{ended}: {}", program.log());
+            served += u32::from(ended.success());
+        }
+        assert!(program.ended(PATIENCE).success(), "{}", program.log());
+    }
+    assert!(served > 0, "none came in time");
+}
+
 #[test]
 fn a_message_in_parts_with_much_in_it_is_understood() {
     let Some(world) = World::new("long handshakes", 1024) else { return };

@@ -39,6 +39,8 @@ fn a_socket_is_private_and_goes_with_its_server() {
     refused(&["serve-uffd", "web1@7", "--socket", &socket], 5, "7");
     refused(&["serve-uffd", "web1", "--stream", "other", "--socket", &socket], 5, "other");
     refused(&["serve-uffd", "web1"], 2, "--socket");
+    refused(&["serve-uffd", "web1", "--socket", &socket, "--paused"], 2, "--cloud-hypervisor");
+    refused(&["serve-uffd", "web1", "--socket", &socket, "--directory", "x"], 2, "--cloud-hypervisor");
     assert!(!world.socket().exists());
 }
 
