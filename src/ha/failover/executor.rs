@@ -199,8 +199,13 @@ impl<H: Hands> Shared<'_, H> {
             let mut phase = self.phases(at);
             match self.hands.attach(&self.jobs[at], &mut phase) {
                 Ok(Some(attached)) => {
-                    lock(&self.board).attached.insert(at, attached);
-                    self.change(at, |report| report.stage = Stage::Attached);
+                    // Both at once: it may be started, and even run, a moment later.
+                    let mut board = lock(&self.board);
+                    board.attached.insert(at, attached);
+                    board.reports[at].stage = Stage::Attached;
+                    drop(board);
+                    self.moved.notify_all();
+                    self.tell();
                 }
                 Ok(None) => {
                     let total_ms = ms(self.since.elapsed());

@@ -204,6 +204,50 @@ impl<'a> Fill<'a> {
     }
 }
 
+/// Places machines that are left out where less urgent ones are, which are put out with those that wait for them. Each time
+/// more of the more urgent have a place, so that it comes to an end.
+pub(super) fn push_out(problem: &Problem<'_>, room: &mut Room, standing: Standing<'_>) {
+    let mut by_urgency: Vec<u32> =
+        (0..problem.items.len() as u32).filter(|item| !standing.hopeless[*item as usize]).collect();
+    by_urgency.sort_by_key(|item| (problem.items[*item as usize].rank, standing.turn[*item as usize]));
+    while by_urgency.iter().any(|item| push_out_for(problem, room, standing, *item)) {
+        settle(problem, room, Style::Pack, &by_urgency);
+    }
+}
+
+fn push_out_for(problem: &Problem<'_>, room: &mut Room, standing: Standing<'_>, item: u32) -> bool {
+    let (rank, dependencies) = (problem.items[item as usize].rank, &problem.order.dependencies[item as usize]);
+    if room.place(item).is_some()
+        || problem.items[item as usize].barred.is_some()
+        || !dependencies.iter().all(|one| room.place(*one).is_some())
+    {
+        return false;
+    }
+    for &host in &problem.kind(item).hosts {
+        let begun = room.changes();
+        let mut lesser: Vec<u32> = room.movable(host).to_vec();
+        lesser.retain(|other| standing.urgency[*other as usize] > rank);
+        // The least urgent go first.
+        lesser.sort_by_key(|other| (std::cmp::Reverse(standing.urgency[*other as usize]), *other));
+        for other in lesser {
+            put_out(problem, room, other);
+            if room.fits(&problem.items[item as usize], host) {
+                room.put(problem, item, host);
+                return true;
+            }
+        }
+        room.undo_to(problem, begun);
+    }
+    false
+}
+
+fn put_out(problem: &Problem<'_>, room: &mut Room, item: u32) {
+    if room.place(item).is_some() && problem.items[item as usize].kept_on.is_none() {
+        room.remove(problem, item);
+        problem.order.dependents[item as usize].iter().for_each(|one| put_out(problem, room, *one));
+    }
+}
+
 /// Places whatever still has room somewhere, until nothing has.
 fn settle(problem: &Problem<'_>, room: &mut Room, style: Style, by_urgency: &[u32]) {
     loop {

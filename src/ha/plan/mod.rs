@@ -65,14 +65,11 @@ impl Situation {
 fn solve(problem: &Problem<'_>, settings: &Settings) -> (Room, bool) {
     let all = 0..problem.items.len() as u32;
     let barred = |item: u32| problem.items[item as usize].barred.is_some();
+    let is_placed = |item: u32| problem.room.place(item).is_some();
     let mut hopeless: Vec<bool> = (all.clone())
-        .map(|item| {
-            let is_placed = problem.room.place(item).is_some();
-            !is_placed && (barred(item) || problem.room.choose(problem, item, Style::Spread).is_none())
-        })
+        .map(|item| !is_placed(item) && (barred(item) || problem.room.choose(problem, item, Style::Spread).is_none()))
         .collect();
-    problem.order.mark_dependents(&mut hopeless);
-    all.clone().filter(|item| problem.room.place(*item).is_some()).for_each(|item| hopeless[item as usize] = false);
+    problem.order.mark_dependents(&mut hopeless, &is_placed);
 
     let mut largest_first: Vec<u32> = all.clone().collect();
     largest_first.sort_by(|left, right| {
@@ -119,6 +116,9 @@ fn solve(problem: &Problem<'_>, settings: &Settings) -> (Room, bool) {
     // Half of a search may have found more machines a place, and yet have left out the wrong ones.
     if let Some(better) = better.filter(|better| is_best || !all.clone().any(|item| is_left_out(better, item))) {
         room = better;
+    }
+    if !is_best && all.clone().any(|item| is_left_out(&room, item)) {
+        fill::push_out(problem, &mut room, standing);
     }
     let is_proven = is_best || !all.clone().any(|item| is_left_out(&room, item));
     (room, is_proven)

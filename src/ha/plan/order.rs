@@ -64,9 +64,9 @@ impl Order {
         raised
     }
 
-    /// Marks all that wait for a marked one, too.
-    pub(super) fn mark_dependents(&self, marked: &mut [bool]) {
-        for &machine in &self.sorted {
+    /// Marks all that wait for a marked one, too, but for those that are `settled`: nobody waits in vain for them.
+    pub(super) fn mark_dependents(&self, marked: &mut [bool], settled: &dyn Fn(u32) -> bool) {
+        for &machine in self.sorted.iter().filter(|machine| !settled(**machine)) {
             let machine = machine as usize;
             marked[machine] |= self.dependencies[machine].iter().any(|one| marked[*one as usize]);
         }
@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(order.wave, [0, 1, 2, 0]);
         assert!(order.tangled.iter().all(Option::is_none));
         let mut marked = vec![false, true, false, false];
-        order.mark_dependents(&mut marked);
+        order.mark_dependents(&mut marked, &|_| false);
         assert_eq!(marked, [false, true, true, false]);
     }
 

@@ -127,6 +127,20 @@ fn interrupted(mut situation: Situation, dice: &mut Seeded) -> (Situation, Vec<P
     (situation, kept)
 }
 
+/// A machine that was placed before, and waits for one that lost its host, is there for those that wait for it.
+#[test]
+fn who_waits_for_a_placed_machine_whose_own_dependency_is_lost_has_a_host() {
+    let after = |name: &str, after: &str| Need { machine: name.into(), after: vec![after.into()], ..need(0, 1, 1) };
+    let host = host(0, 64);
+    let lost = Need { machine: "lost".into(), ..need(0, 1 << 20, 1) };
+    let placed = vec![Placement { machine: "kept".into(), host: host.id.clone(), ..Placement::default() }];
+    let needs = vec![lost, after("kept", "lost"), after("waits", "kept")];
+    let situation = Situation { hosts: vec![host], needs, placed, settings: settings() };
+    let plan = situation.plan();
+    assert_eq!(check(&situation, &plan), Ok(()));
+    assert!(plan.placements.iter().any(|one| one.machine == "waits"), "{plan:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
