@@ -24,8 +24,6 @@ use crate::platform::store::{CacheSettings, CachedStore, Put, Store};
 pub struct Repository {
     objects: Arc<Objects>,
     heads: Heads,
-    /// Newest records as they were when somebody asked: what is newer is behind them.
-    newest: Heads,
     looked_up: LookedUp,
     /// How many records this process appended: what was looked up before the last one is not the newest.
     appended: Arc<AtomicU64>,
@@ -53,7 +51,6 @@ impl Repository {
         Self {
             collector_log: Arc::new(CollectorLog::new(objects.clone())),
             heads: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
-            newest: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             looked_up: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             appended: Arc::default(),
             summaries: Arc::new(Summaries::new()),
@@ -171,12 +168,7 @@ impl Repository {
     /// The newest record of a log, that of a removed machine too.
     pub fn log_head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
         check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
-        let known = lock(&self.newest).get(machine);
-        let found = head(&self.objects, machine, known)?;
-        if let Some(head) = &found {
-            lock(&self.newest).insert(machine.clone(), head.clone(), weight_of(&head.record));
-        }
-        Ok(found)
+        head(&self.objects, machine)
     }
 
     /// The newest record of a machine that must exist.
