@@ -45,24 +45,26 @@ pub struct Recovered {
 
 /// Makes a directory with those above it, durably.
 fn make_directory(files: &dyn Files, path: &Path) -> std::io::Result<()> {
-    match files.create_dir(path) {
-        Ok(()) => {}
+    let mut made = files.create_dir(path);
+    if made.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+        && let Some(above) = path.parent()
+    {
+        make_directory(files, above)?;
+        made = files.create_dir(path);
+    }
+    let is_new = made.is_ok();
+    match made {
         // Whoever made it may have ended before it was durable.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let above = path.parent().ok_or(error)?;
-            make_directory(files, above)?;
-            match files.create_dir(path) {
-                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
-            }
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let Some(above) = path.parent() else { return Ok(()) };
+    files.sync_dir(above).inspect_err(|_| {
+        // What a sync gave up no later one writes: the name has to be made once more.
+        if is_new {
+            let _ = files.remove_dir(path);
         }
-        Err(error) => return Err(error),
-    }
-    match path.parent() {
-        Some(above) => files.sync_dir(above),
-        None => Ok(()),
-    }
+    })
 }
 
 impl Journal {
@@ -82,6 +84,11 @@ impl Journal {
             files.remove_file(&path).map_err(|error| Self::failed(directory, "clear the spool beside", error))?;
         }
         let spool = Spool::create(&*files, &path, budget)?;
+        // Now, and not with the journal's name: a sync that fails there could not be made good.
+        files.sync_dir(directory).map_err(|error| {
+            let _ = files.remove_file(&path);
+            Self::failed(directory, "keep the spool beside", error)
+        })?;
         let generation = generations(&*files, directory)?.last().copied().unwrap_or(0);
         Ok((Self { files, directory: directory.to_owned(), generation, open: None }, spool))
     }

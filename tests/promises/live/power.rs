@@ -251,7 +251,7 @@ fn p6_a_call_that_fails_loses_nothing_that_was_acknowledged() {
 /// A call of the first change fails, the change is repeated and synced, and then the power fails.
 #[test]
 fn p1_what_is_synced_after_a_failed_first_change_is_durable() {
-    for (call, after_effect) in (0..24).flat_map(|call| [(call, false), (call, true)]) {
+    for (call, after_effect) in (0..60).flat_map(|call| [(call, false), (call, true)]) {
         let sim = SimFiles::new(call);
         let files: Arc<dyn Files> = Arc::new(sim.clone());
         create_machine(files.clone()).unwrap();
