@@ -22,8 +22,9 @@ const SHRINKS_FROM: f64 = 0.8;
 /// How much of an old figure is left when a smaller one is measured. Larger ones count at once.
 const MEMORY: f64 = 0.5;
 
-/// The room that commits leave is not used up sooner than in this time, however little there is.
-const ROOM_LASTS: Duration = Duration::from_secs(3600);
+/// The room that commits leave is not used up sooner than in this time, however little there is: as it shrinks, less of it is
+/// used, so that it never ends.
+const ROOM_LASTS: Duration = Duration::from_secs(600);
 
 /// A host with more than so many threads that want to run, for each processor, has more to do than it can: what is done for
 /// protection makes it slower still.
@@ -133,7 +134,9 @@ pub struct Policy {
     lost: f64,
     durable: f64,
     bytes: f64,
-    /// The same of the host's load; and the room as it was last.
+    /// The bytes again without the first epoch's, which may hold the whole machine.
+    changed_bytes: Option<f64>,
+    /// What is expected of the host's load; and the room as it was last.
     load: f64,
     room: Option<u64>,
     failures: u32,
@@ -158,6 +161,7 @@ impl Policy {
             lost: 0.0,
             durable: 0.0,
             bytes: 0.0,
+            changed_bytes: None,
             load: 0.0,
             room: None,
             failures: 0,
@@ -187,7 +191,9 @@ impl Policy {
         }
         self.failures = 0;
         self.durable = expect(self.durable, seen.durable_after.as_secs_f64());
-        self.bytes = expect(self.bytes, seen.stored_bytes as f64);
+        let bytes = seen.stored_bytes as f64;
+        self.bytes = expect(self.bytes, bytes);
+        self.changed_bytes = Some(self.changed_bytes.map_or(0.0, |before| expect(before, bytes)));
         self.room = seen.room;
     }
 
@@ -233,8 +239,8 @@ impl Policy {
                 limits.push((self.wanted().mul_f64((self.load / LOAD_BORNE).min(100.0)), Limit::HostLoad));
             }
         }
-        if let Some(room) = self.room {
-            let lasts = secs(self.bytes * ROOM_LASTS.as_secs_f64() / room.max(1) as f64);
+        if let (Some(room), Some(changed)) = (self.room, self.changed_bytes) {
+            let lasts = secs(changed * ROOM_LASTS.as_secs_f64() / room.max(1) as f64);
             limits.push((lasts.min(INTERVAL_MAX), Limit::Room));
         }
         if let Some(rate) = self.target.store_rate {
@@ -322,9 +328,15 @@ mod tests {
     fn little_room_and_a_host_that_is_overloaded_are_heeded_and_named() {
         let target = Target { rpo: Some(MS * 1000), ..Target::default() };
         let usual = seen(1, 1);
-        // A MiB an epoch, and 60 of them left: one in a minute, so that they last for an hour.
+        // The first epoch holds the whole machine: that says nothing of those to come.
+        let mut policy = Policy::new(target);
+        policy.observe(&Observation { stored_bytes: 1 << 30, room: Some(60 << 20), ..usual });
+        assert_eq!(policy.decide(1.0).limit, Limit::Target);
+        policy.observe(&Observation { room: Some(60 << 20), ..usual });
+        assert_eq!((policy.decide(1.0).limit, policy.interval), (Limit::Room, MS * 10_000));
+        // A MiB an epoch, and 60 of them left: one in ten seconds, so that they last for ten minutes.
         let decision = settle(&mut Policy::new(target), &Observation { room: Some(60 << 20), ..usual });
-        assert_eq!((decision.interval, decision.limit, decision.meets_rpo), (MS * 60_000, Limit::Room, Some(false)));
+        assert_eq!((decision.interval, decision.limit, decision.meets_rpo), (MS * 10_000, Limit::Room, Some(false)));
         let decision = settle(&mut Policy::new(target), &Observation { room: Some(0), ..usual });
         assert_eq!((decision.interval, decision.limit), (INTERVAL_MAX, Limit::Room));
         let decision = settle(&mut Policy::new(target), &Observation { room: Some(1 << 40), ..usual });
