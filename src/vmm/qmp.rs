@@ -147,7 +147,7 @@ impl<'a> Monitor<'a> {
                 Some("completed") => return Ok(()),
                 Some(status @ ("failed" | "cancelled")) => return Err(failed(status)),
                 _ if since.elapsed() > wait => {
-                    // It would go on writing when the machine runs again.
+                    // Whoever lets the machine go on sees to its end.
                     let _ = self.run("migrate_cancel", Value::Null);
                     return Err(Error::new(
                         Kind::Io,
@@ -157,6 +157,31 @@ impl<'a> Monitor<'a> {
                 _ => std::thread::sleep(STATE_NAP),
             }
         }
+    }
+
+    /// Lets a machine go on that was stopped to save its state, whatever is left of that. One that were let go on while the state is
+    /// still being saved would be stopped again when it is.
+    pub fn go_on(&mut self, wait: Duration) -> Result<()> {
+        let since = Stopwatch::start();
+        let (mut is_cancelled, mut status) = (false, String::new());
+        while since.elapsed() < wait * 2 {
+            let migration = self.run("query-migrate", Value::Null)?;
+            if !matches!(migration["status"].as_str(), None | Some("none" | "completed" | "failed" | "cancelled")) {
+                if since.elapsed() > wait && !is_cancelled {
+                    self.run("migrate_cancel", Value::Null)?;
+                    is_cancelled = true;
+                }
+                std::thread::sleep(STATE_NAP);
+                continue;
+            }
+            let answer = self.run("query-status", Value::Null)?;
+            answer["status"].as_str().unwrap_or("unknown").clone_into(&mut status);
+            if status == "running" {
+                return Ok(());
+            }
+            self.run("cont", Value::Null)?;
+        }
+        Err(Error::new(Kind::Io, format!("the machine does not go on: QEMU says that it is {status:?}")))
     }
 
     /// Why there is no connection any more: that QEMU ended, and how, says more than that it was closed. It may take it a

@@ -25,6 +25,8 @@ pub struct Machine {
     pub fault: Option<(&'static str, Fault)>,
     pub memory: PathBuf,
     pub fails_to_save: bool,
+    /// It is asked so often before the state that it saves just now is there; then it is stopped, whatever it was told meanwhile.
+    pub saves_for: u32,
     saved: bool,
 }
 
@@ -43,6 +45,7 @@ impl FakeMonitor {
             fault: None,
             memory: memory.to_owned(),
             fails_to_save: false,
+            saves_for: 0,
             saved: false,
         };
         let machine = Arc::new(Mutex::new(machine));
@@ -114,6 +117,13 @@ impl Machine {
                     self.status = "postmigrate";
                 }
                 json!({})
+            }
+            "query-migrate" if self.saves_for > 0 => {
+                self.saves_for -= 1;
+                if self.saves_for == 0 {
+                    (self.saved, self.status) = (true, "postmigrate");
+                }
+                json!({"status": "active"})
             }
             "query-migrate" if self.saved => json!({"status": "completed"}),
             "query-migrate" => json!({"status": "failed", "error-desc": "no room"}),

@@ -174,6 +174,18 @@ fn p6_a_machine_whose_agent_dies_while_it_is_stopped_goes_on() {
     process.wait().unwrap();
 }
 
+/// QEMU goes on saving without whoever asked for it, and stops the machine when it is done.
+#[test]
+fn p6_a_machine_whose_agent_dies_while_its_state_is_saved_goes_on_when_it_is() {
+    let world = World::new();
+    let mut process = guard(&world, 60_000, "s");
+    world.monitor.machine().saves_for = 20;
+    drop(process.stdin.take());
+    process.wait().unwrap();
+    let machine = world.monitor.machine();
+    assert_eq!((machine.saves_for, machine.status), (0, "running"), "{:?}", machine.told);
+}
+
 #[test]
 fn a_machine_that_was_let_go_on_is_none_of_the_guards_business() {
     let world = World::new();

@@ -83,15 +83,11 @@ impl MonitorAt {
         }
     }
 
-    /// Whether the machine runs, asked over a connection of its own; and lets it run if not.
+    /// Lets the machine run if it does not, over a connection of its own.
     fn run(&self) -> Result<()> {
         match self {
             Self::Qemu(path) => {
-                let mut monitor = Monitor::connect(path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end();
-                match monitor.run("query-status", Value::Null)?["status"] == "running" {
-                    true => Ok(()),
-                    false => monitor.run("cont", Value::Null).map(|_| ()),
-                }
+                Monitor::connect(path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end().go_on(ANSWER_WAIT)
             }
             Self::Firecracker(path) => firecracker::resume(path),
             Self::CloudHypervisor(path) => cloud_hypervisor::resume(path),

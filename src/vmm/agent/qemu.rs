@@ -18,11 +18,14 @@ pub struct QemuControl {
     live: PathBuf,
     state: PathBuf,
     monitor: Option<Monitor<'static>>,
+    /// The state was saved to its end since the machine was stopped: only then can it simply go on.
+    is_saved: bool,
 }
 
 impl QemuControl {
     pub fn new(path: &Path, live: &Path, state: &str) -> Result<Self> {
-        let mut control = Self { path: path.to_owned(), live: live.to_owned(), state: live.join(state), monitor: None };
+        let (path, live, state) = (path.to_owned(), live.to_owned(), live.join(state));
+        let mut control = Self { path, live, state, monitor: None, is_saved: false };
         control.monitor()?;
         Ok(control)
     }
@@ -106,11 +109,17 @@ impl Control for QemuControl {
 
     fn save(&mut self) -> Result<()> {
         let state = self.state.clone();
-        self.monitor()?.save_state(&state, STATE_WAIT)
+        self.is_saved = false;
+        self.monitor()?.save_state(&state, STATE_WAIT)?;
+        self.is_saved = true;
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.monitor()?.run("cont", Value::Null).map(|_| ())
+        match std::mem::take(&mut self.is_saved) {
+            true => self.monitor()?.run("cont", Value::Null).map(|_| ()),
+            false => self.monitor()?.go_on(ANSWER_WAIT),
+        }
     }
 
     fn reset(&mut self) {
