@@ -10,7 +10,7 @@ use super::FileSystem;
 use super::mapped::used_pages;
 use super::object::{Stored, stream_number};
 use crate::epoch::live::{Live, LiveFile};
-use crate::epoch::{EpochName, Which, commit_of};
+use crate::epoch::{EpochName, Which};
 use crate::error::{Error, Result};
 use crate::platform::lock::lock;
 use crate::restore::{Extent, Foreseen, Prefetch, PrefetchStatus, Prefetcher, Residency, Sink, Target};
@@ -86,6 +86,33 @@ impl FileSystem {
             return None;
         }
         let inode = stream_number(stored.epoch.machine(), stored.epoch.number(), &stored.path);
+        Some(self.watch(inode, stored, image, Extent::Forecast))
+    }
+
+    /// A file of a live was opened. Where that is a clone's, and lies on what it was cloned from, its machine is being
+    /// restored: what it touches is recorded for the next restore of the original. Nothing is pushed, which could overwrite
+    /// what the machine has just written.
+    pub(super) fn restore_clone(&self, inode: u64, live: &Live, node: u64, file: &LiveFile) -> Option<Arc<Residency>> {
+        self.prefetcher.as_ref()?;
+        let image = file.base();
+        if !PREFETCHED_LEN.contains(&image.length) {
+            return None;
+        }
+        let (machine, number) = live.origin()?;
+        if let Some((residency, _)) = self.restores.lock().get(&inode) {
+            return Some(residency.clone());
+        }
+        let path: Arc<[u8]> = live.path(node)?.into();
+        let name = EpochName { machine, which: Some(Which::Number(number)) };
+        // It may have been dropped: then nobody will restore it again.
+        let epoch = self.store.epoch(&name).ok()?;
+        let digest = |image: &Image| image.root.as_ref().map(|root| root.digest);
+        let image = epoch.manifest().stream(&path).filter(|original| digest(original) == digest(&image))?.clone();
+        Some(self.watch(inode, &Stored { epoch, path, tag: None }, &image, Extent::Recorded))
+    }
+
+    /// What the readers of an inode have; whoever opens it first sets out what is done beside.
+    fn watch(&self, inode: u64, stored: &Stored, image: &Image, extent: Extent) -> Arc<Residency> {
         let mut open = self.restores.lock();
         let (residency, prefetch) = open.entry(inode).or_insert_with(|| (Arc::new(Residency::new(image.length)), None));
         if prefetch.is_none()
@@ -99,39 +126,9 @@ impl FileSystem {
                 residency: residency.clone(),
                 sink: Arc::new(sink),
             };
-            *prefetch = Some(prefetcher.begin(target, Extent::Forecast));
+            *prefetch = Some(prefetcher.begin(target, extent));
         }
-        Some(residency.clone())
-    }
-
-    /// A file of a live was opened. Where that is a clone's, and lies on what it was cloned from, its machine is being
-    /// restored: what it touches is recorded for the next restore of the original. Nothing is pushed, which could overwrite
-    /// what the machine has just written.
-    pub(super) fn restore_clone(&self, inode: u64, live: &Live, node: u64, file: &LiveFile) -> Option<Arc<Residency>> {
-        let prefetcher = self.prefetcher.as_ref()?;
-        let image = file.base();
-        if !PREFETCHED_LEN.contains(&image.length) || live.base() == 0 {
-            return None;
-        }
-        if let Some((residency, _)) = self.restores.lock().get(&inode) {
-            return Some(residency.clone());
-        }
-        let record = self.store.repository().epoch_record(live.machine(), live.base()).ok()?;
-        let (machine, number) = commit_of(&record).ok()?.origin.clone()?;
-        let stream: Arc<[u8]> = live.path(node)?.into();
-        let name = EpochName { machine, which: Some(Which::Number(number)) };
-        // It may have been dropped: then nobody will restore it again.
-        let epoch = self.store.epoch(&name).ok()?;
-        let digest = |image: &Image| image.root.as_ref().map(|root| root.digest);
-        let image = epoch.manifest().stream(&stream).filter(|original| digest(original) == digest(&image))?.clone();
-        let mut open = self.restores.lock();
-        let (residency, prefetch) = open.entry(inode).or_insert_with(|| (Arc::new(Residency::new(image.length)), None));
-        if prefetch.is_none() {
-            let sink = InodeSink { inode, length: image.length, cache: self.restores.cache.clone() };
-            let target = Target { epoch, stream, image, residency: residency.clone(), sink: Arc::new(sink) };
-            *prefetch = Some(prefetcher.begin(target, Extent::Recorded));
-        }
-        Some(residency.clone())
+        residency.clone()
     }
 
     /// Pushes nothing any more. Whoever answers the kernel must still do so.

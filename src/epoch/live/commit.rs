@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
 use epochfs_format::{Attributes, EntryKind, Image, ManifestEntry, check_tag};
@@ -361,6 +361,7 @@ impl Live {
             let mut tree = self.exclusive();
             tree.base = committed.epoch;
             tree.held = Some(Arc::new(self.store.hold(&self.machine, committed.epoch)));
+            tree.origin = OnceLock::from(None);
             self.rebased.store(true, Ordering::Release);
             for entry in &job.entries {
                 if let FrozenKind::File(FrozenFile { file, layer, .. }) = &entry.kind {

@@ -33,7 +33,7 @@ pub use spool::Budget;
 pub use tree::{Creator, ROOT};
 
 use super::admin::Ownership;
-use super::view::EpochStore;
+use super::view::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::Files;
 use crate::platform::lock::lock;
@@ -41,7 +41,7 @@ use commit::Pipeline;
 use file::Io;
 use journal::{Journal, Recovered, entries_of, recover};
 use spool::Spool;
-use tree::Tree;
+use tree::{Origin, Tree};
 
 /// So many changed pages wait for the journal at most: then it is told without being asked.
 const UNJOURNALED_PAGES_MAX: u64 = 256 << 10;
@@ -535,6 +535,28 @@ impl Live {
         self.shared().base
     }
 
+    /// The epoch of another machine that the one below the files is a copy of. The store is asked at most once, and only after
+    /// a restart.
+    pub fn origin(&self) -> Option<Origin> {
+        let base = {
+            let tree = self.shared();
+            if tree.base == 0 {
+                return None;
+            }
+            match tree.origin.get() {
+                Some(origin) => return origin.clone(),
+                None => tree.base,
+            }
+        };
+        let record = self.store.repository().epoch_record(&self.machine, base).ok()?;
+        let origin = commit_of(&record).ok()?.origin.clone();
+        let tree = self.shared();
+        if tree.base == base {
+            let _ = tree.origin.set(origin.clone());
+        }
+        origin
+    }
+
     pub fn status(&self) -> LiveStatus {
         let halt = self.halt();
         let (base, files, dirty_pages) = {
@@ -666,6 +688,7 @@ fn newest_tree(store: &EpochStore, machine: &Arc<str>, settings: &LiveSettings, 
             let epoch = store.open(record, &opening)?;
             let mut tree = Tree::of_manifest(epoch.manifest(), epoch.number(), owner, group, next);
             tree.held = Some(epoch.hold().clone());
+            tree.origin = OnceLock::from(epoch.commit().origin.clone());
             let notes = epoch.commit().notes.iter();
             notes.filter(|(name, _)| name == ROOT_NOTE).for_each(|(_, note)| tree.heed_root_note(note));
             Ok(tree)

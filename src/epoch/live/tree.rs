@@ -1,7 +1,7 @@
 //! The names of a live: directories, files, symbolic links, and what is known about them beside their bytes.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use epochfs_format::{Attributes, EntryKind, JournalKind, JournalNode, Manifest, ManifestEntry};
 
@@ -43,6 +43,9 @@ pub struct Creator {
     pub group: u32,
 }
 
+/// An epoch of another machine.
+pub type Origin = (Arc<str>, u64);
+
 pub struct Tree {
     nodes: HashMap<u64, Node>,
     next: u64,
@@ -50,6 +53,8 @@ pub struct Tree {
     pub base: u64,
     /// Keeps that epoch readable, though it be dropped.
     pub held: Option<Arc<Hold>>,
+    /// What that epoch is a copy of, as far as anybody asked.
+    pub origin: OnceLock<Option<Origin>>,
     /// What the journal has yet to be told.
     changed: BTreeSet<u64>,
     gone: BTreeSet<u64>,
@@ -123,7 +128,15 @@ impl Tree {
             held: 0,
         };
         let nodes = HashMap::from([(ROOT, root)]);
-        Self { nodes, next: first.max(ROOT + 1), base: 0, held: None, changed: BTreeSet::new(), gone: BTreeSet::new() }
+        Self {
+            nodes,
+            next: first.max(ROOT + 1),
+            base: 0,
+            held: None,
+            origin: OnceLock::new(),
+            changed: BTreeSet::new(),
+            gone: BTreeSet::new(),
+        }
     }
 
     /// Mode, owner and group of the topmost directory, which is in no manifest, as a note of an epoch says them.
