@@ -48,8 +48,20 @@ fn newest_seq(objects: &Objects, machine: &str) -> Result<Option<u64>> {
     Ok(None)
 }
 
-/// The newest record, or `None` for a machine without a log.
-pub(super) fn head(objects: &Objects, machine: &Arc<str>) -> Result<Option<Head>> {
+/// Whoever is further behind than this looks for the newest record by listing.
+const CATCH_UP_MAX: usize = 16;
+
+/// The newest record, or `None` for a machine without a log. `known` is one that was the newest: records never go, so that
+/// those behind it are all that can be new.
+pub(super) fn head(objects: &Objects, machine: &Arc<str>, known: Option<Head>) -> Result<Option<Head>> {
+    if let Some(mut head) = known {
+        for _ in 0..CATCH_UP_MAX {
+            match objects.record(machine, head.record.seq + 1)? {
+                Some((record, digest)) => head = Head { record, digest },
+                None => return Ok(Some(head)),
+            }
+        }
+    }
     let Some(mut seq) = newest_seq(objects, machine)? else { return Ok(None) };
     let (listed, mut next) = two_records(objects, machine, seq)?;
     let Some((mut record, mut digest)) = listed else {

@@ -23,7 +23,8 @@ use crate::platform::store::{CacheSettings, CachedStore, Put, Store};
 #[derive(Clone)]
 pub struct Repository {
     objects: Arc<Objects>,
-    heads: Heads,
+    /// Newest records as they were when somebody asked or this process appended them: what is newer is behind them.
+    newest: Arc<Mutex<TwoGenerations<Arc<str>, Head>>>,
     looked_up: LookedUp,
     /// How many records this process appended: what was looked up before the last one is not the newest.
     appended: Arc<AtomicU64>,
@@ -37,9 +38,6 @@ type LookedUp = Arc<Mutex<TwoGenerations<Arc<str>, (Stopwatch, Option<Head>)>>>;
 /// So long may somebody who walks a path go by what its first step found, where each look-up travels.
 const LOOKED_UP_FOR: Duration = Duration::from_millis(500);
 
-/// The newest records that this process appended, by machine.
-type Heads = Arc<Mutex<TwoGenerations<Arc<str>, Head>>>;
-
 const HEADS_LEN: usize = 8 << 20;
 
 /// The term of a machine that nobody ever owned.
@@ -50,7 +48,7 @@ impl Repository {
         let objects = Arc::new(objects);
         Self {
             collector_log: Arc::new(CollectorLog::new(objects.clone())),
-            heads: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
+            newest: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             looked_up: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             appended: Arc::default(),
             summaries: Arc::new(Summaries::new()),
@@ -168,7 +166,12 @@ impl Repository {
     /// The newest record of a log, that of a removed machine too.
     pub fn log_head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
         check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
-        head(&self.objects, machine)
+        let known = lock(&self.newest).get(machine);
+        let found = head(&self.objects, machine, known)?;
+        if let Some(head) = &found {
+            self.know(head);
+        }
+        Ok(found)
     }
 
     /// The newest record of a machine that must exist.
@@ -256,15 +259,18 @@ impl Repository {
         }
     }
 
-    /// The newest record of a machine, if this process appended it in this term. Others may have appended more since.
+    fn know(&self, head: &Head) {
+        lock(&self.newest).insert(head.record.machine.clone(), head.clone(), weight_of(&head.record));
+    }
+
+    /// The newest record of a machine as this process knows it, if it is of this term. Others may have appended more since.
     pub fn known_head(&self, machine: &Arc<str>, term: u64) -> Option<Head> {
-        let mut heads = lock(&self.heads);
-        heads.get(machine).filter(|head| head.record.term == term)
+        lock(&self.newest).get(machine).filter(|head| head.record.term == term)
     }
 
     /// Others have appended since: the newest record is looked up again.
     pub fn forget_head(&self, machine: &Arc<str>) {
-        lock(&self.heads).remove(machine);
+        lock(&self.newest).remove(machine);
     }
 
     /// Appends a record after `head`; see [`append`].
@@ -281,17 +287,13 @@ impl Repository {
         self.appended.fetch_add(1, Ordering::AcqRel);
         looked_up.remove(machine);
         drop(looked_up);
-        let mut heads = lock(&self.heads);
         match &appended {
-            Ok(head) => heads.insert(machine.clone(), head.clone(), weight_of(&head.record)),
-            // What is newest now is not known here.
-            Err(_) => {
-                heads.remove(machine);
+            Ok(head) => {
+                self.know(head);
+                self.summaries.appended(&self.objects, head);
             }
-        }
-        drop(heads);
-        if let Ok(head) = &appended {
-            self.summaries.appended(&self.objects, head);
+            // What is newest now is not known here.
+            Err(_) => self.forget_head(machine),
         }
         appended
     }
