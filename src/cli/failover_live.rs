@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
-use epochfs_format::parse_id;
 use serde_json::{Value, json};
 
 use super::context::Context;
@@ -164,23 +163,14 @@ fn prepare(here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
             false => watch(&mut hosts, None)?,
         }
     };
-    let named = |name: &str| {
-        let is_meant = |host: &&HostSeen| parse_id(name) == Some(host.id) || host.label() == name;
-        let mut found = seen.iter().filter(is_meant);
-        match (found.next(), found.next()) {
-            (Some(host), None) => Ok(host),
-            (Some(_), Some(_)) => Err(Error::usage(format!("several hosts are called {name}"))
-                .hint("name it by its id, which `epochfs hosts --json` shows")),
-            (None, _) => Err(Error::not_found(format!("no host called {name} has said that it lives"))
-                .hint("`epochfs hosts` lists those that have; or name the machines")),
-        }
-    };
+    let named = |name: &str| lock(&here.hosts).find(name);
     let machines: BTreeSet<String> = match (&which.host, &which.all_of) {
         (Some(host), _) => {
-            check_purpose(named(host)?)?;
-            machines_of(here, named(host)?, true)?
+            let host = named(host)?;
+            check_purpose(&host)?;
+            machines_of(here, &host, true)?
         }
-        (_, Some(host)) => machines_of(here, named(host)?, false)?,
+        (_, Some(host)) => machines_of(here, &named(host)?, false)?,
         _ => which.machines.iter().cloned().collect(),
     };
     if machines.is_empty() {
@@ -195,22 +185,27 @@ fn prepare(here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
     Ok((plan, seen))
 }
 
+/// Who is not planned for, and why.
+fn left_out_document(left_out: &[(String, String)]) -> Value {
+    left_out.iter().map(|(machine, why)| json!({"machine": machine, "why": why})).collect()
+}
+
+fn left_out_text(left_out: &[(String, String)]) -> String {
+    left_out.iter().map(|(machine, why)| format!("{}: {}\n", plain(machine), plain(why))).collect()
+}
+
 fn plan_document(live: &LivePlan) -> Value {
     json!({
         "placements": live.plan.placements,
         "unplaced": live.plan.unplaced,
         "is_proven": live.plan.is_proven,
-        "left_out": live.left_out.iter().map(|(machine, why)| json!({"machine": machine, "why": why})).collect::<Vec<_>>(),
+        "left_out": left_out_document(&live.left_out),
         "here": live.own,
     })
 }
 
 fn plan_text(live: &LivePlan) -> String {
-    let mut text = super::failover::text_of(&live.situation, &live.plan);
-    for (machine, why) in &live.left_out {
-        text += &format!("{}: {}\n", plain(machine), plain(why));
-    }
-    text
+    super::failover::text_of(&live.situation, &live.plan) + &left_out_text(&live.left_out)
 }
 
 /// Shows who would go where, of what is known just now.
@@ -356,17 +351,16 @@ impl ServeCommand {
                 "host": took.host,
                 "silent_ms": took.silent.as_secs_f64() * 1000.0,
                 "machines": took.reports,
-                "left_out": took.left_out.iter().map(|(machine, why)| json!({"machine": machine, "why": why})).collect::<Vec<_>>(),
+                "left_out": left_out_document(&took.left_out),
                 "done": self.auto,
             });
             match context.json() {
                 true => super::output::print(&format!("{document}\n")),
                 false => {
-                    let mut text = format!("{} has been silent for {:.1} s\n", plain(&took.host), took.silent.as_secs_f64());
+                    let mut text =
+                        format!("{} has been silent for {:.1} s\n", plain(&took.host), took.silent.as_secs_f64());
                     text += &report_text(&took.reports, &limits);
-                    for (machine, why) in &took.left_out {
-                        text += &format!("{}: {}\n", plain(machine), plain(why));
-                    }
+                    text += &left_out_text(&took.left_out);
                     super::output::print(&text)
                 }
             }

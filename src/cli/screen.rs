@@ -62,8 +62,7 @@ impl<'a> Screen<'a> {
 
     fn say(&self, state: &mut State, progress: &Progress<'_>) {
         for one in progress.machines {
-            let is_final = matches!(one.stage, Stage::Running | Stage::Failed);
-            if is_final && state.said.insert(one.machine.clone(), one.stage) != Some(one.stage) {
+            if one.stage.is_final() && state.said.insert(one.machine.clone(), one.stage) != Some(one.stage) {
                 self.context.notice(&format!(
                     "{} is {} after {:.0} ms",
                     plain(&one.machine),

@@ -11,6 +11,7 @@ use epochfs_format::{
 use super::view::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{BootClock, Clock};
+use crate::platform::store::keys_below;
 use crate::repo::{Birth, Draft, FIRST_TERM, Head, Inline, Rebase};
 
 /// What a machine's owner holds. Every record it appends names this term; a later term ends it.
@@ -243,12 +244,7 @@ impl EpochStore {
 
     fn delete_traces(&self, machine: &str) -> Result<()> {
         let store = self.repository().objects().store();
-        let mut keys = Vec::new();
-        store.list(&machine_traces_prefix(machine), None, &mut |object| {
-            keys.push(object.key);
-            Ok(true)
-        })?;
-        keys.iter().try_for_each(|key| store.delete(key))
+        keys_below(&**store, &machine_traces_prefix(machine))?.iter().try_for_each(|key| store.delete(key))
     }
 
     /// Becomes the machine's owner: begins a new term. Another owner's term is ended only if `take_over` says so.

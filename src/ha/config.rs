@@ -55,11 +55,16 @@ pub struct MachineConfig {
     pub store_rate: Option<String>,
 }
 
+/// What an operator's file says.
+pub fn read_file<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+    let text =
+        std::fs::read_to_string(path).map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+    parse(&text).map_err(|error| error.context(path.display()))
+}
+
 impl Config {
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
-        Self::parse(&text).map_err(|error| error.context(path.display()))
+        read_file(path, Self::parse)
     }
 
     pub fn parse(text: &str) -> Result<Self> {

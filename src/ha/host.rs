@@ -7,12 +7,15 @@ use super::budget::{Demand, share};
 use super::policy::Policy;
 use crate::platform::lock::lock;
 
-/// Threads that wanted to run on this host in the last minute, for each processor; 0 where that cannot be known.
-pub fn host_load() -> f64 {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+/// Threads that wanted to run on this host in the last minute; 0 where that cannot be known.
+pub fn load_average() -> f64 {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let load: Option<f64> = text.split(' ').next().and_then(|word| word.parse().ok());
-    load.unwrap_or(0.0) / processors as f64
+    text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or_default()
+}
+
+/// The same for each processor.
+pub fn host_load() -> f64 {
+    load_average() / std::thread::available_parallelism().map_or(1, usize::from) as f64
 }
 
 /// The machines that are protected here.

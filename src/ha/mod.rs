@@ -12,6 +12,6 @@ pub mod simulate;
 
 pub use budget::{Demand, share};
 pub use config::{Config, MachineConfig, parse_duration};
-pub use host::Host;
+pub use host::{Host, load_average};
 pub use policy::{Decision, Limit, Observation, Policy, Target};
 pub use protect::{Epochs, Protection, ProtectionStatus, Stored, Ticket, protect};

@@ -11,7 +11,7 @@ use rustix::process::{Signal, getpid, kill_process};
 use crate::epoch::Ownership;
 use crate::error::{Error, Result};
 use crate::platform::clock::{BootClock, Clock};
-use crate::platform::lease::{LeaseClaim, LeaseFile, lease_of_host, margin, watch_claim};
+use crate::platform::lease::{LeaseClaim, lease_of_host, watch_claim};
 use crate::vmm::agent::{Guard, Guarded, GuardedLease};
 
 /// How long an agent may keep a machine stopped; one of this process never says that it does.
@@ -28,8 +28,7 @@ impl Leased {
     /// where the host has no leases.
     pub fn begin(directory: &Path, ownership: &Ownership) -> Result<Option<Self>> {
         let Some(lease) = lease_of_host(directory, &BootClock)? else { return Ok(None) };
-        let file = LeaseFile::path_in(directory);
-        let claim = LeaseClaim { file, lease: lease.lease, margin: margin(lease.lease), since: ownership.since };
+        let claim = LeaseClaim::new(directory, lease.lease, ownership.since);
         let program = std::env::current_exe().map_err(|error| Error::io("cannot find this program", error))?;
         let guarded = GuardedLease { claim: claim.clone(), process: None, live: None };
         let guard = Guard::start(&program, &Guarded::Parent, STOPPED_MAX, Some(&guarded))?;

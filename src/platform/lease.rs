@@ -107,6 +107,13 @@ pub struct LeaseClaim {
     pub since: Duration,
 }
 
+impl LeaseClaim {
+    /// Under the lease of the host that keeps its state in a directory, in a term that was asked for at `since`.
+    pub fn new(directory: &Path, lease: Duration, since: Duration) -> Self {
+        Self { file: LeaseFile::path_in(directory), lease, margin: margin(lease), since }
+    }
+}
+
 /// How long something may still run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {

@@ -6,5 +6,6 @@ pub mod files;
 pub mod flush;
 pub mod lease;
 pub mod lock;
+pub mod process;
 pub mod random;
 pub mod store;

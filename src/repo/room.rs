@@ -5,8 +5,9 @@ use epochfs_format::RESERVE_KEY;
 
 use super::repository::Repository;
 use crate::error::{Error, Kind, Result};
+use crate::platform::files::Room;
 use crate::platform::random::Seeded;
-use crate::platform::store::{Put, Room};
+use crate::platform::store::Put;
 
 /// Commits leave so much free, or a 64th of a smaller disk, or nothing of one that is smaller than this.
 const LOW_WATER: u64 = 256 << 20;

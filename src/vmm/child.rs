@@ -2,9 +2,8 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child as Process, Command, ExitStatus, Stdio};
@@ -20,6 +19,7 @@ use super::feed::{Feed, Moments};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::lock::lock;
+use crate::platform::process::open_log;
 
 /// The end of what a monitor said that is shown when it died.
 const TAIL_LEN: usize = 2 << 10;
@@ -304,16 +304,6 @@ fn end_with_parent(command: &mut Command) {
     };
     // SAFETY: between fork and exec only two system calls are made; nothing is allocated and no lock is taken.
     unsafe { command.pre_exec(ask) };
-}
-
-fn open_log(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(|error| Error::io(format!("cannot open the log {}", path.display()), error))
 }
 
 /// Passes standard error on, and keeps its end.

@@ -12,7 +12,7 @@ use epochfs_format::{PAGE_SIZE, Page};
 
 use super::layer::Slot;
 use crate::error::{Error, Kind, Result};
-use crate::platform::files::{File, Files};
+use crate::platform::files::{File, Files, Room};
 use crate::platform::lock::lock;
 
 /// The file is made longer by as much as it is long, within these bounds. A write within it needs nothing of the file
@@ -34,8 +34,8 @@ const LEFT_FREE: u64 = 64 << 20;
 /// How many slots are taken between looks at the disk.
 const LOOK_SLOTS: u64 = 256;
 
-/// What is free where the spools are, and how much there is.
-pub type FreeRoom = Box<dyn Fn() -> Option<(u64, u64)> + Send + Sync>;
+/// Tells the room where the spools are.
+pub type FreeRoom = Box<dyn Fn() -> Option<Room> + Send + Sync>;
 
 /// How many slots all machines may use together.
 pub struct Budget {
@@ -58,7 +58,7 @@ impl Budget {
             self.unseen.store(unseen - count, Ordering::Relaxed);
             return true;
         }
-        let Some((free, total)) = (self.room)() else { return true };
+        let Some(Room { free, total }) = (self.room)() else { return true };
         let needed = (count + LOOK_SLOTS) * PAGE_SIZE as u64;
         let has_room = free >= LEFT_FREE.min(total / 16) + needed;
         self.unseen.store(if has_room { LOOK_SLOTS } else { 0 }, Ordering::Relaxed);
@@ -67,7 +67,7 @@ impl Budget {
 
     /// Whether space that is not used may be kept: there is more of it than anybody waits for.
     fn is_disk_roomy(&self) -> bool {
-        (self.room)().is_none_or(|(free, total)| free >= (total / 4).min(LEFT_FREE * 16))
+        (self.room)().is_none_or(|room| room.free >= (room.total / 4).min(LEFT_FREE * 16))
     }
 
     /// `beyond`: what cannot be refused is taken, and whoever comes next finds less room.

@@ -8,8 +8,8 @@ use serde::Deserialize;
 
 use super::executor::Limits;
 use crate::error::{Error, Result};
-use crate::ha::config::{parse_bytes, parse_duration};
-use crate::ha::plan::{Location, Need, Settings};
+use crate::ha::config::{parse_bytes, parse_duration, read_file};
+use crate::ha::plan::{Need, Settings, location_of};
 
 /// What a machine takes where nothing is said and its epoch does not tell.
 const CPUS: u32 = 1;
@@ -59,9 +59,7 @@ pub struct MachineRules {
 
 impl FailoverConfig {
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
-        Self::parse(&text).map_err(|error| error.context(path.display()))
+        read_file(path, Self::parse)
     }
 
     pub fn parse(text: &str) -> Result<Self> {
@@ -99,12 +97,12 @@ impl FailoverConfig {
     /// of the host had that ran it.
     pub fn need(&self, machine: &str, epoch: u64, memory: u64, features: &BTreeSet<String>) -> Result<Need> {
         let rules = self.of(machine);
-        let places = |places: &Option<Vec<String>>| places.iter().flatten().map(|place| location(place)).collect();
+        let places = |places: &Option<Vec<String>>| places.iter().flatten().map(|place| location_of(place)).collect();
         Ok(Need {
             machine: machine.to_owned(),
             epoch,
             memory: rules.memory.as_deref().map_or(Ok(memory), parse_bytes)?,
-            cpus: rules.cpus.unwrap_or(CPUS),
+            cpus: rules.cpus(),
             cpu_features: rules.cpu_features.clone().unwrap_or_else(|| features.clone()),
             priority: rules.priority.unwrap_or_default(),
             after: rules.after.clone().unwrap_or_default(),
@@ -114,10 +112,6 @@ impl FailoverConfig {
             image_bytes: memory,
         })
     }
-}
-
-fn location(text: &str) -> Location {
-    text.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect()
 }
 
 impl MachineRules {
@@ -150,6 +144,10 @@ impl MachineRules {
             }
         }
         Ok(())
+    }
+
+    pub fn cpus(&self) -> u32 {
+        self.cpus.unwrap_or(CPUS)
     }
 
     pub fn is_live(&self) -> bool {

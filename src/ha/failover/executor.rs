@@ -78,7 +78,7 @@ impl Stage {
         }
     }
 
-    fn is_final(self) -> bool {
+    pub fn is_final(self) -> bool {
         matches!(self, Self::Running | Self::Untouched | Self::Failed)
     }
 }

@@ -66,10 +66,6 @@ impl Silence {
         let seen = self.seen.get(host);
         seen.is_some_and(|seen| now.saturating_sub(seen.since) >= silence_needed(lease) && seen.looks >= LOOKS_NEEDED)
     }
-
-    pub fn forget(&mut self, host: &[u8; 16]) {
-        self.seen.remove(host);
-    }
 }
 
 fn note(seen: &mut Seen, number: Option<u64>, answered: Duration) {

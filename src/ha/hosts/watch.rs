@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::orders::read_order;
 use super::silence::Silence;
 use crate::error::{Error, Kind, Result};
-use crate::ha::plan::{HostState, Running};
+use crate::ha::plan::{HostState, Running, location_of};
 use crate::platform::clock::Clock;
 use crate::platform::store::{Store, keys_below};
 
@@ -123,7 +123,7 @@ impl HostSeen {
         HostState {
             id: hex(&self.id),
             name: said.name,
-            location: said.location.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect(),
+            location: location_of(&said.location),
             memory: said.memory,
             memory_free: said.memory_free,
             cpus: said.cpus,

@@ -46,7 +46,8 @@ struct Turns {
 }
 
 impl Turns {
-    fn push(&mut self, urgency: u32, turn: u32, item: u32) {
+    fn push(&mut self, standing: Standing<'_>, item: u32) {
+        let (urgency, turn) = (standing.urgency[item as usize], standing.turn[item as usize]);
         if urgency <= self.until {
             let turn = if self.first == First::Largest { turn } else { u32::MAX - turn };
             self.heap.push(std::cmp::Reverse((urgency, turn, item)));
@@ -57,14 +58,6 @@ impl Turns {
 impl<'a> Fill<'a> {
     pub(super) fn new(problem: &'a Problem<'a>, style: Style, standing: Standing<'a>, steps: u64) -> Self {
         Self { problem, room: problem.room.clone(), style, standing, is_left_out: false, steps }
-    }
-
-    /// Whether a machine may be placed now: it is not yet, and all that it waits for is.
-    fn is_ready(&self, item: u32) -> bool {
-        let at = item as usize;
-        self.room.place(item).is_none()
-            && self.problem.items[at].barred.is_none()
-            && self.problem.order.dependencies[at].iter().all(|one| self.room.place(*one).is_some())
     }
 
     /// Places all that it can.
@@ -118,8 +111,8 @@ impl<'a> Fill<'a> {
     fn place(&mut self, machines: &[u32], until: u32, first: First) -> Vec<u32> {
         let mut turns = Turns { until, first, heap: BinaryHeap::new() };
         for &item in machines {
-            if self.is_ready(item) {
-                turns.push(self.standing.urgency[item as usize], self.standing.turn[item as usize], item);
+            if is_ready(self.problem, &self.room, item) {
+                turns.push(self.standing, item);
             }
         }
         let mut left_out = Vec::new();
@@ -138,12 +131,8 @@ impl<'a> Fill<'a> {
     /// Gives their turn to those that were waiting for a machine that is placed now.
     fn release(&self, item: u32, turns: &mut Turns) {
         for &dependent in &self.problem.order.dependents[item as usize] {
-            if self.is_ready(dependent) {
-                turns.push(
-                    self.standing.urgency[dependent as usize],
-                    self.standing.turn[dependent as usize],
-                    dependent,
-                );
+            if is_ready(self.problem, &self.room, dependent) {
+                turns.push(self.standing, dependent);
             }
         }
     }
@@ -156,7 +145,7 @@ impl<'a> Fill<'a> {
         let only = self.is_left_out.then_some(until);
         let mut turns = Turns { until, first: First::Smallest, heap: BinaryHeap::new() };
         for &item in left_out {
-            turns.push(self.standing.urgency[item as usize], self.standing.turn[item as usize], item);
+            turns.push(self.standing, item);
         }
         let mut left_out = Vec::new();
         while let Some(std::cmp::Reverse((_, _, item))) = turns.heap.pop() {
@@ -204,6 +193,14 @@ impl<'a> Fill<'a> {
     }
 }
 
+/// Whether a machine may be placed now: it is not yet, and all that it waits for is.
+fn is_ready(problem: &Problem<'_>, room: &Room, item: u32) -> bool {
+    let at = item as usize;
+    room.place(item).is_none()
+        && problem.items[at].barred.is_none()
+        && problem.order.dependencies[at].iter().all(|one| room.place(*one).is_some())
+}
+
 /// Places machines that are left out where less urgent ones are, which are put out with those that wait for them. Each time
 /// more of the more urgent have a place, so that it comes to an end.
 pub(super) fn push_out(problem: &Problem<'_>, room: &mut Room, standing: Standing<'_>) {
@@ -216,13 +213,10 @@ pub(super) fn push_out(problem: &Problem<'_>, room: &mut Room, standing: Standin
 }
 
 fn push_out_for(problem: &Problem<'_>, room: &mut Room, standing: Standing<'_>, item: u32) -> bool {
-    let (rank, dependencies) = (problem.items[item as usize].rank, &problem.order.dependencies[item as usize]);
-    if room.place(item).is_some()
-        || problem.items[item as usize].barred.is_some()
-        || !dependencies.iter().all(|one| room.place(*one).is_some())
-    {
+    if !is_ready(problem, room, item) {
         return false;
     }
+    let rank = problem.items[item as usize].rank;
     for &host in &problem.kind(item).hosts {
         let begun = room.changes();
         let mut lesser: Vec<u32> = room.movable(host).to_vec();
@@ -253,10 +247,7 @@ fn settle(problem: &Problem<'_>, room: &mut Room, style: Style, by_urgency: &[u3
     loop {
         let begun = room.changes();
         for &item in by_urgency {
-            let dependencies = &problem.order.dependencies[item as usize];
-            if room.place(item).is_none()
-                && problem.items[item as usize].barred.is_none()
-                && dependencies.iter().all(|one| room.place(*one).is_some())
+            if is_ready(problem, room, item)
                 && let Some(host) = room.choose(problem, item, style)
             {
                 room.put(problem, item, host);

@@ -34,7 +34,7 @@ use room::{Room, Style};
 use search::Value;
 
 pub use outcome::{Placement, Plan, Refusals, Unplaced, Why};
-pub use situation::{HostState, Location, Need, Running, Settings, Situation};
+pub use situation::{HostState, Location, Need, Running, Settings, Situation, location_of};
 
 /// How often it is tried again with machines that were left out not urging those on that they wait for.
 const ROUNDS_MAX: u32 = 3;

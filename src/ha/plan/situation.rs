@@ -10,6 +10,11 @@ use super::outcome::Placement;
 /// A place, outermost part first: a zone, a rack in it, and so on. A host lies in a place that its own location begins with.
 pub type Location = Vec<String>;
 
+/// `zone1/rack4`, in parts.
+pub fn location_of(text: &str) -> Location {
+    text.split('/').filter(|part| !part.is_empty()).map(str::to_owned).collect()
+}
+
 /// A host that is alive, as it was last heard of. One that is taken for dead is not passed to the planner at all.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

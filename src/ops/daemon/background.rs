@@ -2,9 +2,8 @@
 //! whoever started it, for the one document that says that it is ready, or why not. Its log goes to a file.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,6 +12,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Kind, Result};
 use crate::ops::control::decode_error;
+use crate::platform::process::open_log;
 
 /// A log that has become so long is put aside when the next daemon starts.
 const LOG_LEN_MAX: u64 = 16 << 20;
@@ -60,16 +60,6 @@ pub fn start(arguments: &[OsString], log: &Path) -> Result<Value> {
     };
     Err(Error::new(Kind::Io, format!("the daemon ended before it was ready ({status}){last}"))
         .hint(format!("its log is {}", log.display())))
-}
-
-fn open_log(log: &Path) -> Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(log)
-        .map_err(|error| Error::io(format!("cannot open the log {}", log.display()), error))
 }
 
 /// Keeps one older log.

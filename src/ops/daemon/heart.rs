@@ -13,9 +13,10 @@ use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
 use crate::fs::this_host;
 use crate::ha::hosts::{BEATS_EACH, Beats};
+use crate::ha::load_average;
 use crate::ops::machine::{memory_field, processors};
 use crate::platform::clock::{BootClock, Stopwatch};
-use crate::platform::lease::{LeaseClaim, LeaseFile, LeaseState, margin};
+use crate::platform::lease::{LeaseClaim, LeaseFile, LeaseState};
 use crate::platform::lock::lock;
 
 /// How other hosts are told that this one lives. Plain data.
@@ -39,7 +40,7 @@ struct Shared {
     options: HeartOptions,
     beats: Beats,
     file: LeaseFile,
-    path: PathBuf,
+    directory: PathBuf,
     state: Mutex<State>,
     /// When there is something to be swept away, or it is to end.
     moved: Condvar,
@@ -79,7 +80,7 @@ impl Heart {
             options: options.clone(),
             beats,
             file,
-            path: LeaseFile::path_in(directory),
+            directory: directory.to_owned(),
             state: Mutex::default(),
             moved: Condvar::new(),
             purpose: AtomicU8::new(0),
@@ -161,8 +162,7 @@ impl Pulse {
 
     /// What something may run under that runs in a term which was asked for at `since`.
     pub fn claim(&self, since: Duration) -> LeaseClaim {
-        let lease = self.0.options.lease;
-        LeaseClaim { file: self.0.path.clone(), lease, margin: margin(lease), since }
+        LeaseClaim::new(&self.0.directory, self.0.options.lease, since)
     }
 }
 
@@ -269,8 +269,7 @@ fn measure(said: &mut Heartbeat) {
     said.memory = memory_field(&memory, "MemTotal").unwrap_or_default();
     said.memory_free = memory_field(&memory, "MemAvailable").unwrap_or_default();
     said.cpus = processors() as u32;
-    let load: f64 = read("/proc/loadavg").split(' ').next().and_then(|load| load.parse().ok()).unwrap_or_default();
-    said.load_milli = (load * 1000.0) as u32;
+    said.load_milli = (load_average() * 1000.0) as u32;
 }
 
 /// What this host's processors have.

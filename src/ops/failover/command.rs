@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::warden::WardenOrders;
 use crate::error::{Error, Kind, Result};
+use crate::platform::process::open_log;
 
 /// The end of a log that is shown when a command failed.
 const SHOWN: usize = 600;
@@ -47,7 +48,7 @@ pub fn start(program: &Path, orders: &WardenOrders) -> Result<Started> {
         .args(["failover", "warden", "--orders", &told])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(log_file(&orders.log)?)
+        .stderr(open_log(&orders.log)?)
         // A terminal's signals are the executor's.
         .process_group(0)
         .spawn()
@@ -77,7 +78,7 @@ pub fn start(program: &Path, orders: &WardenOrders) -> Result<Started> {
 
 /// Starts something that goes on by itself, and is told of in a log.
 pub fn leave_running(command: &mut Command, log: &Path) -> Result<()> {
-    let output = log_file(log)?;
+    let output = open_log(log)?;
     let copied = output.try_clone().map_err(|error| Error::io("cannot duplicate a descriptor", error))?;
     let started = command.stdin(Stdio::null()).stdout(output).stderr(copied).process_group(0).spawn();
     let mut child = started.map_err(|error| Error::io("cannot start the agent", error))?;
@@ -89,16 +90,6 @@ pub fn leave_running(command: &mut Command, log: &Path) -> Result<()> {
         })
         .map(|_| ())
         .map_err(|error| Error::io("cannot start a thread", error))
-}
-
-fn log_file(path: &Path) -> Result<std::fs::File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(|error| Error::io(format!("cannot open {}", path.display()), error))
 }
 
 fn end_of(log: &PathBuf) -> String {

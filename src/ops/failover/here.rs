@@ -1,7 +1,7 @@
 //! Starting machines on this host: the steps of one takeover.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::ha::failover::{FailoverConfig, Hands, Job, MachineRules, Values};
 use crate::ha::hosts::Hosts;
 use crate::ops::control::Client;
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
-use crate::platform::lease::{LeaseClaim, LeaseFile, lease_of_host, margin, silence_needed};
+use crate::platform::lease::{LeaseClaim, lease_of_host, silence_needed};
 use crate::platform::lock::lock;
 use crate::vmm::Daemon;
 
@@ -143,8 +143,7 @@ impl Here {
         }
         let (owner, lease) = self.owner()?;
         let ownership = self.store.take_over(machine, owner, term)?;
-        let file = LeaseFile::path_in(&self.directory);
-        Ok(lease.map(|lease| LeaseClaim { file, lease, margin: margin(lease), since: ownership.since }))
+        Ok(lease.map(|lease| LeaseClaim::new(&self.directory, lease, ownership.since)))
     }
 
     /// Reads what the machine needs first, so that it is at hand: the state of its devices, and what earlier restores or the
@@ -329,11 +328,6 @@ impl Here {
     /// What machines that are named here must be apart from, and how many processors they have.
     pub fn describe(&self, machine: &str) -> (u32, BTreeSet<String>) {
         let rules = self.config.of(machine);
-        (rules.cpus.unwrap_or(1), rules.apart.unwrap_or_default())
-    }
-
-    /// The place of a file of this host, for people.
-    pub fn logs(&self) -> &Path {
-        &self.directory
+        (rules.cpus(), rules.apart.unwrap_or_default())
     }
 }

@@ -1,9 +1,7 @@
 //! The process between an executor and what it starts: whatever a start command leaves running, in whatever session, is this
 //! one's descendant, and ends with this host's lease, or when somebody says so.
 
-use std::fs::OpenOptions;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -20,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::ops::daemon::background;
 use crate::platform::clock::{BootClock, Clock};
 use crate::platform::lease::{LeaseClaim, watch_claim};
+use crate::platform::process::{ProcessSeen, open_log};
 
 /// What a warden is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,8 +39,7 @@ const KILL_PAUSE: Duration = Duration::from_millis(2);
 pub fn warden(orders: &WardenOrders) -> Result<()> {
     let failed = |error: Errno| Error::io("cannot look after what is started", error.into());
     set_child_subreaper(Some(getpid())).map_err(failed)?;
-    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&orders.log);
-    let log = log.map_err(|error| Error::io(format!("cannot open {}", orders.log.display()), error))?;
+    let log = open_log(&orders.log)?;
     let copied = log.try_clone().map_err(|error| Error::io("cannot duplicate a descriptor", error))?;
     let isolation: &[&str] = if orders.is_isolated { &["unshare", "--net", "--"] } else { &[] };
     let mut words = isolation.iter().map(|&word| word.to_owned()).chain(orders.command.iter().cloned());
@@ -120,12 +118,10 @@ fn descendants() -> Vec<Pid> {
     let mut children: std::collections::BTreeMap<i32, Vec<i32>> = std::collections::BTreeMap::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-        // The name in it may have spaces and parentheses.
-        let mut fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-        let (state, parent) = (fields.next(), fields.next().and_then(|parent| parent.parse::<i32>().ok()));
-        if let (Some(parent), false) = (parent, matches!(state, Some("Z" | "X"))) {
-            children.entry(parent).or_default().push(pid);
+        if let Ok(seen) = ProcessSeen::of(pid)
+            && !seen.has_ended
+        {
+            children.entry(seen.parent).or_default().push(pid);
         }
     }
     let mut found = Vec::new();

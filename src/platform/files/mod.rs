@@ -14,6 +14,13 @@ pub use sim::SimFiles;
 /// What a direct file wants of the offset, the length and the memory of each write.
 pub const DIRECT_ALIGNMENT: usize = 4096;
 
+/// How much can be stored, where that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    pub free: u64,
+    pub total: u64,
+}
+
 /// An open file.
 #[allow(clippy::len_without_is_empty)] // Nobody asks whether a file is empty.
 pub trait File: Send + Sync {
@@ -68,8 +75,8 @@ pub trait Files: Send + Sync {
         Ok((0, 0))
     }
 
-    /// The bytes that are free where this lies, and how many there are in all, if that is known.
-    fn room(&self, _path: &Path) -> Option<(u64, u64)> {
+    /// The room where this lies, if that is known.
+    fn room(&self, _path: &Path) -> Option<Room> {
         None
     }
 }

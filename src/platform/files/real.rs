@@ -10,7 +10,7 @@ use std::time::UNIX_EPOCH;
 
 use rustix::fs::{FallocateFlags, OFlags};
 
-use super::{Entry, File, Files};
+use super::{Entry, File, Files, Room};
 
 /// Hands each call to the operating system.
 #[derive(Clone, Copy, Debug, Default)]
@@ -145,9 +145,10 @@ impl Files for RealFiles {
         Ok((metadata.dev(), metadata.ino()))
     }
 
-    fn room(&self, path: &Path) -> Option<(u64, u64)> {
+    fn room(&self, path: &Path) -> Option<Room> {
         let told = rustix::fs::statvfs(path).ok()?;
-        Some((told.f_bavail.saturating_mul(told.f_frsize), told.f_blocks.saturating_mul(told.f_frsize)))
+        let bytes = |blocks: u64| blocks.saturating_mul(told.f_frsize);
+        Some(Room { free: bytes(told.f_bavail), total: bytes(told.f_blocks) })
     }
 
     fn canonicalize(&self, path: &Path) -> io::Result<PathBuf> {

@@ -33,6 +33,7 @@ pub use remote::RemoteStore;
 pub use weather::{WEATHER_VARIABLE, WeatherStore};
 
 use crate::error::{Error, Result};
+use crate::platform::files::Room;
 
 /// The answer to a put-if-absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,11 +58,13 @@ pub struct ObjectInfo {
     pub len: u64,
 }
 
-/// How much can be stored, where that is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
-    pub free: u64,
-    pub total: u64,
+/// An object that is small if it is what it should be: a longer one is not read.
+pub fn get_small(store: &dyn Store, key: &str, len_max: u64) -> Result<Bytes> {
+    let tail = store.get_tail(key, len_max)?;
+    match tail.object_len > len_max {
+        true => Err(Error::damaged(format!("{key} has {} bytes, and at most {len_max} make sense", tail.object_len))),
+        false => Ok(tail.bytes),
+    }
 }
 
 /// All keys that begin with `prefix` (which ends with a slash), in byte order: for few.

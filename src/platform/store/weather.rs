@@ -12,9 +12,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Counters, ObjectInfo, ObjectWriter, Put, Reach, Room, Store, Tail, TrafficTotals};
+use super::{Counters, ObjectInfo, ObjectWriter, Put, Reach, Store, Tail, TrafficTotals};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::files::Room;
 
 /// What names the file.
 pub const WEATHER_VARIABLE: &str = "EPOCHFS_STORE_WEATHER";

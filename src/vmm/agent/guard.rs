@@ -19,6 +19,7 @@ use super::MonitorAt;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::{LeaseClaim, watch_claim};
+use crate::platform::process::ProcessSeen;
 use crate::uffd::Peer;
 
 const STOPPING: u8 = b's';
@@ -198,10 +199,8 @@ impl NamedProcess {
 
 /// When a process began, as the kernel counts.
 pub(super) fn began(pid: i32) -> Result<String> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .map_err(|error| Error::io(format!("cannot tell when process {pid} began"), error))?;
-    // The name in it may have spaces and parentheses.
-    Ok(stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(19)).unwrap_or_default().to_owned())
+    let failed = |error| Error::io(format!("cannot tell when process {pid} began"), error);
+    Ok(ProcessSeen::of(pid).map_err(failed)?.began)
 }
 
 /// The process that listens at the socket of a monitor that takes several clients.

@@ -24,9 +24,9 @@ use bytes::Bytes;
 use self::handles::{Handle, Handles};
 use self::publish::Shared;
 use self::writer::LocalWriter;
-use super::{Counters, ObjectInfo, ObjectWriter, Put, Room, Store, Tail, check_key, check_prefix};
+use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix};
 use crate::error::{Error, Result};
-use crate::platform::files::Files;
+use crate::platform::files::{Files, Room};
 
 /// How many objects are kept open for reading.
 const HANDLES: usize = 512;
@@ -279,11 +279,7 @@ impl Store for LocalStore {
     }
 
     fn room(&self) -> Option<Room> {
-        let told = rustix::fs::statvfs(&self.shared.root).ok()?;
-        Some(Room {
-            free: told.f_bavail.saturating_mul(told.f_frsize),
-            total: told.f_blocks.saturating_mul(told.f_frsize),
-        })
+        self.shared.files.room(&self.shared.root)
     }
 
     fn delete(&self, key: &str) -> Result<()> {

@@ -1,0 +1,61 @@
+//! What the kernel tells of processes, and the files that they write their logs to.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// A process as `/proc` shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcessSeen {
+    pub parent: i32,
+    /// It has ended, and nobody has asked how.
+    pub has_ended: bool,
+    /// When it began, as the kernel counts: its number may be another's by now, with another beginning.
+    pub began: String,
+}
+
+impl ProcessSeen {
+    pub fn of(pid: i32) -> io::Result<Self> {
+        Ok(Self::parse(&std::fs::read_to_string(format!("/proc/{pid}/stat"))?))
+    }
+
+    fn parse(text: &str) -> Self {
+        // The name in it may have spaces and parentheses.
+        let fields: Vec<&str> = text.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+        let field = |at: usize| fields.get(at).copied().unwrap_or_default();
+        Self {
+            parent: field(1).parse().unwrap_or_default(),
+            has_ended: matches!(field(0), "Z" | "X"),
+            began: field(19).to_owned(),
+        }
+    }
+}
+
+/// Opens a log to write behind what is in it. It is for its owner's eyes alone.
+pub fn open_log(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| Error::io(format!("cannot open the log {}", path.display()), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_with_parentheses_are_no_fields() {
+        let text = "7 (a) Z (b) c) S 3 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987654 1 2";
+        let seen = ProcessSeen::parse(text);
+        assert_eq!(seen, ProcessSeen { parent: 3, has_ended: false, began: "987654".to_owned() });
+        assert!(ProcessSeen::parse("7 (a) Z 3").has_ended);
+        let own = ProcessSeen::of(std::process::id().cast_signed()).unwrap();
+        assert!(own.parent > 0 && !own.has_ended && own.began.parse::<u64>().is_ok());
+    }
+}
