@@ -155,6 +155,11 @@ impl Restore {
             ),
             ("--qmp", self.qmp.is_some() && !qemu, "it is QEMU's"),
             ("--detach", self.detach && !qemu, "only QEMU is waited for"),
+            (
+                "--paused with --detach",
+                self.paused && self.detach && self.qmp.is_none() && !self.names_monitor(),
+                "nobody could let the machine go on: name its monitor with --qmp",
+            ),
             ("--api-sock", self.api_sock.is_some() && qemu, "name the monitor with --vmm"),
             ("--uffd", self.uffd.is_some() && !firecracker, "it is Firecracker's: --vmm firecracker"),
             ("--hydrate", self.hydrate && self.uffd.is_some(), "`epochfs serve-uffd --populate` brings all memory"),
@@ -168,6 +173,12 @@ impl Restore {
             Some((what, _, why)) => Err(Error::usage(format!("{what} does not fit the other options")).hint(*why)),
             None => Ok(()),
         }
+    }
+
+    /// Whether QEMU's command line has a monitor of its own.
+    fn names_monitor(&self) -> bool {
+        let options = ["-qmp", "-qmp-pretty", "-mon", "-monitor"];
+        self.command.iter().filter_map(|word| word.to_str()).any(|word| options.contains(&word))
     }
 
     fn wanted(&self, work: &Work<'_>, stream: &str, file: PathBuf, is_live: bool) -> Wanted {
@@ -201,7 +212,12 @@ impl Restore {
         let (memory, state) = (name(&self.memory, "memory"), name(&self.state, "vmstate"));
         let len = stream_len(&work.epoch, &memory)?;
         stream_len(&work.epoch, &state)?;
-        let monitor = self.qmp.as_ref().map_or_else(MonitorPlace::own, |path| MonitorPlace::chosen(path));
+        let monitor = match (&self.qmp, self.print) {
+            (Some(path), _) => MonitorPlace::chosen(path),
+            // Whoever runs the command line by hand needs a place that there is.
+            (None, true) => MonitorPlace::chosen(&std::env::temp_dir().join(format!("epochfs-{}.qmp", work.name()))),
+            (None, false) => MonitorPlace::own(),
+        };
         let is_live = work.place.clone.is_some();
         let watch = Watch::start()?;
         let file = place.directory().join(&memory);
@@ -446,7 +462,13 @@ impl<'a> Reporter<'a> {
             say(format!("fully resident after {}", seconds(resident)));
         }
         if let (Some(why), None) = (&moments.unknown, &told.unknown) {
-            say(format!("when it is responsive is not known: {why}"));
+            match moments.working_set {
+                Some(_) => say(format!("not all of the memory comes: {why}")),
+                None => say(format!("when it is responsive is not known: {why}")),
+            }
+        }
+        if let (true, false, Some(log)) = (is_over, self.context.json(), self.document["log"].as_str()) {
+            say(format!("QEMU runs on as process {}; what it says is in {log}", self.document["pid"]));
         }
         if is_over && self.context.json() {
             let ms = |moment: Option<Duration>| moment.map(|moment| moment.as_secs_f64() * 1000.0);

@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use epochfs_format::{TRACE_RUNS_MAX, Trace, TraceRun, trace_prefix, trace_seq};
+use epochfs_format::{TRACE_LEN_MAX, TRACE_RUNS_MAX, Trace, TraceRun, trace_prefix, trace_seq};
 
 use super::bits::PageBits;
 use crate::epoch::{Epoch, EpochStore};
 use crate::error::{Error, Result};
-use crate::platform::store::keys_below;
-use crate::platform::store::{Put, Store};
+use crate::platform::store::{Put, Store, get_small, keys_below};
 
 /// A trace has at most so many pages: 4 GiB of them.
 const PAGES_MAX: u64 = 1 << 20;
@@ -50,7 +48,7 @@ impl Traces {
 
     fn newest(&self, machine: &str, stream: &[u8]) -> Result<Option<Trace>> {
         let Some((_, key)) = self.keys(machine, stream)?.pop() else { return Ok(None) };
-        let bytes: Bytes = self.store.get(&key)?;
+        let bytes = get_small(&*self.store, &key, TRACE_LEN_MAX)?;
         let trace = Trace::decode(&bytes, &self.repository).map_err(|error| Error::from(error).context(&key))?;
         Ok(Some(trace).filter(|trace| trace.stream == stream))
     }

@@ -46,7 +46,7 @@ pub use page::{Hash, PAGE_SIZE, Page, hash_page, hash_pages, is_zero};
 pub use record::{Body, Commit, INLINE_MANIFEST_LEN_MAX, ManifestPlace, Owner, Record};
 pub use reference::{ObjectRef, Place};
 pub use summary::{EpochSet, SUMMARY_STEP, Summary, summary_span};
-pub use trace::{TRACE_RUNS_MAX, TRACE_WINDOWS_MAX, Trace, TraceRun};
+pub use trace::{TRACE_LEN_MAX, TRACE_RUNS_MAX, TRACE_WINDOWS_MAX, Trace, TraceRun};
 
 /// The version of the format that this crate writes, and the newest it reads.
 pub const FORMAT_VERSION: u16 = 1;

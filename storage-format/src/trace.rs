@@ -20,6 +20,9 @@ pub const TRACE_RUNS_MAX: usize = 1 << 17;
 /// The most packs that hold a trace's pages once more.
 pub const TRACE_WINDOWS_MAX: usize = 255;
 
+/// No trace has more bytes: two numbers of at most ten bytes for each run, and the rest.
+pub const TRACE_LEN_MAX: u64 = 20 * TRACE_RUNS_MAX as u64 + (128 << 10);
+
 const PAGES_MAX: u64 = IMAGE_LEN_MAX / PAGE_SIZE as u64;
 
 /// Pages in a row that were touched one after the other.
