@@ -259,7 +259,7 @@ impl ServeUffd {
                 Err(error) => return tell(&error).map(|()| ExitCode::from(error.exit_code())),
             };
             let ready = ready(vm.streams(), vm.len());
-            return Ok(match offload(&channel, ready, &vm, monitor, !self.paused, &self.options()) {
+            return Ok(match offload(&channel.into(), ready, &vm, monitor, !self.paused, &self.options()) {
                 Ok(served) => {
                     tracing::info!("the VM has all its memory: {} faults, {} pages", served.faults, served.pages);
                     ExitCode::SUCCESS
@@ -277,7 +277,10 @@ impl ServeUffd {
                     let settings = Settings { threads, rate: None, keeps_traces: true };
                     options.prefetcher = Some(Arc::new(Prefetcher::start(store, settings)?));
                 }
-                work(channel, ready, image, options).map(|()| ExitCode::SUCCESS)
+                let repository = context.location()?.absolute()?.to_string();
+                let state = context.state_directory();
+                let mut orphan = Orphan { state, repository, ready: ready.clone(), known: None };
+                work(channel, ready, image, options, &mut |vms| orphan.serves(vms)).map(|()| ExitCode::SUCCESS)
             }
             Err(error) => tell(&error).map(|()| ExitCode::from(error.exit_code())),
         }
@@ -291,6 +294,38 @@ impl ServeUffd {
             populate_threads: usize::from(self.populate_threads),
             ..Options::default()
         }
+    }
+}
+
+/// A worker whose supervisor is gone, as `status` shows it.
+struct Orphan {
+    state: PathBuf,
+    repository: String,
+    ready: Ready,
+    known: Option<Known>,
+}
+
+impl Orphan {
+    fn serves(&mut self, vms: usize) {
+        if self.known.is_none() {
+            let (pid, Ready { machine, epoch, stream, .. }) = (std::process::id(), self.ready.clone());
+            let repository = self.repository.clone();
+            let status = ServerStatus {
+                repository,
+                machine,
+                epoch,
+                stream,
+                socket: String::new(),
+                pid,
+                worker: pid,
+                vms: 0,
+                started_ns: now_ns(),
+                log: None,
+            };
+            // What serves must not end because it cannot be shown.
+            self.known = Known::new(&self.state, status).inspect_err(|error| tracing::debug!(%error, "not shown")).ok();
+        }
+        self.known.iter_mut().for_each(|known| known.change(|status| status.vms = vms as u64));
     }
 }
 

@@ -97,7 +97,10 @@ fn render_servers(servers: &[ServerStatus]) -> String {
                 format!("{}@{}", plain(&server.machine), server.epoch),
                 plain(&server.stream),
                 server.vms.to_string(),
-                plain(&server.socket),
+                match server.socket.is_empty() {
+                    true => "none: its supervisor is gone, and nobody would take its place".to_owned(),
+                    false => plain(&server.socket),
+                },
                 server.pid.to_string(),
             ]
         })

@@ -17,7 +17,7 @@ pub struct ServerStatus {
     pub machine: String,
     pub epoch: u64,
     pub stream: String,
-    /// Where VMs come, or the monitor that is restored into.
+    /// Where VMs come, or the monitor that is restored into. Empty for a worker that goes on without its supervisor.
     pub socket: String,
     pub pid: u32,
     /// The process that serves; another one takes its place if it dies.

@@ -32,6 +32,8 @@ pub enum ToWorker {
 #[serde(rename_all = "snake_case")]
 pub enum FromWorker {
     Ready(Ready),
+    /// It is not stopped.
+    Alive,
     Failed {
         kind: String,
         message: String,

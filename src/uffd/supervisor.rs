@@ -33,8 +33,14 @@ const DEATHS_WITHIN: Duration = Duration::from_secs(60);
 /// How long to wait before the next worker is started, for each that died lately.
 const START_WAIT: Duration = Duration::from_millis(50);
 
+/// How much later than it must the supervisor looks whether the worker is silent.
+const NAP: Duration = Duration::from_millis(20);
+
 /// A worker that closed its end is gone within this time.
 const END_WAIT: Duration = Duration::from_secs(2);
+
+/// A worker that says nothing for so long is stopped, and another one takes its place.
+const SILENT_MAX: Duration = Duration::from_secs(5);
 
 /// What to supervise.
 pub struct Supervision {
@@ -52,6 +58,8 @@ struct Kept(Admission);
 struct Worker {
     child: Child,
     channel: Channel,
+    /// When it was heard last.
+    heard: Stopwatch,
 }
 
 struct Supervisor {
@@ -123,13 +131,20 @@ impl Supervisor {
             if is_told && !self.hear()? {
                 return Ok(());
             }
+            // Only where it was listened for: this process may have been stopped itself.
+            if !is_told && self.worker.heard.elapsed() > SILENT_MAX {
+                tracing::error!("the worker has said nothing for {} s, and is ended", SILENT_MAX.as_secs());
+                self.worker.kill();
+                self.worker.heard = Stopwatch::start();
+            }
         }
     }
 
     fn wait(&self, signals: &UnixStream) -> Result<(bool, bool)> {
         let mut sources = vec![PollFd::new(&self.worker.channel, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
         sources.extend(self.lobby.iter().flat_map(Lobby::sources));
-        let timeout = self.lobby.as_ref().and_then(Lobby::timeout).map(timespec);
+        let lobby = self.lobby.as_ref().and_then(Lobby::timeout).unwrap_or(SILENT_MAX);
+        let timeout = Some(timespec(lobby.min(SILENT_MAX.saturating_sub(self.worker.heard.elapsed()) + NAP)));
         match rustix::event::poll(&mut sources, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Error::io("cannot wait for VMs", error.into())),
@@ -190,7 +205,9 @@ impl Supervisor {
 
     /// Hears what the worker says. False when there is nothing left to do.
     fn hear(&mut self) -> Result<bool> {
-        match self.worker.channel.receive::<FromWorker>() {
+        let message = self.worker.channel.receive::<FromWorker>();
+        self.worker.heard = Stopwatch::start();
+        match message {
             Ok(Some((FromWorker::Ended { id, end }, _))) => {
                 if end != End::Stopped {
                     self.vms.remove(&id);
@@ -204,7 +221,7 @@ impl Supervisor {
             Ok(Some((FromWorker::Failed { kind, message, next_step }, _))) => {
                 Err(failure(&kind, &message, next_step.as_deref()))
             }
-            Ok(Some((FromWorker::Ready(_), _))) => Ok(true),
+            Ok(Some((FromWorker::Ready(_) | FromWorker::Alive, _))) => Ok(true),
             Ok(None) | Err(_) => self.replace(),
         }
     }
@@ -299,9 +316,12 @@ impl Worker {
             .process_group(0)
             .spawn()
             .map_err(|error| Error::io("cannot start a worker", error))?;
-        let mut worker = Self { child, channel };
+        let mut worker = Self { child, channel, heard: Stopwatch::start() };
         let result = match worker.channel.receive::<FromWorker>() {
-            Ok(Some((FromWorker::Ready(ready), _))) => return Ok((worker, ready)),
+            Ok(Some((FromWorker::Ready(ready), _))) => {
+                worker.heard = Stopwatch::start();
+                return Ok((worker, ready));
+            }
             Ok(Some((FromWorker::Failed { kind, message, next_step }, _))) => {
                 Err(failure(&kind, &message, next_step.as_deref()))
             }

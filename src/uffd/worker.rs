@@ -18,8 +18,32 @@ use crate::error::{Error, Result};
 /// How often a worker that lost its supervisor looks whether it is still needed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Serves whom the supervisor hands over, until it says no more.
-pub fn work(channel: Channel, ready: Ready, image: Image, mut options: Options) -> Result<()> {
+/// How often a worker says that it is alive.
+pub(super) const ALIVE_EVERY: Duration = Duration::from_secs(1);
+
+/// Says that this process is not stopped, for as long as somebody hears it.
+fn say_alive(channel: &Arc<Channel>) -> Result<()> {
+    let channel = channel.clone();
+    std::thread::Builder::new()
+        .name("alive".into())
+        .spawn(move || {
+            while channel.send(&FromWorker::Alive, &[]).is_ok() {
+                std::thread::sleep(ALIVE_EVERY);
+            }
+        })
+        .map(drop)
+        .map_err(|error| Error::io("cannot start a thread", error))
+}
+
+/// Serves whom the supervisor hands over, until it says no more. `orphaned` is told every second how many VMs are left once
+/// the supervisor is gone.
+pub fn work(
+    channel: Channel,
+    ready: Ready,
+    image: Image,
+    mut options: Options,
+    orphaned: &mut dyn FnMut(usize),
+) -> Result<()> {
     let channel = Arc::new(channel);
     let teller = channel.clone();
     options.ended = Some(Arc::new(move |id, end| {
@@ -30,6 +54,7 @@ pub fn work(channel: Channel, ready: Ready, image: Image, mut options: Options) 
     }));
     let server = Server::new(image, options)?;
     channel.send(&FromWorker::Ready(ready), &[])?;
+    say_alive(&channel)?;
     while let Some((message, descriptors)) = channel.receive::<ToWorker>()? {
         match message {
             ToWorker::Serve { id, pid, layout } => {
@@ -55,14 +80,16 @@ pub fn work(channel: Channel, ready: Ready, image: Image, mut options: Options) 
         tracing::error!(
             "the supervisor died: VMs are served until they end, but nobody would take this process's place"
         );
-        while !server.wait(LOOK_EVERY) {}
+        while !server.wait(LOOK_EVERY) {
+            orphaned(server.vms().len());
+        }
     }
     Ok(())
 }
 
 /// Restores one VM into a monitor that does not hand its memory over. It ends with this process, if that dies.
 pub fn offload(
-    channel: &Channel,
+    channel: &Arc<Channel>,
     ready: Ready,
     vm: &Offload,
     socket: &Path,
@@ -70,6 +97,7 @@ pub fn offload(
     options: &Options,
 ) -> Result<Served> {
     channel.send(&FromWorker::Ready(ready), &[])?;
+    say_alive(channel)?;
     let served = vm.serve(socket, is_resumed, options, &mut |peer| {
         channel.send(&FromWorker::Watch { pid: peer.pid() }, &[peer.as_fd()])
     });

@@ -3,7 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::fixture::{GuestProcess, Program, Watchdog, World, is_long, seed, wait_until};
 
@@ -41,6 +41,55 @@ fn p5_a_killed_worker_is_replaced_and_bytes_stay_right() {
         assert_eq!(deaths, 6, "{log}");
         assert!(!world.socket().exists());
     }
+}
+
+#[test]
+fn p5_a_worker_that_is_stopped_is_replaced_and_bytes_stay_right() {
+    let Some(world) = World::new("stopped workers", 4096) else { return };
+    let mut program = Program::start(&world, &[]);
+    let mut orders = world.orders(seed());
+    orders.pause_us = 2000;
+    orders.operations = 4000;
+    let mut guest = GuestProcess::start(&orders);
+    let _watchdog = Watchdog::new(guest.pid(), PATIENCE);
+    guest.must_say("ready");
+    let worker = program.worker().unwrap();
+    kill_process(Pid::from_raw(worker.cast_signed()).unwrap(), Signal::STOP).unwrap();
+    guest.must_say("done");
+    guest.must_say("ok");
+    assert_ne!(program.worker(), Some(worker));
+    drop(guest);
+    program.signal(Signal::TERM);
+    assert!(program.ended(PATIENCE).success(), "{}", program.log());
+    assert!(program.log().contains("has said nothing for 5 s, and is ended"), "{}", program.log());
+}
+
+#[test]
+fn a_worker_that_lost_its_supervisor_serves_on_and_is_shown() {
+    let Some(world) = World::new("lost supervisors", 2048) else { return };
+    let mut program = Program::start(&world, &[]);
+    let mut orders = world.orders(5);
+    orders.waits = true;
+    orders.operations = 500;
+    let mut guest = GuestProcess::start(&orders);
+    let _watchdog = Watchdog::new(guest.pid(), PATIENCE);
+    guest.must_say("ready");
+    guest.must_say("done");
+    let worker = program.worker().unwrap();
+    program.signal(Signal::KILL);
+    assert_eq!(program.ended(PATIENCE).signal(), Some(9));
+    let servers = || -> Vec<serde_json::Value> {
+        let output = world.command(&["status", "--json"]).output().unwrap();
+        let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        document["page_fault_servers"].as_array().unwrap().clone()
+    };
+    wait_until("the worker is shown", || servers().iter().any(|server| server["pid"] == worker));
+    let [server] = &servers()[..] else { panic!("{:?}", servers()) };
+    assert_eq!((&server["socket"], &server["vms"], &server["machine"]), (&"".into(), &1.into(), &"web1".into()));
+    guest.tell();
+    guest.must_say("ok");
+    drop(guest);
+    wait_until("the worker is gone", || servers().is_empty());
 }
 
 #[test]
