@@ -8,10 +8,16 @@ use epochfs_format::GcBody;
 use serde_json::json;
 
 use super::context::Context;
-use super::output::{size, time};
+use super::output::{plain, size, time};
+use crate::epoch::{CommitOptions, EpochStore};
 use crate::error::{Error, Result};
+use crate::fs::this_host;
 use crate::gc::retention::parse_duration;
-use crate::gc::{Collector, CollectorSettings, Plan, Step};
+use crate::gc::{Collector, CollectorSettings, CompactPlan, Plan, Step};
+use crate::ops::control::{Client, DaemonStatus, ObjectName, StoreAgainRequest, socket_path};
+
+/// So many objects are moved out of at once: a request has an end.
+const MOVES_MAX: usize = 40_000;
 
 /// Give back the room of what no epoch needs any more.
 ///
@@ -32,6 +38,17 @@ enum Action {
     /// Collect. Without --yes only the plan is printed.
     #[command(after_help = "Examples:\n  epochfs gc run --yes\n  epochfs gc run --yes --no-wait (from a timer)")]
     Run(Run),
+    /// Store what machines' newest epochs hold once more, in order, where it is scattered. Without --yes only told.
+    ///
+    /// After thousands of epochs the newest one lies in thousands of small objects, and a restore reads here and there. And of
+    /// packs of which nothing else is needed, dropped epochs may leave the smaller part. This commits a new epoch that holds
+    /// exactly what the newest one does, of which such pages lie together; it is restored as quickly as a first epoch. The
+    /// older epochs stay until they are dropped, and then their packs are garbage. A machine that this host's daemon
+    /// owns may go on running: what it has on the mount is neither committed nor touched.
+    #[command(
+        after_help = "Examples:\n  epochfs gc compact web1\n  epochfs gc compact web1 web2 --yes\n  epochfs gc compact web1 --yes && epochfs prune web1 --keep-last 1 --yes && epochfs gc run --yes"
+    )]
+    Compact(Compact),
     /// Tell what the last collection did or waits for, and who reads.
     #[command(after_help = "Example:\n  epochfs gc status")]
     Status,
@@ -43,6 +60,18 @@ struct Options {
     /// collection on this host first saw them.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_duration)]
     orphans_after: Duration,
+}
+
+#[derive(clap::Args)]
+struct Compact {
+    #[arg(required = true, value_name = "MACHINE")]
+    machines: Vec<String>,
+    /// The zstd level: epochs that are kept for long may be compressed harder than those that are made every second.
+    #[arg(long, value_name = "LEVEL", default_value_t = -1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
+    level: i32,
+    /// Do it.
+    #[arg(long)]
+    yes: bool,
 }
 
 #[derive(clap::Args)]
@@ -85,6 +114,7 @@ impl Gc {
             Action::Plan(options) => plan(context, options, false),
             Action::Run(run) if !run.yes => plan(context, &run.options, true),
             Action::Run(run) => collect(context, run),
+            Action::Compact(compact) => compact.run(context),
             Action::Status => status(context),
         }
     }
@@ -110,6 +140,83 @@ fn plan(context: &Context, options: &Options, is_run: bool) -> Result<ExitCode> 
         context.notice("nothing was done: repeat with --yes");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl Compact {
+    fn run(&self, context: &Context) -> Result<ExitCode> {
+        let store = Arc::new(context.open()?);
+        let directory = Some(context.local_directory(&store).join("gc"));
+        let settings = CollectorSettings { directory, ..CollectorSettings::default() };
+        let mut collector = Collector::new(store.clone(), settings);
+        let (mut documents, mut text) = (Vec::new(), String::new());
+        for machine in &self.machines {
+            let bar = context.progress(&format!("marking for {}", plain(machine)));
+            let machine: Arc<str> = machine.as_str().into();
+            let plan = collector.plan_compaction(&machine, &mut |done, total| bar.set_items(done, total))?;
+            bar.finish();
+            let mut document = serde_json::to_value(&plan).unwrap_or_else(|error| json!({"error": error.to_string()}));
+            text += &format!(
+                "{}@{} lies in {} objects, and is better done without {} of them: {} of its {} are to be stored again\n",
+                plain(&plan.machine),
+                plan.epoch,
+                plan.objects,
+                plan.moved_objects,
+                size(plan.moved_bytes),
+                size(plan.bytes)
+            );
+            let mut made = None;
+            if self.yes && !plan.moves.is_empty() {
+                let (epoch, stored) = self.store_again(context, &store, &machine, &plan)?;
+                text += &format!("{}@{epoch} holds the same, and {} were stored\n", plain(&machine), size(stored));
+                made = Some((epoch, stored));
+            }
+            document["done"] = json!(made.is_some());
+            document["new_epoch"] = json!(made.map(|(epoch, _)| epoch));
+            document["stored_bytes"] = json!(made.map(|(_, stored)| stored));
+            documents.push(document);
+        }
+        context.print(&json!({"machines": documents}), || text)?;
+        if !self.yes {
+            context.notice("nothing was done: repeat with --yes");
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The epoch that was made, and how many bytes were stored for it.
+    fn store_again(
+        &self,
+        context: &Context,
+        store: &EpochStore,
+        machine: &Arc<str>,
+        plan: &CompactPlan,
+    ) -> Result<(u64, u64)> {
+        let message = format!("what {machine}@{} holds, stored once more", plan.epoch);
+        let head = store.repository().require(machine)?;
+        let local = context.local_directory(store);
+        let Some(owner) = &head.record.owner else {
+            let options = CommitOptions { message, compression_level: self.level, ..CommitOptions::default() };
+            let committed = store.store_again(machine, &plan.moves, options)?;
+            return Ok((committed.epoch, committed.stored_bytes));
+        };
+        let elsewhere = || {
+            Error::conflict(format!("{machine} is owned by host {}, where it may be running", owner.name))
+                .hint("run this there, where a daemon has it mounted; or once nobody owns it any more")
+        };
+        if this_host(&local)?.host != owner.host {
+            return Err(elsewhere());
+        }
+        let mut client = Client::connect(&socket_path(&local))?.ok_or_else(elsewhere)?;
+        let owns = |status: &DaemonStatus| {
+            status.filesystem.machines.iter().any(|one| one.machine == **machine && one.term.is_some())
+        };
+        if !owns(&client.status()?) {
+            return Err(elsewhere());
+        }
+        let moves = plan.moves.objects().map(ObjectName::from).take(MOVES_MAX).collect();
+        let request = StoreAgainRequest { machine: machine.to_string(), message, level: Some(self.level), moves };
+        let summary = client.store_again(request)?;
+        Ok((summary.epoch, summary.stored_bytes))
+    }
 }
 
 fn collect(context: &Context, run: &Run) -> Result<ExitCode> {

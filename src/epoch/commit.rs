@@ -10,6 +10,7 @@ use epochfs_format::{
 
 use super::edit::NewRoot;
 use super::leaf::{Shared, SpareBuffers, Worker};
+use super::moves::Moves;
 use super::nodes::Nodes;
 use super::pipeline::{CommitCounts, StreamJob, commit_stream};
 use super::ranges::Ranges;
@@ -42,6 +43,8 @@ pub struct CommitOptions {
     pub take_over: bool,
     /// What the record says its writer is, for a caller who may have to find out later whether it arrived.
     pub writer: Option<[u8; 16]>,
+    /// What is stored again at another place, of streams that are added with what is dirty of them.
+    pub moves: Option<Arc<Moves>>,
 }
 
 impl Default for CommitOptions {
@@ -57,6 +60,7 @@ impl Default for CommitOptions {
             inline_len_max: INLINE_LEN_MAX,
             take_over: false,
             writer: None,
+            moves: None,
         }
     }
 }
@@ -193,6 +197,7 @@ impl CommitBuilder {
                 found_in: Mutex::default(),
                 recent: RwLock::default(),
                 spare: SpareBuffers::default(),
+                moves: options.moves.clone(),
             },
             streams: Vec::new(),
             others: Vec::new(),
@@ -320,6 +325,11 @@ impl CommitBuilder {
             return Ok(());
         }
         self.repository.objects().store().settle(&object_key(&root.place.object))
+    }
+
+    /// What the parent epoch holds.
+    pub(super) fn parent_manifest(&self) -> Option<&Arc<Manifest>> {
+        self.parent.as_ref().map(|(_, manifest)| manifest)
     }
 
     /// What the parent epoch has at a path.

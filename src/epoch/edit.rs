@@ -10,6 +10,7 @@ use epochfs_format::{
 };
 
 use super::leaf::{LeafWork, PageChange};
+use super::moves::Moves;
 use super::nodes::{LoadedNode, Nodes, Stored};
 use super::tree::{child, page_count};
 use crate::error::Result;
@@ -74,6 +75,8 @@ struct Open {
     parent: Option<Arc<LoadedNode>>,
     /// The slots that were set.
     set: Vec<usize>,
+    /// Whether it is to be stored again, though nothing below it may differ.
+    is_moved: bool,
 }
 
 /// Builds one tree.
@@ -88,6 +91,7 @@ pub struct TreeEditor<'a> {
     raised: Vec<Arc<LoadedNode>>,
     /// Whether what is not set stays as the parent has it.
     keeps: bool,
+    moves: Option<&'a Moves>,
     open: Vec<Open>,
     root: NewRoot,
     /// Whether any leaf was set.
@@ -155,11 +159,18 @@ impl<'a> TreeEditor<'a> {
             parent: parent_root,
             raised,
             keeps,
+            moves: None,
             open: Vec::new(),
             root,
             is_set: false,
             removed,
         })
+    }
+
+    /// Has nodes stored again that lie there.
+    #[must_use]
+    pub fn moving(self, moves: Option<&'a Moves>) -> Self {
+        Self { moves, ..self }
     }
 
     /// A node of the parent's tree.
@@ -180,13 +191,17 @@ impl<'a> TreeEditor<'a> {
         self.is_set = true;
         // The parent's last leaf may hold pages past the new end, whether or not one of the others changed.
         let is_cut = self.keeps && (work.index + 1) * FANOUT as u64 > self.pages;
-        let stored = if work.changes.is_empty() && !is_cut {
+        let stored = if work.changes.is_empty() && !is_cut && !work.is_moved {
             work.parent.as_ref().map(|leaf| NewRoot::Stored(leaf.root.clone())).unwrap_or(NewRoot::Empty)
         } else {
             let mut editor = match &work.parent {
                 Some(leaf) => NodeEditor::of(&leaf.node),
                 None => NodeEditor::new(0),
             };
+            for (slot, hash, block) in &work.moved {
+                let place = store_page(packs, hash, &work.blocks[block.clone()])?;
+                editor.set(usize::from(*slot), *hash, &place);
+            }
             for (slot, change) in &work.changes {
                 let slot = usize::from(*slot);
                 match change {
@@ -208,6 +223,7 @@ impl<'a> TreeEditor<'a> {
         let slot = (work.index % FANOUT as u64) as usize;
         let parent = self.open.last_mut().expect("the path to a leaf below the root has inner nodes");
         parent.set.push(slot);
+        parent.is_moved |= work.is_moved;
         set_child(&mut parent.editor, slot, stored, packs)
     }
 
@@ -244,19 +260,21 @@ impl<'a> TreeEditor<'a> {
                 Some(parent) if self.keeps => NodeEditor::of(&parent.node),
                 _ => NodeEditor::new(level),
             };
-            self.open.push(Open { level, index, editor, parent, set: Vec::new() });
+            let is_moved = self.moves.zip(parent.as_ref()).is_some_and(|(moves, parent)| moves.is_of(parent));
+            self.open.push(Open { level, index, editor, parent, set: Vec::new(), is_moved });
         }
         Ok(())
     }
 
     fn close_last(&mut self, packs: &mut PackWriter<'_>) -> Result<()> {
         let open = self.open.pop().expect("a node is open");
-        let slot = (open.index % FANOUT as u64) as usize;
+        let (slot, is_moved) = ((open.index % FANOUT as u64) as usize, open.is_moved);
         let closed = self.close_inner(open)?;
         match self.open.last_mut() {
             None => self.root = closed,
             Some(above) => {
                 above.set.push(slot);
+                above.is_moved |= is_moved;
                 set_child(&mut above.editor, slot, closed, packs)?;
             }
         }
@@ -285,12 +303,12 @@ impl<'a> TreeEditor<'a> {
         self.removed += cut.len() as u64;
         // The slots within the image were compared one by one.
         let changed = work.changes.iter().map(|(slot, _)| *slot).filter(|slot| usize::from(*slot) < end);
-        close(editor.finish(), parent, changed.chain(cut))
+        close(editor.finish(), parent, changed.chain(cut), work.is_moved)
     }
 
     /// Finishes an inner node, of which these slots were set, and counts what the parent's had and it has not.
     fn close_inner(&mut self, open: Open) -> Result<NewRoot> {
-        let Open { level, index, mut editor, parent, set } = open;
+        let Open { level, index, mut editor, parent, set, is_moved } = open;
         for slot in self.end_of(level, index)..FANOUT {
             editor.clear(slot);
         }
@@ -310,17 +328,19 @@ impl<'a> TreeEditor<'a> {
                 }
             }
         }
-        Ok(close(node, parent.as_deref(), changed.into_iter()))
+        Ok(close(node, parent.as_deref(), changed.into_iter(), is_moved))
     }
 }
 
-/// A finished node: shared with the parent if it came out as it was. `changed` are the slots that differ.
-fn close(node: Node, parent: Option<&LoadedNode>, changed: impl Iterator<Item = u16>) -> NewRoot {
+/// A finished node: shared with the parent if it came out as it was, and whole if it is moved. `changed` are the slots that
+/// differ.
+fn close(node: Node, parent: Option<&LoadedNode>, changed: impl Iterator<Item = u16>, is_moved: bool) -> NewRoot {
     if node.is_empty() {
         return NewRoot::Empty;
     }
     let digest = node.digest();
     match parent {
+        _ if is_moved => NewRoot::New(Box::new(NewNode { node, digest, patch: None })),
         Some(parent) if parent.root.digest == digest => NewRoot::Stored(parent.root.clone()),
         _ => NewRoot::New(Box::new(NewNode::new(node, digest, parent, changed))),
     }

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use epochfs_format::{Hash, ObjectRef, PAGE_SIZE, Page, PageEncoder, Place, Root, hash_pages, is_zero};
 
+use super::fetch::{Fetcher, Wanted};
+use super::moves::Moves;
 use super::nodes::{LoadedNode, Nodes};
 use super::source::Source;
 use super::tree::LEAF_PAGES;
@@ -48,6 +50,10 @@ pub struct LeafWork {
     pub parent: Option<Arc<LoadedNode>>,
     /// Slots that differ from the parent, in order.
     pub changes: Vec<(u16, PageChange)>,
+    /// Slots whose pages are the parent's and get another place, in order, by their blocks' ranges.
+    pub moved: Vec<(u16, Hash, Range<usize>)>,
+    /// Whether the leaf itself is to be stored again, though nothing in it may differ.
+    pub is_moved: bool,
     pub blocks: Vec<u8>,
     /// Bytes that were read.
     pub read: u64,
@@ -84,6 +90,8 @@ pub struct Shared {
     pub found_in: Mutex<HashSet<ObjectRef>>,
     pub recent: RwLock<Recent>,
     pub spare: SpareBuffers,
+    /// What the commit is to store again.
+    pub moves: Option<Arc<Moves>>,
 }
 
 /// Buffers for blocks, used again: fresh memory costs a fault a page.
@@ -106,11 +114,13 @@ pub struct Worker {
     pages: Vec<Page>,
     encoder: PageEncoder,
     hashes: Vec<Hash>,
+    fetcher: Fetcher,
 }
 
 impl Worker {
     pub fn new(level: i32) -> Self {
-        Self { pages: Vec::new(), encoder: PageEncoder::new(level), hashes: Vec::new() }
+        let encoder = PageEncoder::new(level);
+        Self { pages: Vec::new(), encoder, hashes: Vec::new(), fetcher: Fetcher::default() }
     }
 
     pub fn run(&mut self, job: &LeafJob, source: &dyn Source, shared: &Shared) -> Result<LeafWork> {
@@ -171,7 +181,36 @@ impl Worker {
             changes.push((*slot as u16, change));
         }
         changes.extend(zeros.map(|zero| (zero as u16, PageChange::Zero)));
-        Ok(LeafWork { index: job.index, parent, changes, blocks, read })
+        let mut work = LeafWork { index: job.index, parent, changes, moved: Vec::new(), is_moved: false, blocks, read };
+        if let Some(moves) = &shared.moves {
+            self.move_pages(moves, shared, &mut work)?;
+        }
+        Ok(work)
+    }
+
+    /// Takes up the parent's pages that get another place. They are proven, and compressed as new ones are.
+    fn move_pages(&mut self, moves: &Moves, shared: &Shared, work: &mut LeafWork) -> Result<()> {
+        let Some(parent) = &work.parent else { return Ok(()) };
+        let mut changed = work.changes.iter().map(|(slot, _)| usize::from(*slot)).peekable();
+        let (mut slots, mut wanted) = (Vec::new(), Vec::new());
+        for slot in parent.node.iter() {
+            while changed.next_if(|changed| *changed < slot.slot).is_some() {}
+            if changed.peek() != Some(&slot.slot) && moves.is_from(slot.object) {
+                wanted.push(Wanted { page: wanted.len() as u64, hash: *slot.hash, place: slot.place() });
+                slots.push(slot.slot as u16);
+            }
+        }
+        work.is_moved = !wanted.is_empty() || moves.is_of(parent);
+        self.pages.resize(wanted.len().max(self.pages.len()), [0; PAGE_SIZE]);
+        let pages = &mut self.pages[..wanted.len()];
+        let hashes: Vec<Hash> = wanted.iter().map(|wanted| wanted.hash).collect();
+        self.fetcher.fetch(shared.nodes.objects(), wanted, 0, pages)?;
+        for ((slot, hash), page) in slots.into_iter().zip(hashes).zip(pages.iter()) {
+            let start = work.blocks.len();
+            self.encoder.put(page, &mut work.blocks);
+            work.moved.push((slot, hash, start..work.blocks.len()));
+        }
+        Ok(())
     }
 }
 

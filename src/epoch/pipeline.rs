@@ -15,7 +15,7 @@ use super::nodes::Nodes;
 use super::ranges::Ranges;
 use super::reader::fill_pages;
 use super::source::Source;
-use super::tree::leaf_root;
+use super::tree::{leaf_root, next_leaf};
 use crate::error::{Error, Kind, Result};
 use crate::repo::PackWriter;
 
@@ -52,6 +52,8 @@ struct Jobs<'a> {
     /// Page-aligned ranges still to be cut into leaves.
     ranges: Box<dyn Iterator<Item = Result<Range<u64>>> + 'a>,
     held: Option<Range<u64>>,
+    /// The parent's image whose leaves are all looked at, and from which one on, where some are to be stored again.
+    moving: Option<(&'a Image, u64)>,
 }
 
 impl<'a> Jobs<'a> {
@@ -75,7 +77,8 @@ impl<'a> Jobs<'a> {
             }
             _ => Box::new(DataRanges { source: job.source, len, from: 0 }),
         };
-        Ok(Self { job, shared, ranges, held: None })
+        let moving = job.parent.filter(|_| job.dirty.is_some() && shared.moves.is_some()).map(|image| (image, 0));
+        Ok(Self { job, shared, ranges, held: None, moving })
     }
 
     fn next_range(&mut self) -> Result<Option<Range<u64>>> {
@@ -85,8 +88,22 @@ impl<'a> Jobs<'a> {
         }
     }
 
+    /// The next leaf of the parent that nothing dirty is in, if it comes before that range.
+    fn next_clean(&mut self, before: Option<&Range<u64>>) -> Result<Option<LeafJob>> {
+        let Some((image, from)) = self.moving else { return Ok(None) };
+        let before = before.map_or(self.job.source.len().div_ceil(LEAF_LEN), |range| range.start / LEAF_LEN);
+        let found = next_leaf(&self.shared.nodes, image, from)?.filter(|(index, _)| *index < before);
+        self.moving = Some((image, found.as_ref().map_or(before + 1, |(index, _)| index + 1)));
+        Ok(found.map(|(index, root)| LeafJob { index, runs: Vec::new(), parent: Some(root), rest_is_zero: false }))
+    }
+
     fn next(&mut self) -> Result<Option<LeafJob>> {
-        let Some(first) = self.next_range()? else { return Ok(None) };
+        let first = self.next_range()?;
+        if let Some(clean) = self.next_clean(first.as_ref())? {
+            self.held = first;
+            return Ok(Some(clean));
+        }
+        let Some(first) = first else { return Ok(None) };
         let index = first.start / LEAF_LEN;
         let end = (index + 1).saturating_mul(LEAF_LEN);
         let rest_is_zero = self.job.dirty.is_none() || self.job.parent.is_none();
@@ -253,6 +270,7 @@ pub fn commit_stream(
     let job = &StreamJob { source, ..*job };
     let keeps = job.dirty.is_some() && job.parent.is_some();
     let tree = TreeEditor::new(&shared.nodes, job.source.len(), job.parent, keeps, packs)?;
+    let tree = tree.moving(shared.moves.as_deref());
     let mut sequencer = Sequencer { tree, packs, shared, counts, on_read };
     let mut jobs = Jobs::new(job, shared)?;
     // A single leaf, and a machine with a single processor, need no threads.

@@ -107,6 +107,10 @@ impl Collector {
         Self { store, settings, memory, watch: Watch::default(), lengths: HashMap::new() }
     }
 
+    pub(super) fn store(&self) -> &Arc<EpochStore> {
+        &self.store
+    }
+
     /// What is garbage now. `progress` is told how many epochs of how many were marked.
     pub fn plan(&mut self, progress: &mut dyn FnMut(u64, u64)) -> Result<Plan> {
         let log = self.store.repository().collector_log().clone();
@@ -124,7 +128,7 @@ impl Collector {
         };
         let packs = self.list_packs()?;
         // What readers hold is condemned as well: waiting for them tells which of them are dead.
-        let mut marked = self.memory.mark(&self.store, running, &[], progress)?;
+        let mut marked = self.memory.mark(&self.store, running, &[], None, progress)?;
         if self.settings.canary == Some(Canary::ForgottenRoot) {
             forget_a_root(&mut marked);
         }
@@ -160,6 +164,16 @@ impl Collector {
         }
         self.memory.settle(done, &|id| is_there.contains(id));
         Ok(plan)
+    }
+
+    /// The packs that would be needed without this epoch.
+    pub fn needed_without(
+        &mut self,
+        machine: &str,
+        epoch: u64,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<HashSet<[u8; 16]>> {
+        Ok(self.memory.mark(&self.store, None, &[], Some((machine, epoch)), progress)?.live)
     }
 
     fn list_packs(&mut self) -> Result<Vec<([u8; 16], u64)>> {
@@ -259,7 +273,7 @@ impl Collector {
         let all = repository.collector_log().condemned(condemned)?;
         let mut kept = Vec::new();
         if self.settings.canary != Some(Canary::NoSecondMark) {
-            let mut marked = self.memory.mark(&self.store, Some(condemned), &held, progress)?;
+            let mut marked = self.memory.mark(&self.store, Some(condemned), &held, None, progress)?;
             if self.settings.canary == Some(Canary::ForgottenRoot) {
                 forget_a_root(&mut marked);
             }

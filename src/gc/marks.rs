@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use epochfs_format::{Trace, encode_component, hex};
+use epochfs_format::{TRACE_LEN_MAX, Trace, encode_component, hex};
 use serde::{Deserialize, Serialize};
 
 use super::history::{Entry, History, Mark};
 use super::walk::{Roots, Walk};
 use crate::epoch::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
-use crate::platform::store::keys_below;
+use crate::platform::store::{get_small, keys_below};
 use crate::repo::machines;
 
 /// What a marking found.
@@ -84,12 +84,13 @@ impl Memory {
     }
 
     /// Marks everything that is needed: by epochs, by lives of owned machines, by these epochs that readers hold, and
-    /// by traces. `progress` is told how many epochs are done.
+    /// by traces; but for one epoch, if it is to be done without. `progress` is told how many epochs are done.
     pub fn mark(
         &mut self,
         store: &EpochStore,
         running: Option<u64>,
         held: &[(Arc<str>, u64)],
+        without: Option<(&str, u64)>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Marked> {
         let objects = store.repository().objects();
@@ -115,6 +116,9 @@ impl Memory {
                 // One that was forgotten was dropped before the collection began.
                 history.epochs.entry(*epoch).or_insert_with(|| Entry { dropped_at: Some(0), ..Entry::default() });
                 epochs.insert(*epoch);
+            }
+            if let Some((_, epoch)) = without.filter(|(of, _)| *of == &*machine) {
+                epochs.remove(&epoch);
             }
             marked.epochs += epochs.len() as u64;
             needed.insert(machine.clone(), epochs);
@@ -262,7 +266,8 @@ fn walk(
 fn mark_traces(store: &EpochStore, marked: &mut Marked) -> Result<()> {
     let objects = store.repository().objects();
     for key in keys_below(&**objects.store(), "traces/")? {
-        let trace = objects.store().get(&key).ok().and_then(|bytes| Trace::decode(&bytes, objects.repository()).ok());
+        let bytes = get_small(&**objects.store(), &key, TRACE_LEN_MAX).ok();
+        let trace = bytes.and_then(|bytes| Trace::decode(&bytes, objects.repository()).ok());
         marked.live.extend(trace.iter().flat_map(|trace| &trace.windows));
     }
     Ok(())

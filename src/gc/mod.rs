@@ -5,6 +5,7 @@
 //! dies is continued by any other, and of two at once neither can do harm.
 
 mod collector;
+mod compact;
 mod history;
 mod leases;
 mod marks;
@@ -13,6 +14,7 @@ pub mod retention;
 mod walk;
 
 pub use collector::{Canary, Collected, Collector, CollectorSettings, Plan, Step};
+pub use compact::CompactPlan;
 pub use leases::Reader;
 pub use marks::Marked;
 pub use prune::{Pruned, judge_machine};

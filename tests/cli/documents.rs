@@ -216,6 +216,20 @@ fn every_command_prints_a_document_with_its_fields() {
     );
     check(&["gc", "run", "--yes"], &["condemned", "kept", "deleted", "deleted_bytes", "done", "waiting_for"]);
     check(&["gc", "status"], &["record", "step", "time_ns", "running", "readers"]);
+    check(
+        &["gc", "compact", "web1"],
+        &[
+            "machines[].machine",
+            "machines[].epoch",
+            "machines[].objects",
+            "machines[].bytes",
+            "machines[].moved_objects",
+            "machines[].moved_bytes",
+            "machines[].done",
+            "machines[].new_epoch",
+            "machines[].stored_bytes",
+        ],
+    );
     check(&["rm", "web1@1", "--yes"], &["machines", "epochs[].machine", "epochs[].epoch", "done"]);
     check(
         &["verify"],

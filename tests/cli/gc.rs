@@ -198,3 +198,38 @@ fn p4_open_files_and_lives_keep_what_they_need() {
     assert_eq!((number(&ran, "deleted"), &ran["done"]), (1, &Value::from(true)), "{ran:#}");
     world.verify();
 }
+
+/// Twenty epochs of a page each, besides the first.
+fn scattered(world: &World) -> std::path::PathBuf {
+    let mut bytes = pages(1, 400);
+    let file = world.file("memory", bytes.clone());
+    world.commit("web1", &file);
+    for number in 0..20 {
+        bytes[number * 4096 * 15..][..4096].copy_from_slice(&pages(100 + number as u64, 1));
+        world.commit("web1", &world.file("memory", bytes.clone()));
+    }
+    world.file("memory", bytes)
+}
+
+#[test]
+fn an_epoch_that_is_scattered_is_stored_again_and_the_rest_given_back() {
+    let world = World::new();
+    let file = scattered(&world);
+    let plan = &world.json(["gc", "compact", "web1"])["machines"][0];
+    assert_eq!((&plan["done"], &plan["new_epoch"]), (&false.into(), &Value::Null));
+    assert!(number(plan, "moved_objects") >= 20, "{plan:#}");
+    assert_eq!(number(&world.json(["show", "web1"]), "epoch"), 21);
+    let made = &world.json(["gc", "compact", "web1", "--yes"])["machines"][0];
+    assert_eq!((&made["done"], number(made, "new_epoch")), (&true.into(), 22));
+    assert_eq!(world.json(["show", "web1@21"])["digest"], world.json(["show", "web1@22"])["digest"]);
+    let out = world.path("out");
+    world.ok(["export", "web1@22", "--output", out.to_str().unwrap()]);
+    assert!(std::fs::read(out.join("memory")).unwrap() == std::fs::read(&file).unwrap());
+    // Once is enough.
+    let again = &world.json(["gc", "compact", "web1", "--yes"])["machines"][0];
+    assert_eq!((number(again, "moved_objects"), &again["done"]), (0, &false.into()));
+    world.ok(["prune", "web1", "--keep-last", "1", "--yes"]);
+    world.ok(["gc", "run", "--yes"]);
+    assert_eq!(world.json(["verify"])["whole"], true);
+    world.run(["gc", "compact", "nobody", "--yes"]).code(5);
+}

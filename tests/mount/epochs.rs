@@ -552,3 +552,40 @@ fn another_user_is_kept_out_unless_all_are_let_in() {
     assert_eq!(sockets.iter().map(|path| socket_mode(path)).collect::<Vec<_>>(), [0o600]);
     mount.finish();
 }
+
+#[test]
+fn the_newest_epoch_of_a_mounted_machine_is_stored_again_while_its_files_change() {
+    let test = "the_newest_epoch_of_a_mounted_machine_is_stored_again_while_its_files_change";
+    let Some(mut mount) = Mount::new(test) else { return };
+    let live = mount.make_machine("web1");
+    let mut bytes = noise(1, 300 * PAGE);
+    fs::write(live.join("memory"), &bytes).unwrap();
+    mount.commit("web1", "first").unwrap();
+    let file = fs::OpenOptions::new().write(true).open(live.join("memory")).unwrap();
+    for number in 0..12 {
+        let at = number * 20 * PAGE;
+        bytes[at..at + PAGE].copy_from_slice(&noise(100 + number as u64, PAGE));
+        file.write_all_at(&bytes[at..at + PAGE], at as u64).unwrap();
+        mount.ok(["commit", "web1"]);
+    }
+    let newest = *numbers(&mount, "web1").last().unwrap();
+    let before = bytes.clone();
+    bytes[..PAGE].fill(7);
+    file.write_all_at(&bytes[..PAGE], 0).unwrap();
+    let made = &mount.json(["gc", "compact", "web1", "--yes"])["machines"][0];
+    assert!(made["moved_objects"].as_u64().unwrap() > 8, "{made:#}");
+    let epoch = made["new_epoch"].as_u64().unwrap();
+    assert!(epoch > newest);
+    same_file(&mount.epoch("web1", &epoch.to_string()).join("memory"), &before).unwrap();
+    same_file(&live.join("memory"), &bytes).unwrap();
+    drop(file);
+    mount.kill_and_restart();
+    same_file(&mount.live("web1").join("memory"), &bytes).unwrap();
+    mount.ok(["commit", "web1"]);
+    mount.ok(["prune", "web1", "--keep-last", "1", "--yes"]);
+    mount.ok(["gc", "run", "--yes", "--orphans-after", "0s"]);
+    let newest = numbers(&mount, "web1").last().unwrap().to_string();
+    same_file(&mount.epoch("web1", &newest).join("memory"), &bytes).unwrap();
+    assert_eq!(mount.json(["verify"])["whole"], true);
+    mount.finish();
+}

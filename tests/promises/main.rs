@@ -18,6 +18,7 @@ mod gc;
 mod kill;
 mod live;
 mod model;
+mod moves;
 mod races;
 mod summaries;
 mod support;

@@ -1,13 +1,13 @@
 //! Committing a live: freeze at once, make the epoch in the background, several on their way at a time.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
-use epochfs_format::{Attributes, EntryKind, Image, ManifestEntry, check_tag};
+use epochfs_format::{Attributes, EntryKind, Hash, Image, ManifestEntry, check_tag};
 
 use super::file::{FrozenLayer, LiveFile};
 use super::frozen::FrozenSource;
@@ -16,6 +16,7 @@ use super::spool::Spool;
 use super::tree::{Content, ROOT, Tree};
 use super::{Halt, Live, ROOT_NOTE};
 use crate::epoch::commit::{CommitBuilder, CommitOptions, Committed};
+use crate::epoch::moves::Moves;
 use crate::epoch::ranges::Ranges;
 use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
@@ -32,6 +33,10 @@ pub struct LiveCommit {
     pub message: String,
     pub tags: Vec<String>,
     pub notes: Vec<(String, String)>,
+    /// The zstd level, where it is to be another than the mount's.
+    pub level: Option<i32>,
+    /// Not what live holds is committed, but the newest epoch once more, with this stored again. Changes stay where they are.
+    pub moves: Option<Arc<Moves>>,
 }
 
 /// A commit on its way.
@@ -101,8 +106,8 @@ impl Pipeline {
     }
 }
 
-/// Everything that has a name, and the changed pages of each file.
-fn freeze(tree: &Tree) -> Vec<FrozenEntry> {
+/// Everything that has a name, and the changed pages of each file, unless only the files' epoch is stored again.
+fn freeze(tree: &Tree, is_moved: bool) -> Vec<FrozenEntry> {
     let mut entries = Vec::new();
     let mut below: Vec<(u64, Vec<u8>)> = vec![(ROOT, Vec::new())];
     while let Some((directory, above)) = below.pop() {
@@ -123,7 +128,7 @@ fn freeze(tree: &Tree) -> Vec<FrozenEntry> {
                 Content::Symlink(target) => FrozenKind::Symlink(target.clone()),
                 Content::File(file) => {
                     attributes.modified_ns = file.modified_ns();
-                    let (length, layer) = file.freeze();
+                    let (length, layer) = if is_moved { (file.length(), None) } else { file.freeze() };
                     FrozenKind::File(FrozenFile { file: file.clone(), length, layer })
                 }
             };
@@ -158,7 +163,7 @@ impl Live {
                 return Err(self.halted());
             }
             let changes = self.changes.load(Ordering::Acquire);
-            let (entries, root_note) = (freeze(&tree), tree.root_note());
+            let (entries, root_note) = (freeze(&tree, options.moves.is_some()), tree.root_note());
             pipeline.waiting.push_back(Job { entries, root_note, options, changes, done });
         }
         let frozen_for = started.elapsed();
@@ -283,7 +288,24 @@ impl Live {
         self.term() != before
     }
 
+    /// Stores the newest epoch once more.
+    fn move_epoch(&self, job: &Job, moves: &Arc<Moves>, writer: [u8; 16]) -> Result<Committed> {
+        let options = CommitOptions {
+            message: job.options.message.clone(),
+            compression_level: job.options.level.unwrap_or(self.settings.compression_level),
+            term: self.term(),
+            writer: Some(writer),
+            ..CommitOptions::default()
+        };
+        let committed = self.store.store_again(&self.machine, moves, options)?;
+        self.rebase(job, &committed)?;
+        Ok(committed)
+    }
+
     fn make_epoch(&self, job: &Job, writer: [u8; 16]) -> Result<Committed> {
+        if let Some(moves) = &job.options.moves {
+            return self.move_epoch(job, moves, writer);
+        }
         let spool = self.spool.get().expect("a machine that is owned has a spool");
         let mut notes = job.options.notes.clone();
         notes.retain(|(name, _)| name != ROOT_NOTE);
@@ -294,7 +316,7 @@ impl Live {
             message: job.options.message.clone(),
             tags: job.options.tags.clone(),
             notes,
-            compression_level: self.settings.compression_level,
+            compression_level: job.options.level.unwrap_or(self.settings.compression_level),
             term: self.term(),
             writer: Some(writer),
             ..CommitOptions::default()
@@ -357,6 +379,11 @@ impl Live {
                 return Err(error);
             }
         };
+        let of = |image: &Image| image.root.as_ref().map(|root| ((image.length, root.digest), image.clone()));
+        let stored: HashMap<(u64, Hash), Image> = match &job.options.moves {
+            Some(_) => manifest.streams().filter_map(|(_, image)| of(image)).collect(),
+            None => HashMap::new(),
+        };
         {
             let mut tree = self.exclusive();
             tree.base = committed.epoch;
@@ -365,10 +392,16 @@ impl Live {
             self.rebased.store(true, Ordering::Release);
             for entry in &job.entries {
                 if let FrozenKind::File(FrozenFile { file, layer, .. }) = &entry.kind {
-                    let image: Option<Image> = manifest.stream(&entry.path).cloned();
-                    file.rebase(self.io(), layer.as_ref(), image);
+                    match &job.options.moves {
+                        // By what it is: it may have another name since that epoch.
+                        Some(_) => file.move_base(&stored),
+                        None => file.rebase(self.io(), layer.as_ref(), manifest.stream(&entry.path).cloned()),
+                    }
                 }
             }
+        }
+        if job.options.moves.is_some() {
+            return Ok(());
         }
         self.committed.store(job.changes, Ordering::Release);
         Ok(())

@@ -1,11 +1,11 @@
 //! A file of a live: an image of an epoch, and layers of changed pages above it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use epochfs_format::{IMAGE_LEN_MAX, Image, JournalEntry, PAGE_SIZE, Page, is_zero};
+use epochfs_format::{Hash, IMAGE_LEN_MAX, Image, JournalEntry, PAGE_SIZE, Page, is_zero};
 
 use super::layer::{Content, Layer, Slot};
 use super::refusal::{Answer, Refusal};
@@ -472,6 +472,15 @@ impl LiveFile {
             assert!(Arc::ptr_eq(&oldest, layer), "epochs are committed in order");
             let slots: Vec<Slot> = oldest.read().pages.values().copied().collect();
             io.spool().release(&slots);
+        }
+    }
+
+    /// What files lie on was stored again, here by the digests of their trees: this one lies there from now on.
+    pub fn move_base(&self, stored: &HashMap<(u64, Hash), Image>) {
+        let mut state = self.exclusive();
+        let key = state.base.root.as_ref().map(|root| (state.base.length, root.digest));
+        if let Some(image) = key.and_then(|key| stored.get(&key)) {
+            state.base = image.clone();
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction};
+use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, StoreAgainRequest};
 use super::protocol::{LeaseGrant, PrefetchRequest, Request, Unmounted};
 use super::protocol::{decode_answer, decode_news, read_line};
 use super::with_address;
@@ -77,6 +77,11 @@ impl Client {
             }
             _ => error,
         })
+    }
+
+    /// Commits a machine's newest epoch once more, with what lies in some objects stored again.
+    pub fn store_again(&mut self, request: StoreAgainRequest) -> Result<CommitSummary> {
+        self.call(&Request::StoreAgain(request))
     }
 
     /// Has what is kept of a machine given up that was removed.

@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 pub use client::Client;
 pub use lock::{DaemonLock, Holder};
 pub use protocol::{
-    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, LeaseGrant, PrefetchRequest, Protected,
-    Request, Unmounted, decode_error,
+    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, LeaseGrant, ObjectName, PrefetchRequest,
+    Protected, Request, StoreAgainRequest, Unmounted, decode_error,
 };
 pub use server::{Listener, Server, Service};
 

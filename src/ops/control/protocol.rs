@@ -9,6 +9,7 @@
 
 use std::io::{BufRead, Read};
 
+use epochfs_format::{ObjectRef, check_machine, hex, parse_id};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -36,6 +37,9 @@ pub enum Request {
     Status,
     /// Commits a machine's live. Answered with a [`CommitSummary`] when the epoch is durable.
     Commit(CommitRequest),
+    /// Commits not live but the newest epoch once more, with what lies in some objects stored again. Answered with a
+    /// [`CommitSummary`].
+    StoreAgain(StoreAgainRequest),
     /// How far the prefetch of an epoch's stream is, which must be open; or has everything of it pushed. Answered with a
     /// [`PrefetchStatus`](crate::restore::PrefetchStatus).
     Prefetch(PrefetchRequest),
@@ -70,6 +74,48 @@ pub struct CommitRequest {
     /// to the next epoch.
     #[serde(default)]
     pub tells_frozen: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreAgainRequest {
+    pub machine: String,
+    #[serde(default)]
+    pub message: String,
+    /// The zstd level; the mount's where none is given.
+    #[serde(default)]
+    pub level: Option<i32>,
+    pub moves: Vec<ObjectName>,
+}
+
+/// An object of the repository.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ObjectName {
+    Pack(String),
+    Record(String, u64),
+}
+
+impl From<&ObjectRef> for ObjectName {
+    fn from(object: &ObjectRef) -> Self {
+        match object {
+            ObjectRef::Pack(id) => Self::Pack(hex(id)),
+            ObjectRef::Record { machine, seq } => Self::Record(machine.to_string(), *seq),
+        }
+    }
+}
+
+impl ObjectName {
+    pub fn parse(&self) -> Result<ObjectRef> {
+        match self {
+            Self::Pack(id) => {
+                parse_id(id).map(ObjectRef::Pack).ok_or_else(|| Error::usage(format!("{id:?} is the name of no pack")))
+            }
+            Self::Record(machine, seq) => {
+                check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
+                Ok(ObjectRef::Record { machine: machine.as_str().into(), seq: *seq })
+            }
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -251,6 +251,7 @@ mod tests {
                 ),
                 Request::Status => Err(Error::new(Kind::Fenced, "fenced").hint("stop")),
                 Request::Commit(commit) => Err(Error::not_found(commit.machine)),
+                Request::StoreAgain(again) => Err(Error::not_found(again.machine)),
                 Request::Forget { machine } => Err(Error::not_found(machine)),
                 Request::Protection(status) => Err(Error::not_found(status.machine)),
                 Request::Lease { machine } | Request::TakeOver { machine, .. } => Err(Error::not_found(machine)),

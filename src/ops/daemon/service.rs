@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 use super::DaemonOptions;
 use super::heart::Pulse;
 use super::watch::Event;
-use crate::epoch::EpochStore;
 use crate::epoch::live::LiveCommit;
+use crate::epoch::{EpochStore, Moves};
 use crate::error::{Error, Kind, Result};
 use crate::fs::{self, FileSystem};
 use crate::ha::ProtectionStatus;
 use crate::ops::control::{
-    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, LeaseGrant, PrefetchRequest, Protected,
-    Request, Service, Unmounted,
+    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, LeaseGrant, ObjectName, PrefetchRequest,
+    Protected, Request, Service, StoreAgainRequest, Unmounted,
 };
 use crate::ops::kernel;
 use crate::ops::mounts::device_at;
@@ -251,12 +251,30 @@ impl DaemonService {
 
     fn commit(&self, request: CommitRequest, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<CommitSummary> {
         let CommitRequest { machine, message, tags, notes, tells_frozen } = request;
-        epochfs_format::check_machine(&machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
+        let options = LiveCommit { message, tags, notes, ..LiveCommit::default() };
+        self.commit_live(&machine, options, tells_frozen, tell)
+    }
+
+    fn store_again(&self, request: StoreAgainRequest) -> Result<CommitSummary> {
+        let StoreAgainRequest { machine, message, level, moves } = request;
+        let moves: Moves = moves.iter().map(ObjectName::parse).collect::<Result<_>>()?;
+        let options = LiveCommit { message, level, moves: Some(Arc::new(moves)), ..LiveCommit::default() };
+        self.commit_live(&machine, options, false, &mut |_| Ok(()))
+    }
+
+    fn commit_live(
+        &self,
+        machine: &str,
+        options: LiveCommit,
+        tells_frozen: bool,
+        tell: &mut dyn FnMut(Value) -> Result<()>,
+    ) -> Result<CommitSummary> {
+        epochfs_format::check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
         let (store, filesystem) = self.served()?;
         let index = &store.index(None).0.counters;
         let counted = || (index.lookups.load(Ordering::Relaxed), index.hits.load(Ordering::Relaxed));
         let (started, before) = (Stopwatch::start(), counted());
-        let ticket = filesystem.freeze(&machine, LiveCommit { message, tags, notes })?;
+        let ticket = filesystem.freeze(machine, options)?;
         if tells_frozen {
             // Whoever went away meanwhile does not stop the commit.
             let _ = tell(json!({"frozen_ms": ticket.frozen_for.as_secs_f64() * 1000.0}));
@@ -294,6 +312,7 @@ impl Service for DaemonService {
             Request::Ping => document(serde_json::to_value(self.introduction())),
             Request::Status => document(serde_json::to_value(self.status())),
             Request::Commit(commit) => document(serde_json::to_value(self.commit(commit, tell)?)),
+            Request::StoreAgain(request) => document(serde_json::to_value(self.store_again(request)?)),
             Request::Prefetch(PrefetchRequest { machine, epoch, stream, everything }) => {
                 let (_, filesystem) = self.served()?;
                 document(serde_json::to_value(filesystem.hydrate(&machine, epoch, stream.as_bytes(), everything)?))

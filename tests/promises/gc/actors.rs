@@ -5,17 +5,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use epochfs::epoch::{BytesSource, CommitOptions, Epoch, EpochStore};
+use epochfs::epoch::{BytesSource, CommitOptions, Epoch, EpochStore, Moves, Survey, commit_of};
 use epochfs::gc::{Canary, Collector, CollectorSettings, Step};
 use epochfs::platform::clock::Clock;
 use epochfs::platform::random::{Seeded, simulate};
 use epochfs::repo::{Index, LeaseSettings, Repository};
 use epochfs::{Error, Kind};
-use epochfs_format::{Attributes, Body};
+use epochfs_format::{Attributes, Body, ObjectRef};
 
 use super::reach;
 use super::world::{Killed, Outcome, Reading, World, WorldClock, WorldStore};
-use crate::support::{Check, Saying, numbered, options};
+use crate::support::{Check, Saying, latest, numbered, options};
 
 const WRITERS: usize = 3;
 const READERS: usize = 2;
@@ -135,7 +135,8 @@ impl Run {
                 return Ok(());
             }
             match seeded.below(10) {
-                0..5 => self.commit(&store, seeded)?,
+                0..4 => self.commit(&store, seeded)?,
+                4 => self.store_again(&store, seeded)?,
                 5 => self.clone(&store, seeded)?,
                 6 => drop(store.readers().renew()),
                 7..9 => {
@@ -197,6 +198,29 @@ impl Run {
         };
         if let Some(epoch) = self.tolerate("committing", committed, kinds)? {
             self.acknowledged(machine, epoch, content)?;
+        }
+        Ok(())
+    }
+
+    /// Stores what a machine's newest epoch holds once more, and some of it at other places.
+    fn store_again(&self, store: &EpochStore, seeded: &mut Seeded) -> Check {
+        let machine: Arc<str> = format!("m{}", seeded.below(4)).into();
+        let kinds = &[Kind::Io, Kind::Conflict, Kind::NotFound, Kind::Damaged];
+        let surveyed = store.epoch(&latest(&machine)).and_then(|epoch| Survey::of(&epoch));
+        let Some(survey) = self.tolerate("surveying", surveyed, kinds)? else { return Ok(()) };
+        let mut objects: Vec<ObjectRef> = survey.used.into_keys().collect();
+        objects.sort();
+        let moves: Moves = objects.into_iter().filter(|_| seeded.chance(600)).collect();
+        let again = store.store_again(&machine, &Arc::new(moves), options());
+        // The epoch may be dropped and collected meanwhile.
+        if let Some(made) = self.tolerate("storing again", again, kinds)? {
+            let parent = commit_of(&made.record).saying("its record")?.parent;
+            self.world.lock().outcome.stored_again += 1;
+            let content = self.oracle().committed.get(&(machine.clone(), parent)).cloned();
+            // What was committed and never acknowledged is nobody's to compare with.
+            if let Some(content) = content {
+                self.acknowledged(machine, made.epoch, content)?;
+            }
         }
         Ok(())
     }

@@ -60,7 +60,17 @@ fn p4_nothing_that_is_needed_is_deleted_and_no_garbage_stays() {
     eprintln!("{sum:?}");
     if count > 1 {
         // The runs must come to what they are about.
-        let all = [sum.committed, sum.deleted, sum.kept, sum.refused, sum.crashes, sum.stalls, sum.opened, sum.lost];
+        let all = [
+            sum.committed,
+            sum.stored_again,
+            sum.deleted,
+            sum.kept,
+            sum.refused,
+            sum.crashes,
+            sum.stalls,
+            sum.opened,
+            sum.lost,
+        ];
         assert!(all.iter().all(|count| *count > 0), "{sum:?}");
     }
 }

@@ -21,6 +21,8 @@ use crate::support::memory::MemoryStore;
 pub struct Outcome {
     pub calls: u64,
     pub committed: u64,
+    /// Epochs of which part was stored again.
+    pub stored_again: u64,
     /// Commits and clones that a condemnation made begin again.
     pub refused: u64,
     pub opened: u64,
@@ -37,6 +39,7 @@ impl Outcome {
     pub fn add(&mut self, other: &Self) {
         self.calls += other.calls;
         self.committed += other.committed;
+        self.stored_again += other.stored_again;
         self.refused += other.refused;
         self.opened += other.opened;
         self.lost += other.lost;

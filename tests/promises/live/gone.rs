@@ -3,8 +3,11 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use epochfs::epoch::live::{LiveCommit, ROOT, Refusal, SetAttributes};
+use epochfs::epoch::{Moves, Survey};
+use epochfs::gc::{Collector, CollectorSettings};
 use epochfs::platform::files::{Files, SimFiles};
 
 use super::{Daemon, MACHINE, PAGE, create_machine, epoch_files, open_store};
@@ -42,6 +45,59 @@ fn p6_a_write_to_a_file_of_a_state_that_is_gone_is_refused() {
     second.write(b"memory", 0, &[4; PAGE]).unwrap();
     let epoch = second.commit().unwrap();
     assert_eq!(epoch_files(&second.store, epoch).unwrap()[&b"memory"[..]], [4; PAGE]);
+}
+
+/// The newest epoch is stored again under a live that goes on: its changes are not in that epoch, and all is in the next, also
+/// once nothing is left of where its files lay before.
+#[test]
+fn p6_a_live_goes_on_over_an_epoch_that_is_stored_again() {
+    let files = machine();
+    let daemon = start(&files, 1);
+    for (number, name) in [b"memory", b"disk00"].into_iter().enumerate() {
+        let bytes: Vec<u8> = (0..40 * PAGE).map(|at| (at / PAGE + 50 * number) as u8 + 1).collect();
+        daemon.write(name, 0, &bytes).unwrap();
+    }
+    let mut newest = daemon.commit().unwrap();
+    for round in 0..20_u8 {
+        daemon.write(b"memory", u64::from(round) * 2 * PAGE as u64, &[200 + round; PAGE]).unwrap();
+        newest = daemon.commit().unwrap();
+    }
+    let again = || {
+        let epoch = daemon.store.epoch(&crate::support::latest(MACHINE)).unwrap();
+        let moves: Moves = Survey::of(&epoch).unwrap().used.into_keys().collect();
+        let options = LiveCommit { moves: Some(Arc::new(moves)), ..LiveCommit::default() };
+        daemon.live.commit(options).unwrap().wait().unwrap().epoch
+    };
+    let before = epoch_files(&daemon.store, newest).unwrap();
+    // A change that no epoch has, and a name that the epoch does not know.
+    daemon.write(b"memory", PAGE as u64, &[9; PAGE]).unwrap();
+    daemon.live.rename((ROOT, b"disk00"), (ROOT, b"disk0"), false).unwrap();
+    let now = (daemon.read(b"memory").unwrap(), daemon.read(b"disk0").unwrap());
+    for _ in 0..3 {
+        let epoch = again();
+        assert!(epoch_files(&daemon.store, epoch).unwrap() == before, "epoch {epoch}");
+    }
+    let machine: Arc<str> = MACHINE.into();
+    let drop_older = || {
+        let head = daemon.store.repository().require(&machine).unwrap();
+        let newest = head.record.latest_epoch;
+        let epochs = daemon.store.repository().epochs(&head).unwrap().epochs;
+        daemon.store.drop_epochs(&machine, &epochs.iter().filter(|epoch| *epoch < newest).collect()).unwrap();
+        let settings = CollectorSettings { orphans_after: Duration::ZERO, ..CollectorSettings::default() };
+        let mut collector = Collector::new(daemon.store.clone(), settings);
+        collector.run(&mut |_, _| {}, &mut |_| Ok(())).unwrap();
+    };
+    drop_older();
+    assert!((daemon.read(b"memory").unwrap(), daemon.read(b"disk0").unwrap()) == now);
+    daemon.live.sync().unwrap();
+    drop(daemon);
+    // Another daemon goes on, and the next epoch has all of it.
+    let daemon = start(&files, 1);
+    assert!((daemon.read(b"memory").unwrap(), daemon.read(b"disk0").unwrap()) == now);
+    let epoch = daemon.commit().unwrap();
+    let files = epoch_files(&daemon.store, epoch).unwrap();
+    assert!((&files[&b"memory"[..]], &files[&b"disk0"[..]]) == (&now.0, &now.1));
+    assert!(daemon.store.verify(&mut |_, _| {}).unwrap().is_whole());
 }
 
 #[test]
