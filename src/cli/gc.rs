@@ -64,6 +64,7 @@ struct Options {
 
 #[derive(clap::Args)]
 struct Compact {
+    /// Machines by name.
     #[arg(required = true, value_name = "MACHINE")]
     machines: Vec<String>,
     /// The zstd level: epochs that are kept for long may be compressed harder than those that are made every second.
