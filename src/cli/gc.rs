@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use epochfs_format::GcBody;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::context::Context;
 use super::output::{plain, size, time};
 use crate::epoch::{CommitOptions, EpochStore};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::fs::this_host;
 use crate::gc::retention::parse_duration;
 use crate::gc::{Collector, CollectorSettings, CompactPlan, Plan, Step};
@@ -46,7 +46,7 @@ enum Action {
     /// older epochs stay until they are dropped, and then their packs are garbage. A machine that this host's daemon
     /// owns may go on running: what it has on the mount is neither committed nor touched.
     #[command(
-        after_help = "Examples:\n  epochfs gc compact web1\n  epochfs gc compact web1 web2 --yes\n  epochfs gc compact web1 --yes && epochfs prune web1 --keep-last 1 --yes && epochfs gc run --yes"
+        after_help = "Examples:\n  epochfs gc compact web1\n  epochfs gc compact --all --yes\n\nThen `epochfs prune` and `epochfs gc run` give back what it was moved out of."
     )]
     Compact(Compact),
     /// Tell what the last collection did or waits for, and who reads.
@@ -65,8 +65,11 @@ struct Options {
 #[derive(clap::Args)]
 struct Compact {
     /// Machines by name.
-    #[arg(required = true, value_name = "MACHINE")]
+    #[arg(required_unless_present = "all", value_name = "MACHINE")]
     machines: Vec<String>,
+    /// All machines but those that run on other hosts.
+    #[arg(long, conflicts_with = "machines")]
+    all: bool,
     /// The zstd level: epochs that are kept for long may be compressed harder than those that are made every second.
     #[arg(long, value_name = "LEVEL", default_value_t = -1, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     level: i32,
@@ -149,38 +152,69 @@ impl Compact {
         let directory = Some(context.local_directory(&store).join("gc"));
         let settings = CollectorSettings { directory, ..CollectorSettings::default() };
         let mut collector = Collector::new(store.clone(), settings);
-        let (mut documents, mut text) = (Vec::new(), String::new());
-        for machine in &self.machines {
-            let bar = context.progress(&format!("marking for {}", plain(machine)));
-            let machine: Arc<str> = machine.as_str().into();
-            let plan = collector.plan_compaction(&machine, &mut |done, total| bar.set_items(done, total))?;
-            bar.finish();
-            let mut document = serde_json::to_value(&plan).unwrap_or_else(|error| json!({"error": error.to_string()}));
-            text += &format!(
-                "{}@{} lies in {} objects, and is better done without {} of them: {} of its {} are to be stored again\n",
-                plain(&plan.machine),
-                plan.epoch,
-                plan.objects,
-                plan.moved_objects,
-                size(plan.moved_bytes),
-                size(plan.bytes)
-            );
-            let mut made = None;
-            if self.yes && !plan.moves.is_empty() {
-                let (epoch, stored) = self.store_again(context, &store, &machine, &plan)?;
-                text += &format!("{}@{epoch} holds the same, and {} were stored\n", plain(&machine), size(stored));
-                made = Some((epoch, stored));
+        let machines = match self.all {
+            true => store.repository().machines()?,
+            false => self.machines.iter().map(|name| name.as_str().into()).collect(),
+        };
+        let (mut documents, mut text, mut failed) = (Vec::new(), String::new(), None);
+        for machine in &machines {
+            match self.compact(context, &store, &mut collector, machine) {
+                Ok((document, sentence)) => {
+                    documents.push(document);
+                    text += &sentence;
+                }
+                // One that another host runs, that has no epoch, or that is gone is not what was meant.
+                Err(error) if self.all && matches!(error.kind(), Kind::Conflict | Kind::NotFound) => {
+                    context.notice(&format!("left out: {error}"));
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
             }
-            document["done"] = json!(made.is_some());
-            document["new_epoch"] = json!(made.map(|(epoch, _)| epoch));
-            document["stored_bytes"] = json!(made.map(|(_, stored)| stored));
-            documents.push(document);
         }
-        context.print(&json!({"machines": documents}), || text)?;
-        if !self.yes {
-            context.notice("nothing was done: repeat with --yes");
+        // What was done is told, whatever came then.
+        if failed.is_none() || !documents.is_empty() {
+            context.print(&json!({"machines": documents}), || text)?;
+        }
+        match failed {
+            Some(error) => return Err(error),
+            None if !self.yes => context.notice("nothing was done: repeat with --yes"),
+            None => {}
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    fn compact(
+        &self,
+        context: &Context,
+        store: &Arc<EpochStore>,
+        collector: &mut Collector,
+        machine: &Arc<str>,
+    ) -> Result<(Value, String)> {
+        let bar = context.progress(&format!("marking for {}", plain(machine)));
+        let plan = collector.plan_compaction(machine, &mut |done, total| bar.set_items(done, total))?;
+        bar.finish();
+        let mut document = serde_json::to_value(&plan).unwrap_or_else(|error| json!({"error": error.to_string()}));
+        let mut text = format!(
+            "{}@{} lies in {} objects, and is better done without {} of them: {} of its {} are to be stored again\n",
+            plain(&plan.machine),
+            plan.epoch,
+            plan.objects,
+            plan.moved_objects,
+            size(plan.moved_bytes),
+            size(plan.bytes)
+        );
+        let mut made = None;
+        if self.yes && !plan.moves.is_empty() {
+            let (epoch, stored) = self.store_again(context, store, machine, &plan)?;
+            text += &format!("{}@{epoch} holds the same, and {} were stored\n", plain(machine), size(stored));
+            made = Some((epoch, stored));
+        }
+        document["done"] = json!(made.is_some());
+        document["new_epoch"] = json!(made.map(|(epoch, _)| epoch));
+        document["stored_bytes"] = json!(made.map(|(_, stored)| stored));
+        Ok((document, text))
     }
 
     /// The epoch that was made, and how many bytes were stored for it.

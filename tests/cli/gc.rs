@@ -232,4 +232,7 @@ fn an_epoch_that_is_scattered_is_stored_again_and_the_rest_given_back() {
     world.ok(["gc", "run", "--yes"]);
     assert_eq!(world.json(["verify"])["whole"], true);
     world.run(["gc", "compact", "nobody", "--yes"]).code(5);
+    world.run(["gc", "compact", "--yes"]).code(2);
+    let all = world.json(["gc", "compact", "--all", "--yes"]);
+    assert_eq!(all["machines"][0]["machine"], "web1");
 }
