@@ -54,7 +54,7 @@ pub struct Which {
 /// Without --yes only the plan is shown.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs failover run --host rack4-node7 --yes\n  epochfs failover run web1 db --here --fenced --yes\n\nA file of rules, /etc/epochfs/failover.toml:\n  attach-at-once = 32\n  start-at-once = 8\n  budget = \"5s\"                  # a machine that takes longer is told of\n  [defaults]                     # guests of epochfs run\n  start = [\"{program}\", \"run\", \"--from\", \"{machine}\", \"--protect\", \"{machine}\", \"--interval\", \"1s\", \"--detach\"]\n  [machines.web1]                # a QEMU\n  live = true                    # it runs on its files on the mount\n  start = [\"{program}\", \"restore\", \"{machine}\", \"--live\", \"--detach\", \"--qmp\", \"/run/{machine}.qmp\", \"--\",\n           \"qemu-system-x86_64\", \"-machine\", \"q35\", \"-qmp\", \"unix:/run/{machine}.agent,server,nowait\"]\n  protect = [\"--qmp\", \"/run/{machine}.agent\", \"--rpo\", \"2s\"]\n  memory = \"4GiB\"\n  cpus = 2\n  priority = 10\n  after = [\"db\"]\n  apart = [\"web\"]                # no two of this group on one host\n  allowed = [\"zone1\"]"
+    after_help = "Examples:\n  epochfs failover run --host rack4-node7 --yes\n  epochfs failover run web1 db --here --fenced --yes\n\nA file of rules, /etc/epochfs/failover.toml:\n  attach-at-once = 32\n  start-at-once = 8\n  budget = \"5s\"                  # a machine that takes longer is told of\n  [defaults]                     # guests of epochfs run\n  start = [\"{program}\", \"run\", \"--from\", \"{machine}\", \"--protect\", \"{machine}\", \"--interval\", \"1s\", \"--detach\"]\n  [machines.web1]                # a QEMU\n  live = true                    # it runs on its files on the mount\n  start = [\"{program}\", \"restore\", \"{machine}\", \"--live\", \"--detach\", \"--qmp\", \"/run/{machine}.qmp\", \"--\",\n           \"qemu-system-x86_64\", \"-machine\", \"q35\", \"-qmp\", \"unix:/run/{machine}.agent,server,nowait\"]\n  protect = [\"--qmp\", \"/run/{machine}.agent\", \"--rpo\", \"2s\"]\n  memory = \"4GiB\"\n  cpus = 2\n  priority = 10\n  after = [\"db\"]\n  restart = true                 # also here, by serve --auto, when it dies alone\n  apart = [\"web\"]                # no two of this group on one host\n  allowed = [\"zone1\"]"
 )]
 pub struct Run {
     #[command(flatten)]
@@ -342,14 +342,14 @@ impl ServeCommand {
         let here = here(context, &self.config, How::Silent)?;
         let limits = here.config.limits()?;
         let stop: Receiver<i32> = super::protect::signals()?;
-        let mut serve = Serve { here, limits, is_auto: self.auto, tried: BTreeMap::new() };
+        let mut serve = Serve::new(here, limits, self.auto);
         context.notice("watching the other hosts");
         let screen = Screen::new(context);
         serve.run(&stop, &|progress| screen.show(progress), &mut |took: &Took| {
             screen.end();
             let document = json!({
                 "host": took.host,
-                "silent_ms": took.silent.as_secs_f64() * 1000.0,
+                "silent_ms": took.silent.map(|silent| silent.as_secs_f64() * 1000.0),
                 "machines": took.reports,
                 "left_out": left_out_document(&took.left_out),
                 "done": self.auto,
@@ -357,8 +357,11 @@ impl ServeCommand {
             match context.json() {
                 true => super::output::print(&format!("{document}\n")),
                 false => {
-                    let mut text =
-                        format!("{} has been silent for {:.1} s\n", plain(&took.host), took.silent.as_secs_f64());
+                    let host = plain(&took.host);
+                    let mut text = match took.silent {
+                        Some(silent) => format!("{host} has been silent for {:.1} s\n", silent.as_secs_f64()),
+                        None => format!("machines died on {host}, this host\n"),
+                    };
                     text += &report_text(&took.reports, &limits);
                     text += &left_out_text(&took.left_out);
                     super::output::print(&text)

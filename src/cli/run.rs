@@ -23,6 +23,7 @@ use crate::ha::ProtectionStatus;
 use crate::ops::control::socket_path;
 use crate::ops::daemon::{background, make_directory};
 use crate::ops::leased::Leased;
+use crate::ops::machine::processor_notes;
 use crate::ops::protect::Teller;
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lease::lease_of_host;
@@ -352,7 +353,7 @@ impl Run {
             memory: MEMORY.to_owned(),
             state: STATE.to_owned(),
             // The guest has the other processors.
-            options: CommitOptions { threads: 1, ..CommitOptions::default() },
+            options: CommitOptions { threads: 1, notes: processor_notes(), ..CommitOptions::default() },
             is_audited: self.audit,
         };
         Ok((protection, base))

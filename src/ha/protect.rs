@@ -223,11 +223,13 @@ fn run_until_stopped(protection: &mut Protection, once: bool, stop: &Receiver<()
             Health::Lost(why) if once => return Err(Error::new(Kind::Io, why)),
             Health::Idle(why) => {
                 run.is("idle", Some(format!("the machine does not run: it is {why}")));
+                run.tell();
                 interval = LOOK_INTERVAL;
                 continue;
             }
             Health::Lost(why) => {
                 run.is("lost", Some(why));
+                run.tell();
                 interval = LOOK_INTERVAL;
                 continue;
             }

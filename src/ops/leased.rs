@@ -12,6 +12,7 @@ use crate::epoch::Ownership;
 use crate::error::{Error, Result};
 use crate::platform::clock::{BootClock, Clock};
 use crate::platform::lease::{LeaseClaim, lease_of_host, watch_claim};
+use crate::platform::running::Running;
 use crate::vmm::agent::{Guard, Guarded, GuardedLease};
 
 /// How long an agent may keep a machine stopped; one of this process never says that it does.
@@ -20,6 +21,8 @@ const STOPPED_MAX: Duration = Duration::from_secs(60);
 /// For as long as the machine runs.
 pub struct Leased {
     _guard: Guard,
+    /// Told by this process, too: a guard may be killed.
+    _running: Running,
     is_over: Arc<AtomicBool>,
 }
 
@@ -30,8 +33,10 @@ impl Leased {
         let Some(lease) = lease_of_host(directory, &BootClock)? else { return Ok(None) };
         let claim = LeaseClaim::new(directory, lease.lease, ownership.since);
         let program = std::env::current_exe().map_err(|error| Error::io("cannot find this program", error))?;
-        let guarded = GuardedLease { claim: claim.clone(), process: None, live: None };
+        let guarded =
+            GuardedLease { claim: claim.clone(), machine: ownership.machine.to_string(), process: None, live: None };
         let guard = Guard::start(&program, &Guarded::Parent, STOPPED_MAX, Some(&guarded))?;
+        let running = Running::hold(directory, &ownership.machine)?;
         let is_over = Arc::new(AtomicBool::new(false));
         let of_thread = is_over.clone();
         std::thread::Builder::new()
@@ -47,7 +52,7 @@ impl Leased {
                 }
             })
             .map_err(|error| Error::io("cannot start a thread", error))?;
-        Ok(Some(Self { _guard: guard, is_over }))
+        Ok(Some(Self { _guard: guard, _running: running, is_over }))
     }
 }
 

@@ -1,6 +1,8 @@
 //! What this machine is, so that a figure or a finding can be told from another machine's.
 
+use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// The facts that figures depend on.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -40,6 +42,39 @@ fn processor_name(text: &str) -> String {
     text.lines()
         .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
         .map_or("unknown".to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// The note of an epoch that names what the processors had on which its machine ran.
+pub const PROCESSOR_NOTE: &str = "epochfs.cpu";
+
+/// What this host's processors have, in order.
+pub fn processor_features() -> Vec<String> {
+    features_in(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+}
+
+fn features_in(text: &str) -> Vec<String> {
+    let line = text.lines().find_map(|line| {
+        let (name, flags) = line.split_once(':')?;
+        matches!(name.trim(), "flags" | "Features").then_some(flags)
+    });
+    let mut features: Vec<String> = line.unwrap_or_default().split_ascii_whitespace().map(str::to_owned).collect();
+    features.sort_unstable();
+    features.dedup();
+    features.truncate(epochfs_format::HOST_FEATURES_MAX);
+    features
+}
+
+/// What an epoch of a machine that runs here says of this host's processors; nothing where they cannot be told.
+pub fn processor_notes() -> Vec<(String, String)> {
+    static NOTE: OnceLock<String> = OnceLock::new();
+    let note = NOTE.get_or_init(|| processor_features().join(" "));
+    if note.is_empty() { Vec::new() } else { vec![(PROCESSOR_NOTE.to_owned(), note.clone())] }
+}
+
+/// What the notes of an epoch say that the processors had on which its machine ran, if they say it.
+pub fn noted_features(notes: &[(String, String)]) -> Option<BTreeSet<String>> {
+    let (_, note) = notes.iter().find(|(name, _)| name == PROCESSOR_NOTE)?;
+    Some(note.split_ascii_whitespace().map(str::to_owned).collect())
 }
 
 /// A value in KiB from /proc/meminfo, in bytes.
@@ -100,5 +135,14 @@ mod tests {
         assert_eq!(processor_name("processor\t: 0\nmodel name\t: A B @ 2 GHz\n"), "A B @ 2 GHz");
         assert_eq!(processor_name(""), "unknown");
         assert_eq!(file_system_of(Path::new("/proc/self")), "proc");
+    }
+
+    #[test]
+    fn features_are_in_order_and_each_once_and_read_back_from_notes() {
+        assert_eq!(features_in("processor\t: 0\nflags\t\t: sse fpu avx2 sse\nflags\t: x\n"), ["avx2", "fpu", "sse"]);
+        assert!(features_in("").is_empty());
+        let here: BTreeSet<String> = processor_features().into_iter().collect();
+        assert_eq!(noted_features(&processor_notes()).unwrap_or_default(), here);
+        assert_eq!(noted_features(&[("other".into(), "sse".into())]), None);
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 use super::control::{Client, CommitRequest};
+use super::machine::processor_notes;
 use crate::error::{Error, Kind, Result};
 use crate::ha::{Config, Epochs, Host, MachineConfig, Policy, Protection, ProtectionStatus, Stored, Ticket, protect};
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
@@ -40,7 +41,8 @@ struct DaemonEpochs {
 impl Epochs for DaemonEpochs {
     fn freeze(&mut self) -> Result<Ticket> {
         let mut client = Client::connect(&self.socket)?.ok_or_else(|| no_daemon(&self.socket))?;
-        let request = CommitRequest { machine: self.machine.clone(), ..CommitRequest::default() };
+        let machine = self.machine.clone();
+        let request = CommitRequest { machine, notes: processor_notes(), ..CommitRequest::default() };
         let (done, is_done) = bounded(1);
         let (frozen, is_frozen) = bounded(1);
         std::thread::Builder::new()

@@ -112,6 +112,11 @@ impl LeaseClaim {
     pub fn new(directory: &Path, lease: Duration, since: Duration) -> Self {
         Self { file: LeaseFile::path_in(directory), lease, margin: margin(lease), since }
     }
+
+    /// Where the host keeps what belongs to the repository.
+    pub fn directory(&self) -> &Path {
+        self.file.parent().unwrap_or(Path::new("/"))
+    }
 }
 
 /// How long something may still run.

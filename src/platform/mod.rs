@@ -8,4 +8,5 @@ pub mod lease;
 pub mod lock;
 pub mod process;
 pub mod random;
+pub mod running;
 pub mod store;

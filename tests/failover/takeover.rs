@@ -4,18 +4,40 @@ use std::fs;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use epochfs::CommitOptions;
 use epochfs::platform::clock::Stopwatch;
 use rustix::process::Signal;
 
 use crate::world::{Host, World, becomes, can_run, is_alive, signal};
 
 /// How guests of `epochfs run` are started.
-const GUESTS: &str = "attach-at-once = 8\nstart-at-once = 4\n[defaults]\nmemory = \"16MiB\"\nstart = [\"{program}\", \"--repo\", \"{repo}\", \"--state-dir\", \"{state_dir}\", \
-\"run\", \"--from\", \"{machine}\", \"--protect\", \"{machine}\", \"--interval\", \"200ms\", \"--detach\"]\n";
+const START: [&str; 13] = [
+    "{program}",
+    "--repo",
+    "{repo}",
+    "--state-dir",
+    "{state_dir}",
+    "run",
+    "--from",
+    "{machine}",
+    "--protect",
+    "{machine}",
+    "--interval",
+    "200ms",
+    "--detach",
+];
 
 pub fn config(world: &World) -> String {
+    config_of(world, &[])
+}
+
+/// The same, with guests that are started by way of another program.
+pub fn config_of(world: &World, by: &[&str]) -> String {
     let path = world.path("failover.toml");
-    fs::write(&path, GUESTS).unwrap();
+    let words: Vec<String> = by.iter().chain(&START).map(|word| format!("{word:?}")).collect();
+    let start = words.join(", ");
+    let text = format!("attach-at-once = 8\nstart-at-once = 4\n[defaults]\nmemory = \"16MiB\"\nstart = [{start}]\n");
+    fs::write(&path, text).unwrap();
     path.display().to_string()
 }
 
@@ -148,4 +170,89 @@ fn a_host_that_falls_silent_is_stood_in_for_within_ten_seconds_at_default_limits
     eprintln!("both went on elsewhere {:?} after their host was killed", since.elapsed());
     end_guests(&b);
     end_guests(&c);
+}
+
+#[test]
+fn p3_a_machine_that_says_nothing_is_not_started_again_on_its_own_host_while_it_is_there() {
+    if !can_run("p3_a_machine_that_says_nothing_is_not_started_again") {
+        return;
+    }
+    let world = World::new();
+    let config = config(&world);
+    let mut host = world.mounted("a", "10s");
+    let pid = guest(&mut host, "web1");
+    assert!(becomes(Duration::from_secs(10), || newest(&world, "web1").0 > 0));
+    let term = newest(&world, "web1").1;
+    signal(pid, Signal::STOP);
+    // What it said last is not believed any more.
+    std::thread::sleep(Duration::from_secs(4));
+    let run = ["failover", "run", "web1", "--config", &config, "--here", "--yes"];
+    let document = host.json(&run);
+    assert_eq!(document["machines"][0]["stage"], "untouched", "{document:#}");
+    assert_eq!(newest(&world, "web1").1, term);
+    signal(pid, Signal::CONT);
+    signal(pid, Signal::KILL);
+    assert!(becomes(Duration::from_secs(5), || !is_alive(pid)));
+    assert!(becomes(Duration::from_secs(5), || host.json(&run)["machines"][0]["stage"] == "running"));
+    assert!(newest(&world, "web1").1 > term);
+    end_guests(&host);
+}
+
+#[test]
+fn a_machine_that_dies_alone_is_started_again_on_its_host_where_that_is_wanted_and_not_for_ever() {
+    if !can_run("a_machine_that_dies_alone_is_started_again") {
+        return;
+    }
+    let world = World::new();
+    let config = config(&world);
+    let rules = fs::read_to_string(&config).unwrap();
+    fs::write(&config, format!("{rules}[machines.web1]\nrestart = true\n")).unwrap();
+    let (mut a, b) = (world.mounted("a", "3s"), world.mounted("b", "3s"));
+    let _serving =
+        [Serving::start(&a, &config, &world.path("a.log")), Serving::start(&b, &config, &world.path("b.log"))];
+    let guests = [guest(&mut a, "web1"), guest(&mut a, "web2")];
+    assert!(becomes(Duration::from_secs(10), || newest(&world, "web1").0 > 0 && newest(&world, "web2").0 > 0));
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(guests.iter().all(|pid| is_alive(*pid)), "who runs is left alone");
+    let before = ["web1", "web2"].map(|machine| newest(&world, machine));
+    guests.iter().for_each(|pid| signal(*pid, Signal::KILL));
+    let log = || fs::read_to_string(world.path("a.log")).unwrap_or_default();
+    assert!(becomes(Duration::from_secs(20), || newest(&world, "web1").0 > before[0].0 + 2), "{}", log());
+    assert_eq!(newest(&world, "web1").2, "a", "its host lives");
+    assert_eq!(newest(&world, "web2"), before[1], "nobody asked for that");
+    // Again at once: it is not started before a while has passed.
+    let term = newest(&world, "web1").1;
+    end_guests(&a);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(newest(&world, "web1").1, term);
+    assert!(becomes(Duration::from_secs(20), || newest(&world, "web1").1 > term), "{}", log());
+    end_guests(&a);
+}
+
+#[test]
+fn a_machine_goes_to_no_host_whose_processors_lack_what_its_epoch_names() {
+    if !can_run("a_machine_goes_to_no_host_whose_processors_lack_what_its_epoch_names") {
+        return;
+    }
+    let world = World::new();
+    let config = config(&world);
+    let mut b = world.mounted("b", "10s");
+    let notes = vec![("epochfs.cpu".to_owned(), "fpu such_as_none_has".to_owned())];
+    let options = CommitOptions { notes, ..CommitOptions::default() };
+    let store = world.store();
+    let mut commit = store.begin_commit("old", options).unwrap();
+    commit.add_bytes("vmstate", *b"state").unwrap();
+    commit.finish().unwrap();
+    let refused = b.json(&["failover", "plan", "old", "--config", &config, "--here"]);
+    assert_eq!(refused["placements"].as_array().unwrap().len(), 0, "{refused:#}");
+    assert!(refused["unplaced"][0]["reason"].as_str().unwrap().contains("such_as_none_has"), "{refused:#}");
+    // A guest that is protected here says by its epochs what it had.
+    guest(&mut b, "web1");
+    assert!(becomes(Duration::from_secs(10), || newest(&world, "web1").0 > 0));
+    let shown = b.json(&["show", "web1"]);
+    let named = shown["notes"]["epochfs.cpu"].as_str().unwrap_or_default();
+    assert!(named.split(' ').any(|feature| feature == "fpu"), "{shown:#}");
+    let plan = b.json(&["failover", "plan", "web1", "--config", &config, "--here"]);
+    assert_eq!(plan["placements"].as_array().unwrap().len(), 1, "{plan:#}");
+    end_guests(&b);
 }

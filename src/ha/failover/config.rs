@@ -52,6 +52,8 @@ pub struct MachineRules {
     pub start: Option<Vec<String>>,
     /// What `epochfs protect` is given for it, behind its name; nothing where the command does that itself.
     pub protect: Option<Vec<String>>,
+    /// Whether it is started again on its own host when it dies there alone.
+    pub restart: Option<bool>,
     /// The streams of its memory and of the state of its devices.
     pub memory_stream: Option<String>,
     pub state_stream: Option<String>,
@@ -129,6 +131,7 @@ impl MachineRules {
             live: self.live.or(other.live),
             start: self.start.or(other.start),
             protect: self.protect.or(other.protect),
+            restart: self.restart.or(other.restart),
             memory_stream: self.memory_stream.or(other.memory_stream),
             state_stream: self.state_stream.or(other.state_stream),
         }
@@ -152,6 +155,10 @@ impl MachineRules {
 
     pub fn is_live(&self) -> bool {
         self.live.unwrap_or_default()
+    }
+
+    pub fn is_restarted(&self) -> bool {
+        self.restart.unwrap_or_default()
     }
 
     pub fn memory_stream(&self) -> &str {

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::fs::this_host;
 use crate::ha::hosts::{BEATS_EACH, Beats};
 use crate::ha::load_average;
-use crate::ops::machine::{memory_field, processors};
+use crate::ops::machine::{memory_field, processor_features, processors};
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lease::{LeaseClaim, LeaseFile, LeaseState};
 use crate::platform::lock::lock;
@@ -86,7 +86,7 @@ impl Heart {
             purpose: AtomicU8::new(0),
         };
         shared.look_for_orders();
-        Ok(Self { shared: Arc::new(shared), threads: Vec::new(), name: host.name, features: features() })
+        Ok(Self { shared: Arc::new(shared), threads: Vec::new(), name: host.name, features: processor_features() })
     }
 
     /// What it tells others than hosts.
@@ -272,31 +272,12 @@ fn measure(said: &mut Heartbeat) {
     said.load_milli = (load_average() * 1000.0) as u32;
 }
 
-/// What this host's processors have.
-fn features() -> Vec<String> {
-    features_in(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
-}
-
-fn features_in(text: &str) -> Vec<String> {
-    let line = text.lines().find_map(|line| {
-        let (name, flags) = line.split_once(':')?;
-        matches!(name.trim(), "flags" | "Features").then_some(flags)
-    });
-    let mut features: Vec<String> = line.unwrap_or_default().split_ascii_whitespace().map(str::to_owned).collect();
-    features.sort_unstable();
-    features.dedup();
-    features.truncate(epochfs_format::HOST_FEATURES_MAX);
-    features
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn features_are_in_order_and_each_once() {
-        assert_eq!(features_in("processor\t: 0\nflags\t\t: sse fpu avx2 sse\nflags\t: x\n"), ["avx2", "fpu", "sse"]);
-        assert!(features_in("").is_empty());
+    fn what_is_in_use_is_measured() {
         let mut said = Heartbeat::default();
         measure(&mut said);
         assert!(said.memory > 0 && said.memory_free <= said.memory && said.cpus > 0);

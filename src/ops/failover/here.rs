@@ -15,10 +15,11 @@ use crate::error::{Error, Result};
 use crate::fs::this_host;
 use crate::ha::failover::{FailoverConfig, Hands, Job, MachineRules, Values};
 use crate::ha::hosts::Hosts;
-use crate::ops::control::Client;
+use crate::ops::control::{Client, Protected};
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::{LeaseClaim, lease_of_host, silence_needed};
 use crate::platform::lock::lock;
+use crate::platform::running::Running;
 use crate::vmm::Daemon;
 
 /// How sure somebody is that machines do not run where they did.
@@ -127,14 +128,19 @@ impl Here {
             && lock(&self.hosts).for_how_long(&owner.host) < Some(LOOK * 10)
     }
 
-    /// Whether somebody here protects a machine, and said so just now.
-    fn runs_here(&self, machine: &str) -> bool {
-        let Ok(Some(status)) = Client::ask(&self.socket, Client::status) else { return false };
-        let runs = |state: &str| !matches!(state, "ended" | "lost");
-        status
-            .protected
-            .iter()
-            .any(|one| one.status.machine == machine && runs(&one.status.state) && one.said_ms_ago < 3000.0)
+    /// Whether a machine of this host runs: under a lease whoever looks after it tells, and else its agent, if he did so just now.
+    fn runs_here(&self, machine: &str) -> Result<bool> {
+        if self.owner()?.1.is_some() {
+            return Running::is_held(&self.directory, machine);
+        }
+        Ok(self.agent_of(machine).is_some_and(|one| one.status.state != "lost"))
+    }
+
+    /// What an agent here said of a machine just now, unless it does not look after it any more.
+    fn agent_of(&self, machine: &str) -> Option<Protected> {
+        let status = Client::ask(&self.socket, Client::status).ok().flatten()?;
+        let is_there = |one: &Protected| one.status.state != "ended" && one.said_ms_ago < 3000.0;
+        status.protected.into_iter().find(|one| one.status.machine == machine && is_there(one))
     }
 
     fn take(&self, machine: &Arc<str>, term: u64, rules: &MachineRules) -> Result<Option<LeaseClaim>> {
@@ -252,7 +258,7 @@ impl Hands for Here {
         }
         if let Some(owner) = &head.record.owner {
             let is_own = this_host(&self.directory)?.host == owner.host;
-            if is_own && self.runs_here(&machine) {
+            if is_own && self.runs_here(&machine)? {
                 return Ok(None);
             }
             if !is_own {
@@ -274,7 +280,11 @@ impl Hands for Here {
         let command = attached.rules.start.iter().flatten().map(|word| values.put(word)).collect::<Result<_>>()?;
         let is_isolated = self.how == How::Drill;
         let log = self.log("failover", &attached.machine);
-        let orders = WardenOrders { claim: attached.claim.clone(), command, log, is_isolated };
+        // A command of epochfs finds the repository and this host's state, however they were named here.
+        let environment = [("EPOCHFS_REPO", &values.repo), ("EPOCHFS_STATE_DIR", &values.state_dir)];
+        let environment = environment.map(|(name, value)| (name.to_owned(), value.clone())).to_vec();
+        let running = (self.directory.clone(), attached.machine.clone());
+        let orders = WardenOrders { claim: attached.claim.clone(), running, command, environment, log, is_isolated };
         let started = start(&self.program, &orders)?;
         phase("start");
         if self.how == How::Drill {
@@ -282,7 +292,9 @@ impl Hands for Here {
             return Ok(());
         }
         started.leave();
-        if let Some(arguments) = &attached.rules.protect {
+        // One whose machine died, and was started again, goes on with it.
+        let has_agent = self.agent_of(&job.machine).is_some();
+        if let Some(arguments) = attached.rules.protect.as_ref().filter(|_| !has_agent) {
             let mut command = Command::new(&self.program);
             command.arg("--repo").arg(&self.repository).arg("--state-dir").arg(&self.state_directory);
             command.args(["protect", &job.machine]);

@@ -12,6 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ha::failover::Job;
 use crate::ha::hosts::HostSeen;
 use crate::ha::plan::{Plan, Situation};
+use crate::ops::machine::noted_features;
 use crate::platform::lock::lock;
 
 /// A plan, and what it was made from.
@@ -68,8 +69,9 @@ pub fn live_plan(
     }
     let mut left_out = Vec::new();
     let machines: Vec<&String> = machines.iter().collect();
-    for (machine, found) in machines.iter().zip(at_once(here, &machines, &|machine| found(here, machine))) {
-        let (epoch, memory) = match found {
+    let ask = |machine: &&String| found(here, machine, features.contains_key(machine.as_str()));
+    for (machine, found) in machines.iter().zip(at_once(here, &machines, &ask)) {
+        let found = match found {
             Ok(found) => found,
             Err(error) if error.kind() == Kind::NotFound => {
                 left_out.push(((*machine).clone(), error.to_string()));
@@ -77,22 +79,31 @@ pub fn live_plan(
             }
             Err(error) => return Err(error),
         };
-        let none = BTreeSet::new();
-        let features = features.get(machine.as_str()).unwrap_or(&none);
-        situation.needs.push(here.config.need(machine, epoch, memory, features)?);
+        // The epoch knows best; where it was not read, or says nothing, the host does that ran the machine.
+        let said = features.get(machine.as_str()).cloned();
+        let features = found.features.or(said).unwrap_or_default();
+        situation.needs.push(here.config.need(machine, found.epoch, found.memory, &features)?);
     }
     let plan = situation.plan();
     Ok(LivePlan { situation, plan, left_out, own: hex(own) })
 }
 
-/// A machine's newest epoch, and how long its memory is.
-fn found(here: &Here, machine: &String) -> Result<(u64, u64)> {
+/// What a machine's newest epoch tells.
+struct Found {
+    epoch: u64,
+    memory: u64,
+    /// What the processors had on which it was made.
+    features: Option<BTreeSet<String>>,
+}
+
+/// Looks at a machine's newest epoch. It is not read where the operator says all that it could tell, or a host has said it.
+fn found(here: &Here, machine: &str, is_host_known: bool) -> Result<Found> {
     let rules = here.config.of(machine);
-    let name: Arc<str> = machine.as_str().into();
-    if rules.memory.is_some() {
+    let name: Arc<str> = machine.into();
+    if rules.memory.is_some() && (is_host_known || rules.cpu_features.is_some()) {
         return match here.store.repository().require(&name)?.record.latest_epoch {
             0 => Err(Error::not_found(format!("{machine} has no epoch that it could be started from"))),
-            epoch => Ok((epoch, 0)),
+            epoch => Ok(Found { epoch, memory: 0, features: None }),
         };
     }
     let epoch = here.store.epoch(&EpochName { machine: name, which: None })?;
@@ -100,7 +111,7 @@ fn found(here: &Here, machine: &String) -> Result<(u64, u64)> {
         Some(EntryKind::Stream(image)) => image.length,
         _ => 0,
     };
-    Ok((epoch.number(), memory))
+    Ok(Found { epoch: epoch.number(), memory, features: noted_features(&epoch.commit().notes) })
 }
 
 /// Asks something of many, as many at once as are attached at once: each waits for the repository.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
-use epochfs_format::HostPurpose;
+use epochfs_format::{HostPurpose, hex};
 
 use super::here::Here;
 use super::live::{live_plan, machines_of};
@@ -17,6 +17,7 @@ use crate::ops::control::Client;
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lease::lease_of_host;
 use crate::platform::lock::lock;
+use crate::platform::running::Running;
 
 /// How often the others are looked at least, where this host's lease is short.
 const LOOK_MIN: Duration = Duration::from_millis(100);
@@ -24,30 +25,38 @@ const LOOK_MIN: Duration = Duration::from_millis(100);
 /// Looks that come later than this after the one before say nothing about silence.
 const LATE: Duration = Duration::from_secs(5);
 
-/// How soon machines are tried again that could not be started, and how often.
+/// How soon machines are tried again that could not be started, or died again, and how often. After a while that is forgotten.
 const RETRY: Duration = Duration::from_secs(10);
 const TRIES_MAX: u32 = 3;
+const FORGOTTEN: Duration = Duration::from_secs(1800);
 
 /// One failover.
 pub struct Took {
     /// Whose machines they were.
     pub host: String,
-    pub silent: Duration,
+    /// For how long that host has been silent; nothing where machines of this host died alone.
+    pub silent: Option<Duration>,
     pub reports: Vec<MachineReport>,
     /// What had no host, and why.
     pub left_out: Vec<(String, String)>,
 }
 
 pub struct Serve {
-    pub here: Here,
-    pub limits: Limits,
+    here: Here,
+    limits: Limits,
     /// Whether machines are started, or only what would be started is told.
-    pub is_auto: bool,
+    is_auto: bool,
     /// Machines that were tried: how often, and when last.
-    pub tried: BTreeMap<String, (u32, Stopwatch)>,
+    tried: BTreeMap<String, (u32, Stopwatch)>,
+    /// Machines of this host that did not run when it was looked last.
+    dead: BTreeSet<String>,
 }
 
 impl Serve {
+    pub fn new(here: Here, limits: Limits, is_auto: bool) -> Self {
+        Self { here, limits, is_auto, tried: BTreeMap::new(), dead: BTreeSet::new() }
+    }
+
     /// Watches until it is told to stop. `took` hears of each failover, `told` how far one is.
     pub fn run(
         &mut self,
@@ -94,27 +103,57 @@ impl Serve {
         for host in &seen {
             let is_failed = host.id != *own && host.is_silent && !host.lease().is_zero();
             if is_failed && host.purpose != HostPurpose::Maintenance {
-                self.fail_over(own, host, &seen, told, took)?;
+                let machines = machines_of(&self.here, host, true)?;
+                self.fail_over(own, (&host.label(), Some(host.silent)), machines, &seen, told, took)?;
             }
         }
-        Ok(())
+        let dead = self.dead_here(own)?;
+        let label = seen.iter().find(|host| host.id == *own).map_or_else(|| hex(own), HostSeen::label);
+        self.fail_over(own, (&label, None), dead, &seen, told, took)
+    }
+
+    /// Machines of this host that are to be started again, and do not run: each has been seen so twice, for one that is being
+    /// started, or was ended in order, is told of a little later.
+    fn dead_here(&mut self, own: &[u8; 16]) -> Result<BTreeSet<String>> {
+        // Without a lease nobody tells what runs.
+        let has_lease = lease_of_host(&self.here.directory, &BootClock)
+            .is_ok_and(|lease| lease.is_some_and(|lease| !lease.lease.is_zero()));
+        let status = Client::ask(&self.here.socket, Client::status)?.filter(|_| has_lease);
+        let before = std::mem::take(&mut self.dead);
+        for one in status.iter().flat_map(|status| &status.protected) {
+            let machine = &one.status.machine;
+            let is_meant = self.here.config.of(machine).is_restarted() && one.status.state != "ended";
+            if is_meant && !Running::is_held(&self.here.directory, machine)? {
+                self.dead.insert(machine.clone());
+            }
+        }
+        let mut dead = BTreeSet::new();
+        for machine in self.dead.intersection(&before) {
+            let head = self.here.store.repository().head(&machine.as_str().into())?;
+            if head.is_some_and(|head| head.record.owner.is_some_and(|owner| owner.host == *own)) {
+                dead.insert(machine.clone());
+            }
+        }
+        Ok(dead)
     }
 
     fn fail_over(
         &mut self,
         own: &[u8; 16],
-        host: &HostSeen,
+        (host, silent): (&str, Option<Duration>),
+        mut machines: BTreeSet<String>,
         seen: &[HostSeen],
         told: &(dyn Fn(&Progress<'_>) + Sync),
         took: &mut dyn FnMut(&Took) -> Result<()>,
     ) -> Result<()> {
+        self.tried.retain(|_, (_, since)| since.elapsed() < FORGOTTEN);
         let may_try = |(tries, since): &(u32, Stopwatch)| *tries < TRIES_MAX && since.elapsed() > RETRY;
-        let mut machines: BTreeSet<String> = machines_of(&self.here, host, true)?;
         machines.retain(|machine| self.tried.get(machine).is_none_or(may_try));
         if machines.is_empty() {
             return Ok(());
         }
-        let live = live_plan(&self.here, own, &machines, seen, false)?;
+        // What died here alone goes nowhere else while this host lives.
+        let live = live_plan(&self.here, own, &machines, seen, silent.is_none())?;
         let mut left_out = live.left_out.clone();
         left_out.extend(live.plan.unplaced.iter().map(|one| (one.machine.clone(), one.reason.clone())));
         let jobs = live.own_jobs();
@@ -132,9 +171,10 @@ impl Serve {
                 jobs.iter().map(|job| MachineReport { machine: job.machine.clone(), ..Default::default() }).collect()
             }
         };
-        for report in reports.iter().filter(|report| report.stage == Stage::Running) {
+        // One that dies again and again where it is started again is left alone in the end.
+        for report in reports.iter().filter(|report| report.stage == Stage::Running && silent.is_some()) {
             self.tried.remove(&report.machine);
         }
-        took(&Took { host: host.label(), silent: host.silent, reports, left_out })
+        took(&Took { host: host.to_owned(), silent, reports, left_out })
     }
 }

@@ -19,13 +19,18 @@ use crate::ops::daemon::background;
 use crate::platform::clock::{BootClock, Clock};
 use crate::platform::lease::{LeaseClaim, watch_claim};
 use crate::platform::process::{ProcessSeen, open_log};
+use crate::platform::running::Running;
 
 /// What a warden is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WardenOrders {
     /// The lease that all of it runs under; nothing where this host has no leases.
     pub claim: Option<LeaseClaim>,
+    /// Where it is told that the machine runs here, and what it is called.
+    pub running: (PathBuf, String),
     pub command: Vec<String>,
+    /// What the command's environment has beyond this one's.
+    pub environment: Vec<(String, String)>,
     /// Where the command's output goes.
     pub log: PathBuf,
     /// Whether it is to reach no network.
@@ -42,6 +47,8 @@ pub fn warden(orders: &WardenOrders) -> Result<()> {
     let log = open_log(&orders.log)?;
     let copied = log.try_clone().map_err(|error| Error::io("cannot duplicate a descriptor", error))?;
     let isolation: &[&str] = if orders.is_isolated { &["unshare", "--net", "--"] } else { &[] };
+    let (directory, machine) = &orders.running;
+    let _running = Running::hold(directory, machine)?;
     let mut words = isolation.iter().map(|&word| word.to_owned()).chain(orders.command.iter().cloned());
     let program = words.next().ok_or_else(|| Error::usage("no command is given to start the machine"))?;
     if let Some(claim) = orders.claim.clone() {
@@ -62,6 +69,7 @@ pub fn warden(orders: &WardenOrders) -> Result<()> {
     // Only now: nothing is started that nobody would end.
     let child = Command::new(&program)
         .args(words)
+        .envs(orders.environment.iter().cloned())
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(copied)

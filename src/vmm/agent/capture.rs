@@ -12,6 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::flush::hand_over_files;
 use crate::platform::lease::LeaseClaim;
+use crate::platform::running::Running;
 use crate::uffd::Peer;
 
 /// An agent that has a machine stopped for so long hangs, and is killed by the guard.
@@ -37,6 +38,8 @@ pub struct MachineAgent {
     lessor: Option<Box<dyn Lessor>>,
     /// Whether the guard ends the machine when the lease is over.
     is_leased: bool,
+    /// Told by this process, too, until the machine's has ended: a guard may be killed.
+    running: Option<Running>,
 }
 
 /// Who grants the lease that a machine runs under.
@@ -68,6 +71,7 @@ impl MachineAgent {
             machine,
             lessor: None,
             is_leased: false,
+            running: None,
         })
     }
 
@@ -93,7 +97,9 @@ impl MachineAgent {
         let machine = self.control.peer()?;
         let process = Some(NamedProcess::of(&machine)?);
         self.machine = Some(machine);
-        let lease = claim.map(|claim| GuardedLease { claim, process, live: Some(self.live.clone()) });
+        let name = self.live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+        self.running = claim.as_ref().map(|claim| Running::hold(claim.directory(), &name)).transpose()?;
+        let lease = claim.map(|claim| GuardedLease { claim, machine: name, process, live: Some(self.live.clone()) });
         let guarded = Guarded::Monitor(self.monitor.clone());
         self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, lease.as_ref())?);
         Ok(())
@@ -187,6 +193,9 @@ impl Parts {
 
 impl Agent for MachineAgent {
     fn health(&mut self) -> Health {
+        if self.machine.as_ref().is_some_and(Peer::has_ended) {
+            self.running = None;
+        }
         if self.has_lost_guard()
             && let Err(error) = self.renew_guard()
         {

@@ -20,6 +20,7 @@ use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::{LeaseClaim, watch_claim};
 use crate::platform::process::ProcessSeen;
+use crate::platform::running::Running;
 use crate::uffd::Peer;
 
 const STOPPING: u8 = b's';
@@ -37,6 +38,8 @@ const TRY_FOR: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuardedLease {
     pub claim: LeaseClaim,
+    /// What the machine is called.
+    pub machine: String,
     /// The machine's process, where that is not the one that starts the guard.
     pub process: Option<NamedProcess>,
     /// The machine's directory on the mount, of which its process must have files.
@@ -127,6 +130,8 @@ impl Drop for Guard {
 /// the machine runs.
 pub fn guard(guarded: &Guarded, patience: Duration, lease: Option<&GuardedLease>) -> Result<()> {
     let machine = lease.map(|lease| hold(guarded, lease)).transpose()?;
+    // For as long as this guards it, nobody on this host starts it again.
+    let _running = lease.map(running).transpose()?;
     let is_done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let mut watching = None;
@@ -166,6 +171,10 @@ fn hold(guarded: &Guarded, lease: &GuardedLease) -> Result<Peer> {
         }
         _ => Ok(machine),
     }
+}
+
+fn running(lease: &GuardedLease) -> Result<Running> {
+    Running::hold(lease.claim.directory(), &lease.machine)
 }
 
 /// A process by its number and when it began: numbers are used again.
