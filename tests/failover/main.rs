@@ -6,4 +6,5 @@ mod clocks;
 mod fencing;
 mod schedule;
 mod takeover;
+mod watcher;
 mod world;

@@ -174,6 +174,20 @@ impl Host {
         pid
     }
 
+    /// The same with a guest that gives way to all other processes.
+    #[track_caller]
+    pub fn niced_guest(&mut self, arguments: &[&str]) -> i32 {
+        let pid = self.guest(arguments);
+        let pids: Vec<String> = fs::read_dir(format!("/proc/{pid}/task"))
+            .unwrap()
+            .flatten()
+            .map(|thread| thread.file_name().to_string_lossy().into_owned())
+            .collect();
+        let niced = Command::new("renice").args(["-n", "19", "-p"]).args(pids).output().unwrap();
+        assert!(niced.status.success(), "{niced:?}");
+        pid
+    }
+
     /// The first process that is to end with this host.
     pub fn started_first(&self) -> i32 {
         self.started[0]
