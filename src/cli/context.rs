@@ -8,7 +8,7 @@ use super::progress::Progress;
 use crate::epoch::{EpochStore, open_store};
 use crate::error::{Error, Result};
 use crate::ops::control::{Client, socket_path, sockets};
-use crate::platform::store::{CacheSettings, Location};
+use crate::platform::store::{Cache, CacheSettings, Location};
 use crate::repo::{Repository, state_dir};
 
 pub struct Context {
@@ -96,6 +96,15 @@ impl Context {
     /// Where this host keeps what belongs to an opened repository.
     pub fn local_directory(&self, store: &EpochStore) -> PathBuf {
         store.repository().local_directory(&self.state_directory())
+    }
+
+    /// What this host keeps of a bucket's objects, if it keeps any.
+    pub fn block_cache(&self, store: &EpochStore) -> Result<Option<Cache>> {
+        if self.location()?.directory().is_some() || self.global.cache_size == 0 {
+            return Ok(None);
+        }
+        let directory = self.local_directory(store).join("cache");
+        Ok(Some(Cache::new(CacheSettings { directory, len_max: self.global.cache_size })))
     }
 
     /// The socket of the daemon that has the repository mounted here, or would be.

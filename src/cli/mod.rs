@@ -25,6 +25,7 @@ mod output;
 mod progress;
 mod protect;
 mod prune;
+mod repair;
 mod restore;
 mod rm;
 mod run;
@@ -128,6 +129,7 @@ enum Command {
     Gc(gc::Gc),
     Run(run::Run),
     Verify(verify::Verify),
+    Repair(repair::Repair),
     Warm(warm::Warm),
     Stats(stats::Stats),
     Mount(mount::Mount),
@@ -162,6 +164,7 @@ impl Command {
             Self::Gc(command) => command.run(context),
             Self::Run(command) => command.run(context),
             Self::Verify(command) => command.run(context),
+            Self::Repair(command) => command.run(context),
             Self::Warm(command) => command.run(context),
             Self::Stats(command) => command.run(context),
             Self::Mount(command) => command.run(context),

@@ -145,6 +145,7 @@ impl CommitBuilder {
             return Err(Error::usage("an epoch takes a message of at most 64 KiB, and at most 1,000 tags and notes"));
         }
         repository.check_room()?;
+        repository.objects().look_for_quarantined()?;
         // The owner knows its machine's newest record. Should another have come, the put of the next one will show it.
         let known = options.term.and_then(|term| repository.known_head(&machine, term));
         let head = match known {

@@ -9,7 +9,7 @@ use epochfs_format::{
     BlockKind, FANOUT, Hash, Image, Node, NodeEditor, ObjectRef, Place, Root, level_span, levels_for,
 };
 
-use super::leaf::{LeafWork, PageChange};
+use super::leaf::{LeafWork, PageChange, unless_damaged};
 use super::moves::Moves;
 use super::nodes::{LoadedNode, Nodes, Stored};
 use super::tree::{child, page_count};
@@ -255,7 +255,10 @@ impl<'a> TreeEditor<'a> {
                 None => self.parent.clone(),
                 Some(above) => above.parent.as_ref().and_then(|node| child(node, (index % FANOUT as u64) as usize)),
             };
-            let parent = root.map(|root| self.load_parent(&root, level)).transpose()?;
+            let parent = match root.map(|root| self.load_parent(&root, level)).transpose() {
+                Err(error) if !self.keeps => unless_damaged(error)?,
+                parent => parent?,
+            };
             let editor = match &parent {
                 Some(parent) if self.keeps => NodeEditor::of(&parent.node),
                 _ => NodeEditor::new(level),
@@ -317,7 +320,9 @@ impl<'a> TreeEditor<'a> {
         if let Some(parent) = &parent {
             for slot in 0..FANOUT {
                 let (before, after) = (parent.node.hash(slot), node.hash(slot));
-                if before != after {
+                // What is below is what it was, and yet it may lie elsewhere, where what was there is damaged.
+                let lies_elsewhere = || set.binary_search(&slot).is_ok() && parent.node.place(slot) != node.place(slot);
+                if before != after || lies_elsewhere() {
                     changed.push(slot as u16);
                 }
                 if after.is_none()
@@ -333,22 +338,25 @@ impl<'a> TreeEditor<'a> {
 }
 
 /// A finished node: shared with the parent if it came out as it was, and whole if it is moved. `changed` are the slots that
-/// differ.
+/// differ, or lie elsewhere.
 fn close(node: Node, parent: Option<&LoadedNode>, changed: impl Iterator<Item = u16>, is_moved: bool) -> NewRoot {
     if node.is_empty() {
         return NewRoot::Empty;
     }
-    let digest = node.digest();
+    let (digest, mut changed) = (node.digest(), changed.peekable());
     match parent {
         _ if is_moved => NewRoot::New(Box::new(NewNode { node, digest, patch: None })),
-        Some(parent) if parent.root.digest == digest => NewRoot::Stored(parent.root.clone()),
+        Some(parent) if parent.root.digest == digest && changed.peek().is_none() => {
+            NewRoot::Stored(parent.root.clone())
+        }
         _ => NewRoot::New(Box::new(NewNode::new(node, digest, parent, changed))),
     }
 }
 
 /// How many pages lie below a node.
 fn count_pages(load: &dyn Fn(&Root, u8) -> Result<Arc<LoadedNode>>, root: &Root, level: u8) -> Result<u64> {
-    let loaded = load(root, level)?;
+    // They are counted for people: what cannot be read is none.
+    let Some(loaded) = load(root, level).map(Some).or_else(unless_damaged)? else { return Ok(0) };
     if level == 0 {
         return Ok(loaded.node.count() as u64);
     }

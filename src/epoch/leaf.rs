@@ -11,7 +11,7 @@ use super::moves::Moves;
 use super::nodes::{LoadedNode, Nodes};
 use super::source::Source;
 use super::tree::LEAF_PAGES;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
 use crate::repo::{CollectorLog, Index};
 
@@ -55,6 +55,8 @@ pub struct LeafWork {
     /// Whether the leaf itself is to be stored again, though nothing in it may differ.
     pub is_moved: bool,
     pub blocks: Vec<u8>,
+    /// How many of the changes put the parent's page elsewhere, because its block there is damaged.
+    pub lost: usize,
     /// Bytes that were read.
     pub read: u64,
 }
@@ -124,8 +126,16 @@ impl Worker {
     }
 
     pub fn run(&mut self, job: &LeafJob, source: &dyn Source, shared: &Shared) -> Result<LeafWork> {
-        let parent = job.parent.as_ref().map(|root| shared.nodes.load(root, 0)).transpose()?;
+        let parent = match job.parent.as_ref().map(|root| shared.nodes.load(root, 0)).transpose() {
+            Err(error) if job.rest_is_zero => unless_damaged(error)?,
+            parent => parent?,
+        };
         let before = |slot: usize| parent.as_ref().and_then(|leaf| leaf.node.hash(slot));
+        let quarantined = shared.nodes.objects().quarantined();
+        let is_lost = |slot: usize| {
+            let place = || parent.as_ref().and_then(|leaf| leaf.node.place(slot));
+            !quarantined.is_empty() && place().is_some_and(|place| quarantined.holds(&place))
+        };
         let (mut zeros, mut filled) = (Vec::new(), Vec::new());
         let (mut next_slot, mut in_buffer, mut read) = (0, 0, 0);
         // All runs are read before anything is hashed or looked up: many pages at a time cost less each.
@@ -160,9 +170,10 @@ impl Worker {
         let changed: Vec<(usize, &Page, Hash)> = filled
             .iter()
             .zip(&self.hashes)
-            .filter(|((slot, _), hash)| before(*slot) != Some(hash))
+            .filter(|((slot, _), hash)| before(*slot) != Some(hash) || is_lost(*slot))
             .map(|((slot, page), hash)| (*slot, *page, *hash))
             .collect();
+        let lost = changed.iter().filter(|(slot, _, hash)| before(*slot) == Some(hash)).count();
         let known = find_known(&changed, shared);
         let (mut changes, mut blocks) = (Vec::with_capacity(changed.len() + zeros.len()), shared.spare.take());
         let mut zeros = zeros.into_iter().peekable();
@@ -181,7 +192,8 @@ impl Worker {
             changes.push((*slot as u16, change));
         }
         changes.extend(zeros.map(|zero| (zero as u16, PageChange::Zero)));
-        let mut work = LeafWork { index: job.index, parent, changes, moved: Vec::new(), is_moved: false, blocks, read };
+        let mut work =
+            LeafWork { index: job.index, parent, changes, moved: Vec::new(), is_moved: false, blocks, lost, read };
         if let Some(moves) = &shared.moves {
             self.move_pages(moves, shared, &mut work)?;
         }
@@ -211,6 +223,17 @@ impl Worker {
             work.moved.push((slot, hash, start..work.blocks.len()));
         }
         Ok(())
+    }
+}
+
+/// A parent's node that is damaged is none to a commit that has all pages by itself: it is made without it, and anew.
+pub fn unless_damaged<T>(error: Error) -> Result<Option<T>> {
+    match error.kind() {
+        Kind::Damaged => {
+            tracing::warn!("a commit does without a node of its parent: {error}");
+            Ok(None)
+        }
+        _ => Err(error),
     }
 }
 

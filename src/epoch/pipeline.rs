@@ -10,7 +10,7 @@ use epochfs_format::{Image, PAGE_SIZE, Page};
 
 use super::edit::{NewRoot, TreeEditor};
 use super::fetch::Fetcher;
-use super::leaf::{LEAF_LEN, LeafJob, LeafWork, PageChange, Shared, Worker};
+use super::leaf::{LEAF_LEN, LeafJob, LeafWork, PageChange, Shared, Worker, unless_damaged};
 use super::nodes::Nodes;
 use super::ranges::Ranges;
 use super::reader::fill_pages;
@@ -126,7 +126,10 @@ impl<'a> Jobs<'a> {
             next = self.next_range()?;
         }
         let parent = match self.job.parent {
-            Some(image) => leaf_root(&self.shared.nodes, image, index)?,
+            Some(image) => match leaf_root(&self.shared.nodes, image, index) {
+                Err(error) if rest_is_zero => unless_damaged(error)?,
+                root => root?,
+            },
             None => None,
         };
         Ok(Some(LeafJob { index, runs, parent, rest_is_zero }))
@@ -234,7 +237,7 @@ impl Sequencer<'_, '_> {
     fn take(&mut self, work: LeafWork) -> Result<()> {
         let counts = &mut *self.counts;
         counts.read_bytes += work.read;
-        counts.changed_pages += work.changes.len() as u64;
+        counts.changed_pages += (work.changes.len() - work.lost) as u64;
         let known = work.changes.iter().filter(|(_, change)| matches!(change, PageChange::Known { .. })).count();
         counts.deduplicated_pages += known as u64;
         let recent = &self.shared.recent;

@@ -11,6 +11,7 @@ use epochfs_format::{
 };
 
 use super::cache::TwoGenerations;
+use super::quarantine::{Lists, Quarantined};
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
 use crate::platform::store::{Put, Store, Tail};
@@ -51,6 +52,7 @@ pub struct Objects {
     existing: Mutex<TwoGenerations<ObjectRef, ()>>,
     /// Decoders that nobody uses just now: making one costs more than a page.
     decoders: Mutex<Vec<PageDecoder>>,
+    quarantine: Lists,
 }
 
 impl Objects {
@@ -62,7 +64,31 @@ impl Objects {
             tails: Mutex::new(TwoGenerations::new(TAIL_CACHE_LEN)),
             existing: Mutex::new(TwoGenerations::new(EXISTING_LEN)),
             decoders: Mutex::new(Vec::new()),
+            quarantine: Lists::default(),
         }
+    }
+
+    /// The blocks that no commit may take a page from, as far as they were looked for.
+    pub fn quarantined(&self) -> Arc<Quarantined> {
+        self.quarantine.known()
+    }
+
+    /// The same, looked for now; or a moment ago, if the store is far away.
+    pub fn look_for_quarantined(&self) -> Result<Arc<Quarantined>> {
+        self.quarantine.look(&*self.store, &self.repository)
+    }
+
+    /// Lists these blocks, and no others, as damaged: of each object the offsets and lengths, all in rising order.
+    pub fn quarantine(&self, blocks: &[(ObjectRef, Vec<(u32, u32)>)]) -> Result<u64> {
+        self.quarantine.write(&*self.store, &self.repository, blocks)
+    }
+
+    /// Puts a repaired object in the place of the damaged one, and forgets what was kept of that.
+    pub fn replace(&self, object: &ObjectRef, bytes: &[u8]) -> Result<()> {
+        let replaced = self.store.replace(&object_key(object), bytes);
+        lock(&self.footers).remove(object);
+        lock(&self.tails).remove(object);
+        replaced
     }
 
     pub fn store(&self) -> &Arc<dyn Store> {

@@ -13,6 +13,7 @@ mod name;
 mod node;
 mod object;
 mod page;
+mod quarantine;
 mod record;
 mod reference;
 mod summary;
@@ -29,11 +30,11 @@ pub use journal::{
 };
 pub use manifest::{Attributes, EntryKind, IMAGE_LEN_MAX, Image, Manifest, ManifestEntry, Root};
 pub use name::{
-    BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, HOSTS_PREFIX, HostObject, NAME_LEN_MAX, READERS_PREFIX,
-    RECORDS_A_SEGMENT, RESERVE_KEY, STREAM_PATH_LEN_MAX, birth_key, check_machine, check_stream_path, check_tag,
-    decode_component, encode_component, gc_record_key, heartbeat_key, hex, host_order_key, host_prefix, lease_key,
-    log_prefix, machine_traces_prefix, pack_key, parse_host_key, parse_id, parse_lease_key, record_key, record_seq,
-    segment_name, summary_key, trace_prefix, trace_seq,
+    BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, HOSTS_PREFIX, HostObject, NAME_LEN_MAX, QUARANTINE_PREFIX,
+    READERS_PREFIX, RECORDS_A_SEGMENT, RESERVE_KEY, STREAM_PATH_LEN_MAX, birth_key, check_machine, check_stream_path,
+    check_tag, decode_component, encode_component, gc_record_key, heartbeat_key, hex, host_order_key, host_prefix,
+    lease_key, log_prefix, machine_traces_prefix, pack_key, parse_host_key, parse_id, parse_lease_key, quarantine_key,
+    record_key, record_seq, segment_name, summary_key, trace_prefix, trace_seq,
 };
 pub use node::{
     FANOUT, LEVELS_MAX, Node, NodeEditor, NodePatch, Slot, StoredNode, decode_node, level_span, levels_for,
@@ -43,6 +44,7 @@ pub use object::{
     Trailer, check_header, encode_header,
 };
 pub use page::{Hash, PAGE_SIZE, Page, hash_page, hash_pages, is_zero};
+pub use quarantine::{QUARANTINED_MAX, Quarantine};
 pub use record::{Body, Commit, INLINE_MANIFEST_LEN_MAX, ManifestPlace, Owner, Record};
 pub use reference::{ObjectRef, Place};
 pub use summary::{EpochSet, SUMMARY_STEP, Summary, summary_span};

@@ -167,6 +167,14 @@ pub fn birth_key(writer: &[u8; 16]) -> String {
     format!("{BIRTHS_PREFIX}{}", hex(writer))
 }
 
+/// Where it is said which blocks are known to be damaged.
+pub const QUARANTINE_PREFIX: &str = "quarantine/";
+
+/// The key of a list of damaged blocks.
+pub fn quarantine_key(id: &[u8; 16]) -> String {
+    format!("{QUARANTINE_PREFIX}{}", hex(id))
+}
+
 /// Where hosts say that they live, and are told what they are there for.
 pub const HOSTS_PREFIX: &str = "hosts/";
 

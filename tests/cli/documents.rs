@@ -233,7 +233,32 @@ fn every_command_prints_a_document_with_its_fields() {
     check(&["rm", "web1@1", "--yes"], &["machines", "epochs[].machine", "epochs[].epoch", "done"]);
     check(
         &["verify"],
-        &["objects", "bytes", "pages", "machines", "epochs", "problems", "broken_epochs", "unknown_objects", "whole"],
+        &[
+            "objects",
+            "bytes",
+            "pages",
+            "machines",
+            "epochs",
+            "problems",
+            "broken_epochs",
+            "unknown_objects",
+            "resumed_at_bytes",
+            "whole",
+        ],
+    );
+    check(
+        &["repair"],
+        &[
+            "found",
+            "is_applied",
+            "repaired_objects",
+            "repaired_blocks",
+            "lost",
+            "quarantined_blocks",
+            "left",
+            "left.problems",
+            "whole",
+        ],
     );
     check(
         &["stats"],

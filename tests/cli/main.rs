@@ -16,6 +16,7 @@ mod live;
 mod mount;
 mod names;
 mod races;
+mod repair;
 mod repository;
 mod restore;
 mod restore_monitors;

@@ -20,5 +20,6 @@ mod live;
 mod model;
 mod moves;
 mod races;
+mod repair;
 mod summaries;
 mod support;

@@ -56,6 +56,8 @@ pub trait Files: Send + Sync {
     /// to `DIRECT_ALIGNMENT`; where the file system cannot, the call fails with `InvalidInput` and leaves nothing behind.
     fn create_new(&self, path: &Path, direct: bool) -> io::Result<Arc<dyn File>>;
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Gives a file another name in one step, in the place of whatever file has that name.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     fn remove_file(&self, path: &Path) -> io::Result<()>;
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Removes an empty directory.

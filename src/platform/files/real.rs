@@ -103,6 +103,11 @@ impl Files for RealFiles {
         fs::hard_link(from, to)
     }
 
+    #[allow(clippy::disallowed_methods, reason = "to replace is what is asked for")]
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
     }

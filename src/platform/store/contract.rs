@@ -15,6 +15,7 @@ pub(crate) fn check(store: &Arc<dyn Store>) {
     keys(&**store);
     lists(&**store);
     deletes(&**store);
+    replacements(store);
     writers(&**store);
     counts(&**store);
     races(store, 16, 200);
@@ -108,6 +109,39 @@ fn whole_objects(store: &dyn Store) {
     assert_eq!(&store.get("w/a").unwrap()[..], b"first");
     store.delete("w/a").unwrap();
     store.delete("w/large").unwrap();
+}
+
+/// Whoever reads an object while it is replaced is given the old one or the new, whole.
+fn replacements(store: &Arc<dyn Store>) {
+    let [old, new] = [1, 2].map(|seed| random_bytes(seed, 100_000));
+    store.replace("p/absent", b"now there").unwrap();
+    assert_eq!(&store.get("p/absent").unwrap()[..], b"now there");
+    assert_eq!(store.put_if_absent("p/a", &[&old]).unwrap(), Put::Created);
+    assert_eq!(store.get_range("p/a", 7..9).unwrap(), old[7..9]);
+    let (reader, expected) = (Arc::clone(store), [old.clone(), new.clone()]);
+    let reading = thread::spawn(move || {
+        for _ in 0..50 {
+            let read = reader.get("p/a").unwrap();
+            assert!(expected.iter().any(|whole| read == *whole), "neither the old object nor the new");
+        }
+    });
+    for turn in 0..20 {
+        store.replace("p/a", if turn % 2 == 0 { &new } else { &old }).unwrap();
+    }
+    store.replace("p/a", &new).unwrap();
+    reading.join().unwrap();
+    assert_eq!(store.get("p/a").unwrap(), new);
+    assert_eq!(store.get_range("p/a", 7..9).unwrap(), new[7..9]);
+    assert_eq!(store.len("p/a").unwrap(), Some(new.len() as u64));
+    // A process that reads small pieces keeps the object open, and finds the new one once it distrusts the old.
+    let mut piece = [0; 10];
+    store.read_into("p/a", 5, &mut piece).unwrap();
+    store.distrust("p/a");
+    store.read_into("p/a", 5, &mut piece).unwrap();
+    assert_eq!(piece, new[5..15]);
+    assert_eq!(store.put_if_absent("p/a", &[b"third"]).unwrap(), Put::Exists);
+    ["p/a", "p/absent"].into_iter().for_each(|key| store.delete(key).unwrap());
+    assert!(list_all(&**store, "p/", None).is_empty());
 }
 
 fn keys(store: &dyn Store) {

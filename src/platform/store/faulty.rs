@@ -251,6 +251,10 @@ impl Store for FaultyStore {
         }
     }
 
+    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        self.change("replace", key, CHANGE, || self.inner.replace(key, bytes))
+    }
+
     fn settle(&self, key: &str) -> Result<()> {
         self.change("settle", key, OTHER, || self.inner.settle(key))
     }

@@ -1,10 +1,11 @@
 //! Objects: named, immutable byte strings. The whole repository is made of them.
 //!
-//! A store promises four things and nothing else:
+//! A store promises five things and nothing else:
 //! - an object that a put or a finished writer reported as created is durable and complete;
 //! - of several racing puts of one key, exactly one is told `Created`;
 //! - an object is absent or whole, never half there;
-//! - what was written is never changed, only deleted.
+//! - what was written is never changed, only deleted;
+//! - an object that is replaced, because it was damaged, is read as before or as after, whole.
 
 mod cached;
 mod cloud;
@@ -22,7 +23,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-pub use cached::{CacheSettings, CacheTotals, CachedStore};
+pub use cached::{Cache, CacheSettings, CacheTotals, CachedStore};
 pub use cloud::{Reach, TrafficTotals, Variables};
 pub use counters::{Counters, Totals};
 pub use faulty::FaultyStore;
@@ -139,6 +140,12 @@ pub trait Store: Send + Sync {
 
     /// Creates the object from the parts put end to end, durably, unless the key is taken.
     fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put>;
+
+    /// Puts an object durably in the place of what lies under its key, if anything does: whoever reads meanwhile is given
+    /// the old bytes or the new. For bytes alone that say what the object's name stands for, where what is stored does not.
+    fn replace(&self, key: &str, _bytes: &[u8]) -> Result<()> {
+        Err(Error::new(crate::error::Kind::Unsupported, format!("{} cannot replace object {key}", self.url())))
+    }
 
     /// Makes sure that an object that was found is durable, before anything leans on it: whoever wrote it may have died
     /// before that. One that a put or a finished writer reported is durable already.

@@ -153,6 +153,10 @@ impl Store for WeatherStore {
         self.under_it(|| self.inner.put_if_absent(key, parts))
     }
 
+    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        self.under_it(|| self.inner.replace(key, bytes))
+    }
+
     fn settle(&self, key: &str) -> Result<()> {
         self.inner.settle(key)
     }

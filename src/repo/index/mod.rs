@@ -138,6 +138,11 @@ impl Index {
                 return vec![None; hashes.len()];
             }
         };
+        let quarantined = objects.quarantined();
+        for place in found.iter_mut().filter(|place| place.as_ref().is_some_and(|place| quarantined.holds(place))) {
+            // That it is damaged is no fault of the index: what is stored anew takes its place.
+            *place = None;
+        }
         let claims: Vec<(Hash, Place)> =
             hashes.iter().zip(&found).filter_map(|(hash, place)| Some((*hash, place.clone()?))).collect();
         let claimed = found.iter_mut().filter(|slot| slot.is_some());

@@ -27,6 +27,7 @@ pub(super) fn rebuild(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Rebuilt> {
     let all = all_objects(objects)?;
+    let quarantined = objects.look_for_quarantined()?;
     // A writer that died may have left an object that is not durable. One of a directory stands for all in it.
     let mut settled = HashSet::new();
     for key in all.iter().map(object_key) {
@@ -38,7 +39,11 @@ pub(super) fn rebuild(
     for (done, object) in all.iter().enumerate() {
         progress(done as u64, rebuilt.objects);
         match objects.footer(object) {
-            Ok(footer) => database.put(object, footer.iter())?,
+            Ok(footer) => {
+                // Of a page that was stored again because one of its blocks is damaged, the other is found.
+                let whole = footer.iter().filter(|entry| !quarantined.holds_block(object, entry.offset));
+                database.put(object, whole)?;
+            }
             // One deleted meanwhile, or damaged: `verify` reports it; here it is only not indexed.
             Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged | Kind::Unsupported) => {
                 tracing::warn!(%error, "an object is not indexed");

@@ -92,6 +92,11 @@ impl Files for Lying {
         self.inner.hard_link(from, to)
     }
 
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.change()?;
+        self.inner.rename(from, to)
+    }
+
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         // The late name still needs the temporary file.
         if self.late.lock().expect("no test panics here").is_some() {

@@ -1,7 +1,7 @@
 //! P5: whatever is wrong with whatever object, `verify` names it, and no epoch is ever read wrong: its bytes are the
 //! right ones, or there is an error.
 
-mod repository;
+pub mod repository;
 
 use std::collections::BTreeMap;
 

@@ -81,6 +81,12 @@ impl Store for MemoryStore {
         Ok(Put::Created)
     }
 
+    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        check_key(key)?;
+        self.lock().insert(key.to_owned(), bytes.to_vec().into());
+        Ok(())
+    }
+
     fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
         check_key(key)?;
         Ok(Box::new(MemoryWriter { store: self.clone(), key: key.to_owned(), bytes: Vec::new() }))

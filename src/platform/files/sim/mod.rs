@@ -201,6 +201,10 @@ impl Files for SimFiles {
         })
     }
 
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.call(Needs::Nothing, |state| state.tree.rename(from, to))
+    }
+
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         self.call(Needs::Nothing, |state| state.tree.remove_file(path))
     }

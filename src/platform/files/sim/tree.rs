@@ -120,6 +120,20 @@ impl Tree {
         Ok(id)
     }
 
+    /// Names a file anew, in the place of whatever file has that name. Each directory's change reaches the disk by itself,
+    /// which is less than file systems promise.
+    pub fn rename(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        let node = self.find_file(from)?;
+        let (dir, name) = self.split(to)?;
+        if let Some(taken) = self.entries(dir)?.get(&name) {
+            self.data(*taken)?;
+        }
+        self.change(Change::Name { dir, name, node: Some(node), what: "rename" });
+        let (dir, name) = self.split(from)?;
+        self.change(Change::Name { dir, name, node: None, what: "rename away" });
+        Ok(())
+    }
+
     pub fn remove_file(&mut self, path: &Path) -> io::Result<()> {
         self.find_file(path)?;
         let (dir, name) = self.split(path)?;

@@ -123,6 +123,14 @@ impl Store for CachedStore {
         Ok(put)
     }
 
+    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        self.cache.forget(key);
+        let replaced = self.inner.replace(key, bytes);
+        // Somebody may have read what was there meanwhile.
+        self.cache.forget(key);
+        replaced
+    }
+
     fn settle(&self, key: &str) -> Result<()> {
         self.inner.settle(key)
     }

@@ -20,12 +20,14 @@ enum Step {
     Put(&'static str, usize),
     Stream(&'static str, usize),
     Delete(&'static str),
+    /// Something else in the place of what is there.
+    Replace(&'static str, usize),
     /// Another process makes a directory and dies before it syncs anything.
     Foreign(&'static str),
 }
 
 fn history() -> Vec<Step> {
-    use Step::{Delete, Foreign, Put, Stream};
+    use Step::{Delete, Foreign, Put, Replace, Stream};
     vec![
         Put("log/1", 700),
         Foreign("/stores/one/found"),
@@ -38,6 +40,8 @@ fn history() -> Vec<Step> {
         Stream("packs/cd/short", 3000),
         Put("log/1", 900),
         Put("top", 10),
+        Replace("log/1", 1200),
+        Replace("packs/ab/large", 2000),
         Delete("packs/ab/small"),
     ]
 }
@@ -89,7 +93,7 @@ fn run(sim: &SimFiles, files: &Arc<dyn Files>, retry: Retry) -> Vec<Event> {
     for (number, step) in history().into_iter().enumerate() {
         let began = sim.log_len();
         let (key, len) = match &step {
-            Step::Put(key, len) | Step::Stream(key, len) => (*key, Some(*len)),
+            Step::Put(key, len) | Step::Stream(key, len) | Step::Replace(key, len) => (*key, Some(*len)),
             Step::Delete(key) => (*key, None),
             Step::Foreign(path) => {
                 let _ = sim.create_dir(Path::new(path));
@@ -99,6 +103,7 @@ fn run(sim: &SimFiles, files: &Arc<dyn Files>, retry: Retry) -> Vec<Event> {
         let outcome = len.map(|len| random_bytes(number as u64, len));
         let step = |store: &LocalStore| match (&step, &outcome) {
             (Step::Stream(..), Some(bytes)) => stream(store, key, bytes),
+            (Step::Replace(..), Some(bytes)) => store.replace(key, bytes),
             (_, Some(bytes)) => put(store, key, bytes),
             (_, None) => store.delete(key),
         };
@@ -184,7 +189,7 @@ fn no_power_loss_takes_back_what_was_acknowledged() {
     let sim = SimFiles::new(0);
     let files: Arc<dyn Files> = Arc::new(sim.clone());
     let events = run(&sim, &files, Retry::SameStore);
-    assert_eq!(events.len(), 10);
+    assert_eq!(events.len(), 12);
     assert!(events.iter().all(|event| event.acknowledged.is_some()));
     check(&sim, sim.log_len(), &events).unwrap();
     if let Err(why) = cut_everywhere(&sim, &events, 10) {
@@ -378,6 +383,9 @@ impl Files for Lazy {
     }
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.files.hard_link(from, to)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.files.rename(from, to)
     }
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         self.files.remove_file(path)

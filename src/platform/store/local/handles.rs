@@ -1,5 +1,5 @@
 //! Open files, kept for the next read. Objects are immutable, so a handle stays right for as long as its file has
-//! a name.
+//! a name. One that lost it to a repaired object is closed when its bytes are found wrong.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};

@@ -1,7 +1,8 @@
 //! A store in a directory, of a local disk or of NFS.
 //!
 //! It leans on three properties of the file system: a hard link to a taken name fails, what a file was synced with
-//! survives a crash, and so do the names in a directory that was synced. It renames and overwrites nothing.
+//! survives a crash, and so do the names in a directory that was synced. It overwrites nothing, and renames nothing but
+//! what was repaired, in the place of what was damaged.
 
 mod buffer;
 #[cfg(test)]
@@ -248,6 +249,21 @@ impl Store for LocalStore {
     fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
         check_key(key)?;
         self.shared.put(key, parts)
+    }
+
+    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        check_key(key)?;
+        self.shared.replace(key, bytes)
+    }
+
+    fn distrust(&self, key: &str) -> bool {
+        // What is open may be what was damaged, and something else may have its name by now.
+        let is_replaced = |handle: Arc<Handle>| handle.file.links().is_ok_and(|links| links == 0);
+        let is_replaced = self.shared.handles.get(key).is_some_and(is_replaced);
+        if is_replaced {
+            self.shared.handles.forget(key);
+        }
+        is_replaced
     }
 
     fn settle(&self, key: &str) -> Result<()> {

@@ -155,6 +155,39 @@ impl Shared {
         Ok(put)
     }
 
+    /// Writes a file that is durable before it takes the name of the one that it replaces, in one step.
+    pub fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        self.check_usable(key)?;
+        self.check_here()?;
+        let failed = |error| self.write_error(key, error);
+        let temporary = self.temporary(false).map_err(failed)?;
+        temporary.write_at(0, bytes).map_err(failed)?;
+        temporary.sync().map_err(|error| {
+            let error = failed(error);
+            if error.kind() != Kind::NoSpace {
+                self.poison();
+            }
+            error
+        })?;
+        let path = self.path(key);
+        let renamed = match self.files.rename(&temporary.path, &path) {
+            // What is replaced may be missing, and its directory with it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => path
+                .parent()
+                .map_or(Ok(()), |dir| self.make_dirs(dir))
+                .and_then(|()| self.files.rename(&temporary.path, &path)),
+            renamed => renamed,
+        };
+        renamed.map_err(failed)?;
+        self.handles.forget(key);
+        // It has lost its name, which nobody uses again.
+        drop(temporary);
+        self.check_here()?;
+        self.sync_name(&path).map_err(failed)?;
+        self.counters.put(bytes.len() as u64);
+        Ok(())
+    }
+
     fn link(&self, from: &Path, to: &Path) -> io::Result<Put> {
         match self.link_once(from, to) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {

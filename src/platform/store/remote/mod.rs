@@ -417,6 +417,16 @@ impl Store for RemoteStore {
         self.shared.wait(self.shared.put(key, payload, PutMode::Create))?
     }
 
+    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        let shared = &self.shared;
+        shared.flights.forget(key);
+        let payload = PutPayload::from(Bytes::copy_from_slice(bytes));
+        let replaced = shared.wait(shared.put(key, payload, PutMode::Overwrite))?;
+        // What was read meanwhile may be what was there before.
+        shared.flights.forget(key);
+        replaced.map(|_| ())
+    }
+
     fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
         Ok(Box::new(RemoteWriter::new(Arc::clone(&self.shared), key)?))
     }
