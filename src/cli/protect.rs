@@ -125,7 +125,7 @@ impl Protect {
         let described = self.described();
         described.target()?;
         // One machine alone is bounded by its own share.
-        Ok(Config { overhead: 1000.0, machines: [(machine.clone(), described)].into() })
+        Ok(Config { overhead: 1000.0, keep: None, machines: [(machine.clone(), described)].into() })
     }
 
     fn described(&self) -> MachineConfig {
@@ -139,6 +139,7 @@ impl Protect {
             overhead: self.overhead,
             weight: 1.0,
             store_rate: self.store_rate.clone(),
+            keep: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! `epochfs prune`
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +12,18 @@ use super::output::{table, time};
 use crate::error::{Error, Result};
 use crate::gc::retention::{Period, Policy, parse_duration};
 use crate::gc::{Pruned, judge_machine};
+use crate::ha::Config;
 
 /// Drop the epochs that no rule keeps. Without --yes only the plan is printed.
+///
+/// Rules are given here; or, where none is, by a file that may have some for all machines and others for one.
 ///
 /// An epoch stays if any of the rules given keeps it. Tagged epochs, the newest one, and those that somebody reads just
 /// now always stay, and so does whatever clones need. Periods are those of the calendar in UTC, and only those that have
 /// epochs count. `epochfs gc run` gives the room back.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs prune web1 --keep-last 10\n  epochfs prune --keep-within 2h --keep-hourly 24 --keep-daily 7 --keep-monthly 12 --yes"
+    after_help = "Examples:\n  epochfs prune web1 --keep-last 10\n  epochfs prune --keep-within 2h --keep-hourly 24 --keep-daily 7 --keep-monthly 12 --yes\n  epochfs prune --config /etc/epochfs/protect.toml --yes\n\nA file of rules, which may be that of `epochfs protect`:\n  [keep]                         # of all machines that have no rules of their own\n  last = 10\n  within = \"2h\"\n  daily = 7                      # secondly, minutely, hourly, weekly, monthly, yearly\n  [machines.web1]\n  qmp = \"/run/web1.qmp\"\n  keep = { hourly = 24, daily = 30 }"
 )]
 pub struct Prune {
     /// Only these machines; without any, all.
@@ -52,13 +56,31 @@ pub struct Prune {
     /// Of so many years.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     keep_yearly: u64,
+    /// Go by the rules of this file, where none is given here. Machines for which it has none are left alone.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Do it.
     #[arg(long)]
     yes: bool,
 }
 
+/// What says which epochs of a machine are kept.
+enum Rules {
+    Given(Policy),
+    Of(Box<Config>),
+}
+
+impl Rules {
+    fn of(&self, machine: &str) -> Result<Option<Policy>> {
+        match self {
+            Self::Given(policy) => Ok(Some(policy.clone())),
+            Self::Of(config) => config.retention(machine),
+        }
+    }
+}
+
 impl Prune {
-    fn policy(&self) -> Result<Policy> {
+    fn rules(&self) -> Result<Rules> {
         let periods = [
             (Period::Second, self.keep_secondly),
             (Period::Minute, self.keep_minutely),
@@ -69,24 +91,35 @@ impl Prune {
             (Period::Year, self.keep_yearly),
         ];
         let policy = Policy { last: self.keep_last, within: self.keep_within, periods: periods.into_iter().collect() };
-        if policy.is_empty() {
-            return Err(Error::usage("no rule says what to keep")
-                .hint("give at least one of --keep-last, --keep-within, --keep-hourly, --keep-daily, ..."));
+        match &self.config {
+            _ if !policy.is_empty() && self.config.is_some() => {
+                Err(Error::usage("rules are given here and by --config").hint("leave one of them out"))
+            }
+            Some(path) => Ok(Rules::Of(Box::new(Config::read(path)?))),
+            None if policy.is_empty() => Err(Error::usage("no rule says what to keep").hint(
+                "give at least one of --keep-last, --keep-within, --keep-hourly, --keep-daily, ..., or a file with --config",
+            )),
+            None => Ok(Rules::Given(policy)),
         }
-        Ok(policy)
     }
 
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
-        let policy = self.policy()?;
+        let rules = self.rules()?;
         let store = context.open()?;
-        let machines: Vec<Arc<str>> = if self.machines.is_empty() {
+        let named: Vec<Arc<str>> = if self.machines.is_empty() {
             store.repository().machines()?
         } else {
             self.machines.iter().map(|machine| machine.as_str().into()).collect()
         };
-        let mut all = Vec::new();
-        for machine in &machines {
-            all.push(judge_machine(&store, machine, &policy)?);
+        let (mut machines, mut all, mut without) = (Vec::new(), Vec::new(), Vec::new());
+        for machine in named {
+            match rules.of(&machine)? {
+                Some(policy) => {
+                    all.push(judge_machine(&store, &machine, &policy)?);
+                    machines.push(machine);
+                }
+                None => without.push(machine.to_string()),
+            }
         }
         if self.yes {
             for (machine, pruned) in machines.iter().zip(&all) {
@@ -98,8 +131,12 @@ impl Prune {
         }
         let count = |kept| all.iter().flat_map(|pruned| &pruned.epochs).filter(|one| one.kept == kept).count();
         let (kept, dropped) = (count(true), count(false));
-        let document = json!({"machines": all, "kept": kept, "dropped": dropped, "done": self.yes});
+        let document =
+            json!({"machines": all, "kept": kept, "dropped": dropped, "without_rules": without, "done": self.yes});
         context.print(&document, || calendar(&all) + &format!("{kept} stay, {dropped} go\n"))?;
+        if !without.is_empty() {
+            context.notice(&format!("no rule is for {}: left alone", without.join(", ")));
+        }
         match (self.yes, dropped) {
             (_, 0) => {}
             (false, _) => context.notice("nothing was done: repeat with --yes"),

@@ -6,15 +6,26 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::context::Context;
-use super::output::size;
+use super::output::{size, table};
+use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
+use crate::gc::shares;
 
-/// Show what the repository holds, and what deduplication and compression save.
+/// Show what the repository holds, and what deduplication and compression save; or, with --freed, who needs what.
+///
+/// With --freed: what each machine's epochs need, and what `epochfs gc` would give back if the machine went; of the machines
+/// named also what it would if one of their epochs went, and no other. That counts packs: what small commits put into
+/// records of a log stays there.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  epochfs stats\n  epochfs stats web1 web2 --json")]
+#[command(
+    after_help = "Examples:\n  epochfs stats\n  epochfs stats web1 web2 --json\n  epochfs stats --freed            (each machine)\n  epochfs stats --freed web1       (and each epoch of this one)"
+)]
 pub struct Stats {
     /// Only these machines; stored bytes are always those of the whole repository.
     machines: Vec<String>,
+    /// Say what would be given back if a machine, or an epoch, went.
+    #[arg(long)]
+    freed: bool,
 }
 
 impl Stats {
@@ -25,6 +36,9 @@ impl Stats {
             only.push(machine.as_str().into());
         }
         let store = context.open()?;
+        if self.freed {
+            return freed(context, &store, &only);
+        }
         let bar = context.progress("reading trees");
         let stats = store.stats(&only, &mut |epochs| bar.set_items(epochs, epochs))?;
         bar.finish();
@@ -56,4 +70,43 @@ impl Stats {
         })?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Who needs what.
+fn freed(context: &Context, store: &EpochStore, only: &[Arc<str>]) -> Result<ExitCode> {
+    for machine in only {
+        store.repository().require(machine)?;
+    }
+    let bar = context.progress("comparing epochs");
+    // What a machine needs alone is known only once all of them were looked at.
+    let mut shares = shares(store, &mut |epochs| bar.set_items(epochs, epochs))?;
+    bar.finish();
+    if !only.is_empty() {
+        shares.machines.retain(|share| only.iter().any(|machine| **machine == *share.machine));
+    }
+    let document = serde_json::to_value(&shares).unwrap_or_else(|error| json!({"error": error.to_string()}));
+    context.print(&document, || {
+        let rows = shares.machines.iter().map(|share| {
+            vec![
+                share.machine.clone(),
+                share.epochs.len().to_string(),
+                size(share.needed_bytes),
+                size(share.freed_bytes),
+            ]
+        });
+        let mut text = table(&["machine", ">epochs", ">needs", ">freed if it went"], &rows.collect::<Vec<_>>());
+        if !only.is_empty() {
+            let epochs = shares.machines.iter().flat_map(|share| {
+                let name = |epoch| format!("{}@{epoch}", share.machine);
+                share.epochs.iter().rev().map(move |one| vec![name(one.epoch), size(one.freed_bytes)])
+            });
+            text += &table(&["epoch", ">freed if it went"], &epochs.collect::<Vec<_>>());
+        }
+        text + &format!(
+            "{} in packs, {} of them needed by several machines\n",
+            size(shares.pack_bytes),
+            size(shares.shared_bytes)
+        )
+    })?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -30,7 +30,7 @@ pub(crate) use diff::changed_pages;
 pub use diff::{Change, FileDiff, diff};
 pub use export::{Exported, export};
 pub use moves::{Moves, Survey};
-pub(crate) use nodes::{Nodes, Stored};
+pub(crate) use nodes::{LoadedNode, Nodes, Stored};
 pub use pipeline::CommitCounts;
 pub use ranges::Ranges;
 pub(crate) use ranges::push_range;

@@ -11,6 +11,7 @@ mod leases;
 mod marks;
 mod prune;
 pub mod retention;
+mod shares;
 mod walk;
 
 pub use collector::{Canary, Collected, Collector, CollectorSettings, Plan, Step};
@@ -18,3 +19,4 @@ pub use compact::CompactPlan;
 pub use leases::Reader;
 pub use marks::Marked;
 pub use prune::{Pruned, judge_machine};
+pub use shares::{EpochShare, MachineShare, Shares, shares};

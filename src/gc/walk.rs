@@ -10,7 +10,8 @@ use crate::error::Result;
 /// An epoch as far as marking needs it.
 pub struct Roots {
     pub manifest: Manifest,
-    image: Option<Image>,
+    /// The manifest's own, where it is too large for a record.
+    pub image: Option<Image>,
 }
 
 impl Roots {

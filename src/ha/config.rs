@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::keep::Keep;
 use super::policy::Target;
 use crate::error::{Error, Result};
+use crate::gc::retention::Policy;
 use crate::vmm::agent::MonitorAt;
 
 /// What all machines of a host may lose together, where nothing is said.
@@ -20,6 +22,8 @@ pub struct Config {
     /// The share of time that all machines may lose together: 0.2 is a fifth of one machine's.
     #[serde(default = "overhead_of_host")]
     pub overhead: f64,
+    /// Which epochs `prune` keeps of each machine, those included that are not named here.
+    pub keep: Option<Keep>,
     #[serde(default)]
     pub machines: BTreeMap<String, MachineConfig>,
 }
@@ -53,6 +57,8 @@ pub struct MachineConfig {
     pub weight: f64,
     /// Bytes a second that may be stored, such as `10MiB`.
     pub store_rate: Option<String>,
+    /// Which of its epochs `prune` keeps, in place of what is said for all machines.
+    pub keep: Option<Keep>,
 }
 
 /// What an operator's file says.
@@ -74,8 +80,21 @@ impl Config {
             epochfs_format::check_machine(name)
                 .map_err(|error| Error::usage(format!("[machines.{name:?}]: {error}")))?;
             machine.target().map_err(|error| error.context(format!("[machines.{name}]")))?;
+            let keep = machine.keep.as_ref().map_or(Ok(()), |keep| keep.policy().map(|_| ()));
+            keep.map_err(|error| error.context(format!("[machines.{name}.keep]")))?;
         }
+        config
+            .keep
+            .as_ref()
+            .map_or(Ok(()), |keep| keep.policy().map(|_| ()))
+            .map_err(|error| error.context("[keep]"))?;
         Ok(config)
+    }
+
+    /// Which epochs of a machine are kept, if that is said.
+    pub fn retention(&self, machine: &str) -> Result<Option<Policy>> {
+        let own = self.machines.get(machine).and_then(|machine| machine.keep.as_ref());
+        own.or(self.keep.as_ref()).map(Keep::policy).transpose()
     }
 }
 
@@ -181,6 +200,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_is_said_for_all_machines_and_for_one() {
+        let config = Config::parse(
+            "[keep]\nlast = 3\nwithin = \"36h\"\n[machines.web1]\nqmp = \"/x\"\n[machines.db]\nqmp = \"/y\"\nkeep = { hourly = 24, daily = 7 }\n",
+        )
+        .unwrap();
+        let of_all = config.retention("web1").unwrap().unwrap();
+        assert_eq!((of_all.last, of_all.within), (3, Some(Duration::from_secs(36 * 3600))));
+        assert_eq!(config.retention("not named").unwrap(), Some(of_all));
+        let db = config.retention("db").unwrap().unwrap();
+        assert_eq!((db.last, db.within, db.periods.values().sum::<u64>()), (0, None, 31));
+        assert_eq!(Config::parse("").unwrap().retention("web1").unwrap(), None);
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let machine = "[machines.web1]\nqmp = \"/x\"\n";
         for (text, part) in [
@@ -195,6 +228,12 @@ mod tests {
             (format!("{machine}weight = 0.0"), "weight"),
             (format!("{machine}store-rate = \"fast\""), "fast"),
             (format!("{machine}state = \"../x\""), "../x"),
+            ("[keep]".to_owned(), "[keep]"),
+            ("[keep]\nhourly = 0".to_owned(), "no rule"),
+            ("[keep]\nfortnightly = 1".to_owned(), "fortnightly"),
+            ("[keep]\nlast = -1".to_owned(), "last"),
+            ("[keep]\nwithin = \"1 moon\"".to_owned(), "1 moon"),
+            (format!("{machine}keep = {{}}"), "[machines.web1.keep]"),
         ] {
             let error = Config::parse(&text).unwrap_err();
             assert!(error.exit_code() == 2 && error.to_string().contains(part), "{text}: {error}");

@@ -5,6 +5,7 @@ mod config;
 pub mod failover;
 mod host;
 pub mod hosts;
+mod keep;
 pub mod plan;
 mod policy;
 mod protect;

@@ -279,6 +279,17 @@ fn every_command_prints_a_document_with_its_fields() {
         ],
     );
     check(
+        &["stats", "--freed"],
+        &[
+            "machines[].machine",
+            "machines[].needed_bytes",
+            "machines[].freed_bytes",
+            "machines[].epochs",
+            "pack_bytes",
+            "shared_bytes",
+        ],
+    );
+    check(
         &["failover", "simulate", "--hosts", "20", "--machines", "200", "--hosts-per-rack", "2"],
         &[
             "scenario.hosts",

@@ -112,6 +112,59 @@ fn a_policy_says_what_stays_and_why() {
     assert_eq!(left, [1, 3]);
 }
 
+#[test]
+fn policies_come_from_a_file_where_none_is_given() {
+    let world = World::new();
+    three_epochs(&world);
+    world.ok(["clone", "web1@1", "db"]);
+    world.ok(["clone", "web1@1", "other"]);
+    let file = |text: &str| world.file("protect.toml", text).display().to_string();
+    let both = file("[keep]\nlast = 2\n[machines.web1]\nqmp = \"/run/x\"\nkeep = { yearly = 1 }\n");
+    let plan = world.json(["prune", "--config", &both]);
+    assert_eq!((number(&plan, "kept"), number(&plan, "dropped"), &plan["done"]), (3, 2, &Value::Bool(false)));
+    assert_eq!(world.epochs("web1").len(), 3, "without --yes nothing is done");
+    assert!(plan["without_rules"].as_array().unwrap().is_empty());
+    // Rules of one machine say nothing about others.
+    let one = file("[machines.web1]\nqmp = \"/run/x\"\nkeep = { last = 2 }\n");
+    let ran = world.run(["prune", "--config", &one, "--yes", "--json"]);
+    ran.code(0).says("no rule is for db, other");
+    assert_eq!(ran.json()["without_rules"], serde_json::json!(["db", "other"]));
+    let mut left = world.epochs("web1");
+    left.sort_unstable();
+    assert_eq!(left, [2, 3]);
+    assert_eq!((world.epochs("db").len(), world.epochs("other").len()), (1, 1));
+    // What is wrong with the file, or with the arguments, drops nothing.
+    for (text, part) in [("[keep]", "no rule"), ("[kept]\nlast = 1", "kept"), ("[keep]\nwithin = \"x\"", "within")] {
+        world.run(["prune", "--config", &file(text), "--yes"]).code(2).says(part);
+    }
+    world.run(["prune", "--config", &one, "--keep-last", "1", "--yes"]).code(2).says("--config");
+    world.run(["prune", "--config", world.path("missing").to_str().unwrap(), "--yes"]).code(5).says("missing");
+    assert_eq!(world.epochs("web1").len(), 2);
+}
+
+#[test]
+fn stats_say_what_would_be_given_back() {
+    let world = World::new();
+    three_epochs(&world);
+    world.ok(["clone", "web1@1", "copy"]);
+    let freed = world.json(["stats", "--freed"]);
+    let of = |machine: &str| {
+        let all = freed["machines"].as_array().unwrap();
+        all.iter().find(|share| share["machine"] == machine).unwrap().clone()
+    };
+    assert_eq!((number(&of("copy"), "freed_bytes"), of("copy")["epochs"].as_array().unwrap().len()), (0, 1));
+    assert!(number(&of("copy"), "needed_bytes") > 0);
+    assert_eq!(number(&freed, "shared_bytes"), number(&of("copy"), "needed_bytes"));
+    let second = number(&of("web1")["epochs"][1], "freed_bytes");
+    let words = world.ok(["stats", "--freed", "web1"]);
+    assert!(words.stdout.contains("web1@2") && !words.stdout.contains("copy"), "{}", words.stdout);
+    world.run(["stats", "--freed", "nobody"]).code(5).says("nobody");
+    world.ok(["rm", "web1@2", "--yes"]);
+    let run = world.json(["gc", "run", "--yes"]);
+    assert_eq!(number(&run, "deleted_bytes"), second);
+    assert!(second > 0);
+}
+
 /// Collectors and commits are killed at random; what was acknowledged is whole, and in the end nothing is left over.
 #[test]
 fn p4_processes_that_are_killed_lose_nothing_and_leave_nothing() {

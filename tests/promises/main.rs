@@ -21,5 +21,6 @@ mod model;
 mod moves;
 mod races;
 mod repair;
+mod shares;
 mod summaries;
 mod support;
