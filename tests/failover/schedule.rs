@@ -119,10 +119,11 @@ struct Undo {
 
 struct Run {
     seed: u64,
-    world: Arc<World>,
     rules: String,
-    hosts: Vec<Host>,
     serving: BTreeMap<usize, Serving>,
+    /// Before the world that they are in: what is mounted cannot be removed.
+    hosts: Vec<Host>,
+    world: Arc<World>,
     since: Stopwatch,
     /// What was done, for the report of a failed schedule.
     story: Vec<String>,

@@ -247,6 +247,8 @@ impl Drop for Host {
             signal(pid, Signal::KILL);
         }
         self.processes().into_iter().for_each(|pid| signal(pid, Signal::KILL));
+        // What they write until they are gone would be left behind.
+        becomes(Duration::from_secs(20), || self.processes().is_empty());
         if let Some(pid) = self.daemon.take() {
             signal(pid, Signal::KILL);
             becomes(Duration::from_secs(20), || !is_alive(pid));
