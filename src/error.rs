@@ -55,6 +55,11 @@ impl Kind {
         }
     }
 
+    /// Whether it tells of an object that something else should be found for, and not of the store.
+    pub fn is_of_object(self) -> bool {
+        matches!(self, Self::Damaged | Self::NotFound | Self::Unsupported)
+    }
+
     /// The kind of that name.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)

@@ -14,6 +14,7 @@ use super::tracker::Tracker;
 use crate::error::{Error, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::lock::lock;
+use crate::restore::Sink;
 use crate::uffd::Missing;
 
 /// What the guest's memory holds when its capture begins.
@@ -131,6 +132,11 @@ impl Capture {
             capture.audit = Some(Audit::new(&capture.frozen.memory));
         }
         Ok(capture)
+    }
+
+    /// Where pages go that are brought to a lazily restored guest before it touches them.
+    pub fn sink(&self) -> Arc<dyn Sink> {
+        self.frozen.clone()
     }
 
     pub fn memory(&self) -> &GuestMemory {

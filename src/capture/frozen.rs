@@ -18,6 +18,7 @@ use super::memory::{GuestMemory, PAGE};
 use super::pages::PageSet;
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
+use crate::restore::Sink;
 use crate::uffd::{Filled, Missing, Userfaultfd};
 
 /// Pages that share a lock: those of a leaf, as they are read together.
@@ -36,6 +37,8 @@ pub(super) struct Counters {
     pub waits: AtomicU64,
     /// Pages that were brought when they were touched.
     pub filled: AtomicU64,
+    /// And those that were there before.
+    pub pushed: AtomicU64,
 }
 
 #[derive(Default)]
@@ -247,8 +250,13 @@ impl Frozen {
         }
     }
 
-    /// Brings a page that was never there.
+    /// Brings a page that was never there, for which somebody waits.
     pub fn fill(&self, page: u64, content: &Page) -> Result<()> {
+        self.bring(page, content, &self.counters.filled)
+    }
+
+    /// Brings a page if it was never there.
+    fn bring(&self, page: u64, content: &Page, counter: &AtomicU64) -> Result<()> {
         let shard = self.shard(page);
         let is_protected = self.is_protected(page);
         for (_, address) in self.memory.parts(page..page + 1) {
@@ -259,7 +267,7 @@ impl Frozen {
             };
             match filled {
                 Ok(Filled::Bytes(_)) => {
-                    self.counters.filled.fetch_add(1, Ordering::Relaxed);
+                    counter.fetch_add(1, Ordering::Relaxed);
                 }
                 // Somebody else was quicker: whoever waits looks again.
                 Ok(_) => self.wake(page),
@@ -299,5 +307,18 @@ impl Frozen {
             }
             page += run.max(1);
         }
+    }
+}
+
+/// Pages that nobody waits for yet. What the guest has by then stays as it is.
+impl Sink for Frozen {
+    fn push(&self, first: u64, pages: &[Page]) -> bool {
+        for (page, content) in (first..self.memory.pages()).zip(pages) {
+            if let Err(error) = self.bring(page, content, &self.counters.pushed) {
+                // Memory may be short just now; what is not pushed is read when it is touched.
+                tracing::debug!(%error, "a page was not pushed");
+            }
+        }
+        true
     }
 }

@@ -1,6 +1,8 @@
 //! What a command works with: the repository it names, and how to print.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::Global;
 use super::output;
@@ -8,16 +10,19 @@ use super::progress::Progress;
 use crate::epoch::{EpochStore, open_store};
 use crate::error::{Error, Result};
 use crate::ops::control::{Client, socket_path, sockets};
+use crate::platform::keys::KeySettings;
 use crate::platform::store::{Cache, CacheSettings, Location};
 use crate::repo::{Repository, state_dir};
 
 pub struct Context {
     global: Global,
+    keys: KeySettings,
 }
 
 impl Context {
     pub fn new(global: Global) -> Self {
-        Self { global }
+        let keys = KeySettings::of_process().with_files(global.key_file.clone());
+        Self { global, keys }
     }
 
     pub fn json(&self) -> bool {
@@ -66,15 +71,39 @@ impl Context {
         self.global.repo.as_deref().is_some_and(|url| !url.is_empty())
     }
 
+    /// Where to look for the keys of encrypted repositories.
+    pub fn keys(&self) -> &KeySettings {
+        &self.keys
+    }
+
+    /// With what a process is started that is to find the same keys; what the environment says it inherits.
+    pub fn key_arguments(&self) -> Result<Vec<OsString>> {
+        Ok(self.key_files()?.into_iter().flat_map(|file| ["--key-file".into(), file.into()]).collect())
+    }
+
+    /// The files among them, as seen from any working directory.
+    pub fn key_files(&self) -> Result<Vec<PathBuf>> {
+        let absolute = |file: &PathBuf| {
+            std::path::absolute(file)
+                .map_err(|error| Error::io(format!("the path of the key file {}", file.display()), error))
+        };
+        self.keys.files().map(absolute).collect()
+    }
+
     /// Opens the repository.
     pub fn open(&self) -> Result<EpochStore> {
         Ok(self.open_without_index()?.with_state(self.state_directory()))
     }
 
+    /// Opens the repository with these keys, for whoever needs none of what is in it.
+    pub fn open_repository(&self, keys: &KeySettings) -> Result<Repository> {
+        Repository::open_with(open_store(&self.location()?)?, keys)
+    }
+
     /// Opens the repository for whoever need not find pages of other epochs.
     pub fn open_without_index(&self) -> Result<EpochStore> {
         let (location, state) = (self.location()?, self.state_directory());
-        let mut repository = Repository::open(open_store(&location)?)?;
+        let mut repository = Repository::open_with(open_store(&location)?, &self.keys)?;
         // What a bucket's service says travels far; what it said once need not travel again.
         if location.directory().is_none() && self.global.cache_size > 0 {
             let directory = repository.local_directory(&state).join("cache");
@@ -85,12 +114,12 @@ impl Context {
 
     /// Opens the repository to look at what the store has, and not at what was kept of it.
     pub fn open_without_cache(&self) -> Result<EpochStore> {
-        Ok(EpochStore::open_at(&self.location()?)?.with_state(self.state_directory()))
+        Ok(EpochStore::open_with(&self.location()?, &self.keys)?.with_state(self.state_directory()))
     }
 
     /// Opens another repository, with this host's state of it.
     pub fn open_other(&self, url: &str) -> Result<EpochStore> {
-        Ok(EpochStore::open_at(&Location::parse(url)?)?.with_state(self.state_directory()))
+        Ok(EpochStore::open_with(&Location::parse(url)?, &self.keys)?.with_state(self.state_directory()))
     }
 
     /// Where this host keeps what belongs to an opened repository.
@@ -99,12 +128,12 @@ impl Context {
     }
 
     /// What this host keeps of a bucket's objects, if it keeps any.
-    pub fn block_cache(&self, store: &EpochStore) -> Result<Option<Cache>> {
+    pub fn block_cache(&self, store: &EpochStore) -> Result<Option<Arc<Cache>>> {
         if self.location()?.directory().is_some() || self.global.cache_size == 0 {
             return Ok(None);
         }
         let directory = self.local_directory(store).join("cache");
-        Ok(Some(Cache::new(CacheSettings { directory, len_max: self.global.cache_size })))
+        Ok(Some(Arc::new(Cache::new(CacheSettings { directory, len_max: self.global.cache_size }))))
     }
 
     /// The socket of the daemon that has the repository mounted here, or would be.

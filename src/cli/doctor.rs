@@ -22,7 +22,11 @@ impl Doctor {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let repository = if context.names_repository() {
             let location = context.location()?;
-            Some(RepositorySubject { location: location.absolute()?, open: Box::new(move || open_store(&location)) })
+            Some(RepositorySubject {
+                location: location.absolute()?,
+                open: Box::new(move || open_store(&location)),
+                keys: context.keys().clone(),
+            })
         } else {
             None
         };

@@ -11,15 +11,15 @@ use serde_json::{Value, json};
 
 use super::context::Context;
 use super::hosts::watch;
-use super::output::{parse_time, plain, table};
+use super::output::{parse_time, plain, size, table};
 use super::screen::Screen;
 use crate::error::{Error, Result};
 use crate::fs::this_host;
-use crate::ha::failover::{FailoverConfig, Limits, MachineReport, Stage, execute};
+use crate::ha::failover::{FailoverConfig, Limits, MachineReport, Progress, Stage, execute};
 use crate::ha::hosts::{HostSeen, Hosts};
 use crate::ops::control::{Client, socket_path};
 use crate::ops::failover::{
-    Here, How, LivePlan, Serve, Took, WardenOrders, check_purpose, live_plan, machines_of, warden,
+    Here, How, LivePlan, Serve, Told, Took, WardenOrders, Warmed, check_purpose, live_plan, machines_of, warden,
 };
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lock::lock;
@@ -54,7 +54,7 @@ pub struct Which {
 /// Without --yes only the plan is shown.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs failover run --host rack4-node7 --yes\n  epochfs failover run web1 db --here --fenced --yes\n\nA file of rules, /etc/epochfs/failover.toml:\n  attach-at-once = 32\n  start-at-once = 8\n  budget = \"5s\"                  # a machine that takes longer is told of\n  [defaults]                     # guests of epochfs run\n  start = [\"{program}\", \"run\", \"--from\", \"{machine}\", \"--protect\", \"{machine}\", \"--interval\", \"1s\", \"--detach\"]\n  [machines.web1]                # a QEMU\n  live = true                    # it runs on its files on the mount\n  start = [\"{program}\", \"restore\", \"{machine}\", \"--live\", \"--detach\", \"--qmp\", \"/run/{machine}.qmp\", \"--\",\n           \"qemu-system-x86_64\", \"-machine\", \"q35\", \"-qmp\", \"unix:/run/{machine}.agent,server,nowait\"]\n  protect = [\"--qmp\", \"/run/{machine}.agent\", \"--rpo\", \"2s\"]\n  memory = \"4GiB\"\n  cpus = 2\n  priority = 10\n  after = [\"db\"]\n  restart = true                 # also here, by serve --auto, when it dies alone\n  apart = [\"web\"]                # no two of this group on one host\n  allowed = [\"zone1\"]"
+    after_help = "Examples:\n  epochfs failover run --host rack4-node7 --yes\n  epochfs failover run web1 db --here --fenced --yes\n\nA file of rules, /etc/epochfs/failover.toml:\n  attach-at-once = 32\n  start-at-once = 8\n  budget = \"5s\"                  # a machine that takes longer is told of\n  [defaults]                     # guests of epochfs run\n  start = [\"{program}\", \"run\", \"--from\", \"{machine}\", \"--protect\", \"{machine}\", \"--interval\", \"1s\", \"--detach\"]\n  [machines.web1]                # a QEMU\n  live = true                    # it runs on its files on the mount\n  start = [\"{program}\", \"restore\", \"{machine}\", \"--live\", \"--detach\", \"--qmp\", \"/run/{machine}.qmp\", \"--\",\n           \"qemu-system-x86_64\", \"-machine\", \"q35\", \"-qmp\", \"unix:/run/{machine}.agent,server,nowait\"]\n  protect = [\"--qmp\", \"/run/{machine}.agent\", \"--rpo\", \"2s\"]\n  memory = \"4GiB\"\n  cpus = 2\n  priority = 10\n  after = [\"db\"]\n  restart = true                 # also here, by serve --auto, when it dies alone\n  apart = [\"web\"]                # no two of this group on one host\n  warm = [\"node8\"]              # what it needs first is kept on this host's disk, by its serve\n  allowed = [\"zone1\"]"
 )]
 pub struct Run {
     #[command(flatten)]
@@ -86,7 +86,8 @@ pub struct Drill {
 /// Watch the other hosts, and say that machines of theirs may be started here.
 ///
 /// With --auto, machines of a host that falls silent are started by themselves: each host that runs this plans by itself
-/// and takes what the plan gives it. Without, only what it would do is told. Runs until SIGTERM.
+/// and takes what the plan gives it. Without, only what it would do is told. Machines whose rules name this host with `warm`
+/// have what they need first in this host's cache, at each new epoch. Runs until SIGTERM.
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  epochfs failover serve --auto --config /etc/epochfs/failover.toml")]
 pub struct ServeCommand {
@@ -142,6 +143,7 @@ fn here(context: &Context, config: &Path, how: How) -> Result<Here> {
         program: std::env::current_exe().map_err(|error| Error::io("cannot find this program", error))?,
         repository: context.location()?.absolute()?.url()?,
         state_directory: state,
+        key_files: context.key_files()?,
         how,
         hosts: Arc::new(Mutex::new(hosts)),
         copies: Mutex::default(),
@@ -337,6 +339,45 @@ impl Drill {
     }
 }
 
+/// What `serve` tells beside failovers.
+struct ServeTold<'a> {
+    screen: &'a Screen<'a>,
+    is_json: bool,
+}
+
+impl Told for ServeTold<'_> {
+    fn progress(&self, progress: &Progress<'_>) {
+        self.screen.show(progress);
+    }
+
+    fn warmed(&self, machine: &str, warmed: &Warmed) {
+        let ms = warmed.took.as_secs_f64() * 1000.0;
+        let text = match self.is_json {
+            true => {
+                let warm = json!({
+                    "machine": machine,
+                    "epoch": warmed.epoch,
+                    "bytes": warmed.bytes,
+                    "fetched_bytes": warmed.fetched_bytes,
+                    "fetched_bytes_in_all": warmed.fetched_in_all,
+                    "took_ms": ms,
+                });
+                format!("{}\n", json!({ "warm": warm }))
+            }
+            false => format!(
+                "{machine}@{} is warm: {} at hand, {} fetched for it in {ms:.0} ms, {} since this began\n",
+                warmed.epoch,
+                size(warmed.bytes),
+                size(warmed.fetched_bytes),
+                size(warmed.fetched_in_all),
+            ),
+        };
+        if let Err(error) = super::output::print(&text) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
 impl ServeCommand {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let here = here(context, &self.config, How::Silent)?;
@@ -345,7 +386,8 @@ impl ServeCommand {
         let mut serve = Serve::new(here, limits, self.auto);
         context.notice("watching the other hosts");
         let screen = Screen::new(context);
-        serve.run(&stop, &|progress| screen.show(progress), &mut |took: &Took| {
+        let told = ServeTold { screen: &screen, is_json: context.json() };
+        serve.run(&stop, &told, &mut |took: &Took| {
             screen.end();
             let document = json!({
                 "host": took.host,

@@ -15,6 +15,7 @@ use crate::fs::this_host;
 use crate::gc::retention::parse_duration;
 use crate::gc::{Collector, CollectorSettings, CompactPlan, Plan, Step};
 use crate::ops::control::{Client, DaemonStatus, ObjectName, StoreAgainRequest, socket_path};
+use crate::platform::process::give_way;
 
 /// So many objects are moved out of at once: a request has an end.
 const MOVES_MAX: usize = 40_000;
@@ -152,6 +153,10 @@ impl Compact {
         let directory = Some(context.local_directory(&store).join("gc"));
         let settings = CollectorSettings { directory, ..CollectorSettings::default() };
         let mut collector = Collector::new(store.clone(), settings);
+        // Nobody waits for this, and somebody may for a commit. The lease is taken before, so that the thread that renews it
+        // is as important as any other for as long as something is read.
+        drop(store.readers().opening()?);
+        give_way();
         let machines = match self.all {
             true => store.repository().machines()?,
             false => self.machines.iter().map(|name| name.as_str().into()).collect(),

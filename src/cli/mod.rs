@@ -17,6 +17,7 @@ mod failover_live;
 mod gc;
 mod hosts;
 mod init;
+mod key;
 mod log;
 mod ls;
 mod man;
@@ -100,6 +101,18 @@ pub struct Global {
         hide_env_values = true
     )]
     cache_size: u64,
+    /// A file with the key of an encrypted repository, one a line; several files, with colons between, for several
+    /// repositories. See `epochfs key --help` for other places to keep it.
+    #[arg(
+        long,
+        global = true,
+        help_heading = "Global options",
+        env = "EPOCHFS_KEY_FILE",
+        value_name = "FILE",
+        value_delimiter = ':',
+        hide_env_values = true
+    )]
+    key_file: Vec<PathBuf>,
     /// Print one JSON document on stdout instead of text.
     #[arg(long, global = true, help_heading = "Global options")]
     json: bool,
@@ -114,6 +127,7 @@ pub struct Global {
 #[derive(Subcommand)]
 enum Command {
     Init(init::Init),
+    Key(key::Key),
     Commit(commit::Commit),
     Log(log::Log),
     Ls(ls::Ls),
@@ -136,7 +150,7 @@ enum Command {
     Umount(umount::Umount),
     Status(status::Status),
     ServeUffd(serve_uffd::ServeUffd),
-    Protect(protect::Protect),
+    Protect(Box<protect::Protect>),
     Hosts(hosts::HostsCommand),
     Failover(failover::Failover),
     Doctor(doctor::Doctor),
@@ -149,6 +163,7 @@ impl Command {
     fn run(&self, context: &Context) -> Result<ExitCode> {
         match self {
             Self::Init(command) => command.run(context),
+            Self::Key(command) => command.run(context),
             Self::Commit(command) => command.run(context),
             Self::Log(command) => command.run(context),
             Self::Ls(command) => command.run(context),

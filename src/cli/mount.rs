@@ -180,6 +180,7 @@ impl Mount {
         let mut arguments: Vec<OsString> = vec!["--repo".into(), repository.url()?.into()];
         arguments.extend(["--state-dir".into(), state.into(), "--json".into()]);
         arguments.extend(["--cache-size".into(), context.cache_size().to_string().into()]);
+        arguments.extend(context.key_arguments()?);
         // A daemon's log tells more than a terminal.
         arguments.extend(match context.verbosity() {
             (_, true) => vec!["--quiet".into()],

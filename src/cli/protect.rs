@@ -21,8 +21,9 @@ use crate::vmm::agent::{Guarded, GuardedLease, guard};
 ///
 /// A QEMU's memory and disks are files of its machine's live on this host's mount. Each time, what it wrote is handed over
 /// while it runs; then it is stopped for the moment in which the state of its devices is saved and the last pages are
-/// handed over, and goes on before the epoch is stored. It is reached by a monitor socket of its own, which nobody else
-/// uses. A Firecracker writes the pages that changed to its live while it is stopped; so does a Cloud Hypervisor with all
+/// handed over, and goes on before the epoch is stored. Where its memory is its own, all of it is saved into a file of its
+/// live while it runs, and it is stopped for what is left; `epochfs status` says which. It is reached by a monitor socket of
+/// its own, which nobody else uses. A Firecracker writes the pages that changed to its live while it is stopped; so does a Cloud Hypervisor with all
 /// memory that is not on the mount.
 ///
 /// How often is decided from what the last epochs cost: as often as --rpo asks for, but never so often that the machine
@@ -30,10 +31,10 @@ use crate::vmm::agent::{Guarded, GuardedLease, guard};
 /// interval, and what sets it. With --config several machines are protected; SIGHUP reads the file again.
 ///
 /// What a machine has said to others since its newest epoch is not undone when it is restored from that: a client may
-/// remember an answer that the machine does not. Network traffic is not held back.
+/// remember an answer that the machine does not. Network traffic is not held back, unless the command of --outputs does so.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs protect web1 --qmp /run/web1.qmp --rpo 2s --overhead 0.05\n  epochfs protect web1 --qmp /run/web1.qmp --once\n  epochfs protect fc1 --firecracker /run/fc1.sock --interval 5s\n  epochfs protect --config /etc/epochfs/protect.toml\n\nA file of machines:\n  overhead = 0.2                 # of all machines together\n  [machines.web1]\n  qmp = \"/run/web1.qmp\"           # or firecracker, or cloud-hypervisor\n  rpo = \"2s\"                     # or interval = \"1s\"\n  overhead = 0.05\n  weight = 4.0                   # its work is worth four times another's\n  store-rate = \"20MiB\"           # bytes a second"
+    after_help = "Examples:\n  epochfs protect web1 --qmp /run/web1.qmp --rpo 2s --overhead 0.05\n  epochfs protect web1 --qmp /run/web1.qmp --once\n  epochfs protect fc1 --firecracker /run/fc1.sock --interval 5s\n  epochfs protect --config /etc/epochfs/protect.toml\n\nA file of machines:\n  overhead = 0.2                 # of all machines together\n  [machines.web1]\n  qmp = \"/run/web1.qmp\"           # or firecracker, or cloud-hypervisor\n  rpo = \"2s\"                     # or interval = \"1s\"\n  overhead = 0.05\n  weight = 4.0                   # its work is worth four times another's\n  heartbeat = \"/run/web1.serial\" # a file that the guest changes\n  store-rate = \"20MiB\"           # bytes a second"
 )]
 pub struct Protect {
     /// The machine.
@@ -67,6 +68,17 @@ pub struct Protect {
     /// snapshot: `snapshot` unless given.
     #[arg(long, value_name = "STREAM", conflicts_with = "config")]
     state: Option<String>,
+    /// A file that the guest changes, such as the log of its serial port, or the socket of an agent in it that answers
+    /// `guest-ping`: no epoch is made of a guest that gives no sign of life, and `epochfs status` says so.
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
+    heartbeat: Option<PathBuf>,
+    /// How long it may give none: 10s unless given.
+    #[arg(long, value_name = "TIME", requires = "heartbeat")]
+    heartbeat_limit: Option<String>,
+    /// A command that holds back what the machine says to others until the epoch is durable that explains it. It reads lines:
+    /// `frozen N` while the machine stands still, and `durable N` once that moment's epoch is; it answers each with `ok`.
+    #[arg(long, value_name = "COMMAND", conflicts_with = "config")]
+    outputs: Option<String>,
     /// Make one epoch, and end.
     #[arg(long, conflicts_with = "config")]
     once: bool,
@@ -139,6 +151,9 @@ impl Protect {
             overhead: self.overhead,
             weight: 1.0,
             store_rate: self.store_rate.clone(),
+            heartbeat: self.heartbeat.clone(),
+            heartbeat_limit: self.heartbeat_limit.clone(),
+            outputs: self.outputs.clone(),
             keep: None,
         }
     }
@@ -223,7 +238,8 @@ fn render(status: &ProtectionStatus) -> String {
     let Some(epoch) = status.newest_epoch else { return format!("{machine}: {}\n", status.state) };
     let parts: Vec<String> = status.pause_parts_ms.iter().map(|(name, ms)| format!("{name} {ms:.1}")).collect();
     format!(
-        "{machine}@{epoch}: stopped for {:.1} ms ({}), durable after {:.0} ms, {} pages changed, {} stored; next in {:.0} ms, {}\n",
+        "{machine}@{epoch}: {}; stopped for {:.1} ms ({}), durable after {:.0} ms, {} pages changed, {} stored; next in {:.0} ms, {}\n",
+        status.how,
         status.pause_ms,
         parts.join(", "),
         status.durable_ms,

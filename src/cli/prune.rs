@@ -10,7 +10,7 @@ use serde_json::json;
 use super::context::Context;
 use super::output::{table, time};
 use crate::error::{Error, Result};
-use crate::gc::retention::{Period, Policy, parse_duration};
+use crate::gc::retention::{Policy, parse_duration};
 use crate::gc::{Pruned, judge_machine};
 use crate::ha::Config;
 
@@ -81,16 +81,16 @@ impl Rules {
 
 impl Prune {
     fn rules(&self) -> Result<Rules> {
-        let periods = [
-            (Period::Second, self.keep_secondly),
-            (Period::Minute, self.keep_minutely),
-            (Period::Hour, self.keep_hourly),
-            (Period::Day, self.keep_daily),
-            (Period::Week, self.keep_weekly),
-            (Period::Month, self.keep_monthly),
-            (Period::Year, self.keep_yearly),
+        let counts = [
+            self.keep_secondly,
+            self.keep_minutely,
+            self.keep_hourly,
+            self.keep_daily,
+            self.keep_weekly,
+            self.keep_monthly,
+            self.keep_yearly,
         ];
-        let policy = Policy { last: self.keep_last, within: self.keep_within, periods: periods.into_iter().collect() };
+        let policy = Policy::new(self.keep_last, self.keep_within, counts);
         match &self.config {
             _ if !policy.is_empty() && self.config.is_some() => {
                 Err(Error::usage("rules are given here and by --config").hint("leave one of them out"))

@@ -17,7 +17,7 @@ use crate::platform::clock::Stopwatch;
 use crate::vmm::agent::Base;
 use crate::vmm::{
     Backend, CloudHypervisor, CommandLine, Ended, Event, Feed, Firecracker, MadeClone, Memory, Moments, MonitorPlace,
-    Output, Place, Qemu, Wanted, Watch, stream_len,
+    Output, Place, Qemu, Ram, Wanted, Watch, saved_ram, stream_len,
 };
 
 /// Which monitor the machine runs in.
@@ -31,7 +31,8 @@ enum Vmm {
 /// Start a machine from an epoch, before its memory has been read.
 ///
 /// The epoch's memory is mapped, and read when the machine touches it; what earlier restores needed first is brought
-/// there before it is asked for. What the machine writes stays with its monitor, unless --clone makes a new machine of
+/// there before it is asked for. Memory that was saved with the state of the devices is read before the machine goes on.
+/// What the machine writes stays with its monitor, unless --clone makes a new machine of
 /// the epoch, which is written to in place and can be committed on the mount.
 ///
 /// QEMU is started with the command line behind --, to which memory, state and monitor are added. {epoch}, {live} and
@@ -210,29 +211,44 @@ impl Restore {
         let Work { place, context, .. } = work;
         let name = |option: &Option<String>, usual: &str| option.clone().unwrap_or_else(|| usual.to_owned());
         let (memory, state) = (name(&self.memory, "memory"), name(&self.state, "vmstate"));
-        let len = stream_len(&work.epoch, &memory)?;
         stream_len(&work.epoch, &state)?;
+        // A clone's state is the epoch's until it is written to.
+        let saved = place.epoch_directory().join(&state);
+        let ram_block = saved_ram(&saved)?;
+        let is_live = work.place.clone.is_some();
+        let file = place.directory().join(&memory);
+        let ram = match ram_block {
+            Some(block) if block.is_mapped => {
+                if self.memory.is_some() {
+                    let why = format!("--memory does not fit: the memory of {} is in {state}", place.name());
+                    return Err(Error::usage(why).hint("leave it out"));
+                }
+                Ram::InState(block)
+            }
+            block => {
+                let len = stream_len(&work.epoch, &memory)?;
+                Ram::File(Memory::of_state(file.clone(), len, &saved, block, is_live)?)
+            }
+        };
         let monitor = match (&self.qmp, self.print) {
             (Some(path), _) => MonitorPlace::chosen(path),
             // Whoever runs the command line by hand needs a place that there is.
             (None, true) => MonitorPlace::chosen(&std::env::temp_dir().join(format!("epochfs-{}.qmp", work.name()))),
             (None, false) => MonitorPlace::own(),
         };
-        let is_live = work.place.clone.is_some();
         let watch = Watch::start()?;
-        let file = place.directory().join(&memory);
-        let wanted = self.wanted(work, &memory, file.clone(), is_live);
-        // An epoch's pages are on their way before anything else happens.
-        let early = match self.print || is_live {
-            true => None,
-            false => Some(self.feed(work, wanted.clone(), &watch)?),
+        let wanted = self.wanted(work, &memory, file, is_live);
+        // An epoch's pages are on their way before anything else happens. QEMU itself reads all that is in the state.
+        let early = match &ram {
+            _ if self.print => None,
+            Ram::InState(_) => Some(Feed::whole(work.since)),
+            Ram::File(_) => match is_live {
+                true => None,
+                false => Some(self.feed(work, wanted.clone(), &watch)?),
+            },
         };
-        // A clone's state is the epoch's until it is written to.
-        let saved = place.epoch_directory().join(&state);
-        let memory_file = Memory::of_state(file, len, &saved, is_live)?;
         let (directory, paused) = (place.directory(), self.paused);
-        let command =
-            CommandLine::new(&self.command, place, &memory_file, monitor.path(), &directory.join(&state), paused)?;
+        let command = CommandLine::new(&self.command, place, &ram, monitor.path(), &directory.join(&state), paused)?;
         if self.print {
             let document = json!({"command": command.shell(), "qmp": command.documents()});
             context.print(&document, || {
@@ -253,6 +269,9 @@ impl Restore {
             false => Output::Passed { stdout_is_taken: context.json() },
         };
         let running = Qemu { command: &command, monitor: &monitor, output }.start(&watch, &feed)?;
+        if matches!(ram, Ram::InState(_)) {
+            feed.note(|moments, _| (moments.working_set, moments.resident) = (moments.loaded, moments.loaded));
+        }
         drop(monitor);
         if let Some(made) = &mut made {
             made.keep();

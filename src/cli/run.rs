@@ -27,6 +27,7 @@ use crate::ops::machine::processor_notes;
 use crate::ops::protect::Teller;
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lease::lease_of_host;
+use crate::restore::{Prefetcher, Settings as PrefetchSettings};
 use crate::vmm::kvm::{
     BOARD, BOARD_LEN, Counter, Ended, Guest, Load, MEMORY, Machine, MemoryShape, Orders, Output, Runner, STATE, Spec,
     Tracking, own, read_state, run,
@@ -39,6 +40,8 @@ enum Program {
     Counter,
     /// Writes to pages at a rate and with a locality.
     Load,
+    /// Does nothing, and takes no processor.
+    Idle,
 }
 
 /// What tells which pages the guest writes to.
@@ -125,6 +128,9 @@ pub struct Run {
     /// Set for the process that is left running.
     #[arg(long, hide = true, conflicts_with = "detach")]
     detached: bool,
+    /// Bring nothing to a restored guest before it asks, and keep nothing of what it asks for.
+    #[arg(long, requires = "from")]
+    no_prefetch: bool,
     /// Write a line of JSON for each epoch there.
     #[arg(long, value_name = "FILE", requires = "protect")]
     checkpoints: Option<PathBuf>,
@@ -188,6 +194,7 @@ impl Run {
                 print_bits: Some(14),
                 has_timer: true,
             }),
+            Program::Idle => Guest::Idle,
             Program::Load => Guest::Load(Load {
                 period: (time_stamp_hz() * u64::from(self.processors)).checked_div(self.rate).unwrap_or(0),
                 hot_share: (u32::from(self.hot_share) * 256 / 100) as u8,
@@ -212,6 +219,7 @@ impl Run {
         let open = || Ok::<_, Error>(context.open_without_index()?.with_node_cache(NODE_CACHE_LEN));
         let store = if needs_store { Some(Arc::new(open()?)) } else { None };
         let output = output(context.json());
+        let (mut prefetcher, mut prefetch) = (None, None);
         let (mut runner, processors, protection) = match (&self.from, &store) {
             (Some(from), Some(store)) => {
                 let mut epoch = store.epoch(from)?;
@@ -225,6 +233,12 @@ impl Run {
                 };
                 let spec = Machine::spec_of(&read_state(&epoch)?, self.tracking())?;
                 let runner = Runner::restore(&epoch, self.tracking(), output, settings, &|tracker| tracker)?;
+                if !self.no_prefetch {
+                    let settings = PrefetchSettings { threads: 1, rate: None, keeps_traces: true };
+                    let started = Prefetcher::start(store.clone(), settings)?;
+                    prefetch = runner.prefetch(&started);
+                    prefetcher = Some(started);
+                }
                 context.notice(&format!("{} goes on", epoch.name()));
                 (runner, spec.processors, protection)
             }
@@ -323,6 +337,11 @@ impl Run {
             "pages_brought": filled,
         });
         figures.put(&mut document);
+        if let Some(prefetch) = &prefetch {
+            document["prefetch"] = serde_json::to_value(prefetch.status()).unwrap_or_default();
+        }
+        // What was touched is kept for later restores.
+        drop((runner, prefetcher));
         let is_wrong = figures.missed > 0 || figures.wrong > 0;
         context.print(&document, || figures.sentence(&document))?;
         if is_wrong {

@@ -182,6 +182,7 @@ impl ServeUffd {
         servers::make_directory(state)?;
         let mut arguments: Vec<OsString> = vec!["--repo".into(), context.location()?.absolute()?.url()?.into()];
         arguments.extend(["--state-dir".into(), state.into(), "--json".into()]);
+        arguments.extend(context.key_arguments()?);
         arguments.extend(self.serving(context, monitor));
         arguments.extend(socket.iter().flat_map(|socket| ["--socket".into(), OsString::from(socket)]));
         arguments.extend(["--detached".into(), "--".into(), named(&self.epoch).into()]);
@@ -197,6 +198,7 @@ impl ServeUffd {
     fn arguments(&self, context: &Context, monitor: Option<&Path>) -> Result<Vec<OsString>> {
         let mut arguments: Vec<OsString> = vec!["--repo".into(), context.location()?.url()?.into()];
         arguments.extend(["--state-dir".into(), context.state_directory().into()]);
+        arguments.extend(context.key_arguments()?);
         arguments.extend(self.serving(context, monitor));
         arguments.push("--worker".into());
         Ok(arguments)

@@ -125,6 +125,7 @@ fn protected_row(protected: &Protected) -> Vec<String> {
     vec![
         status.machine.clone(),
         state,
+        if status.how.is_empty() { "-".to_owned() } else { plain(&status.how) },
         status.newest_epoch.map_or("-".to_owned(), |epoch| epoch.to_string()),
         age,
         ms(status.interval_ms),
@@ -243,6 +244,7 @@ fn render(status: &DaemonStatus) -> String {
         let headings = [
             "protected",
             "state",
+            "how",
             ">newest",
             ">age",
             ">interval",

@@ -17,7 +17,6 @@ use super::source::Source;
 use super::tree::child;
 use super::view::{EpochStore, commit_of};
 use crate::error::{Error, Result};
-use crate::repo::object_key;
 
 /// Objects shorter than this are small.
 const SMALL_LEN: u64 = 4 << 20;
@@ -122,16 +121,19 @@ impl Survey {
         Ok(())
     }
 
-    /// Which objects to move out of. `is_needed` tells whether anything but this epoch needs a pack.
-    pub fn choose(&self, store: &EpochStore, is_needed: &dyn Fn(&[u8; 16]) -> bool) -> Result<Moves> {
+    /// Which objects to move out of. `len_of` tells how long a pack is, `is_needed` whether anything but this epoch needs it.
+    pub fn choose(
+        &self,
+        len_of: &dyn Fn(&[u8; 16]) -> Result<u64>,
+        is_needed: &dyn Fn(&[u8; 16]) -> bool,
+    ) -> Result<Moves> {
         let (mut small, mut spare) = (Vec::new(), Vec::new());
         for (object, used) in &self.used {
             let ObjectRef::Pack(id) = object else {
                 small.push(object.clone());
                 continue;
             };
-            // One that is gone is damage, which reading tells better.
-            let len = store.nodes().objects().store().len(&object_key(object))?.unwrap_or(0);
+            let len = len_of(id)?;
             if len < SMALL_LEN {
                 small.push(object.clone());
             }

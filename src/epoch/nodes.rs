@@ -65,6 +65,12 @@ impl Nodes {
         }
     }
 
+    /// The same as [`Self::load`], if it was loaded before and is here still.
+    pub fn at_hand(&self, root: &Root, level: u8) -> Option<Arc<LoadedNode>> {
+        let loaded = lock(&self.cache).get(&root.place)?;
+        (loaded.root.digest == root.digest && loaded.node.level() == level).then_some(loaded)
+    }
+
     /// The node at this place, if it has this digest and level.
     pub fn load(&self, root: &Root, level: u8) -> Result<Arc<LoadedNode>> {
         let cached = lock(&self.cache).get(&root.place);

@@ -66,8 +66,13 @@ impl Epoch {
 
     /// Opens one of its streams.
     pub fn stream(&self, path: &[u8]) -> Result<StreamReader> {
+        Ok(self.reader(self.image(path)?))
+    }
+
+    /// What one of its streams holds.
+    pub(crate) fn image(&self, path: &[u8]) -> Result<&Image> {
         match self.manifest.get(path) {
-            Some(ManifestEntry { kind: EntryKind::Stream(image), .. }) => Ok(self.reader(image)),
+            Some(ManifestEntry { kind: EntryKind::Stream(image), .. }) => Ok(image),
             Some(_) => Err(Error::usage(format!("{}: {} is not a stream", self.name(), path.escape_ascii()))),
             None => Err(Error::not_found(format!("{} has no stream {}", self.name(), path.escape_ascii()))
                 .hint(format!("`epochfs show {}` lists its streams", self.name()))),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use epochfs_format::{FANOUT, Image, Place, Root, level_span, levels_for};
 
 use super::nodes::{LoadedNode, Nodes};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 
 /// How many pages an image of this length has.
 pub fn page_count(length: u64) -> u64 {
@@ -21,15 +21,34 @@ pub fn leaf(nodes: &Nodes, image: &Image, index: u64) -> Result<Option<Arc<Loade
     nodes.load(&root, 0).map(Some)
 }
 
+/// The same for whoever must not wait for a store that is far away: what is not at hand is an error.
+pub fn leaf_without_waiting(nodes: &Nodes, image: &Image, index: u64) -> Result<Option<Arc<LoadedNode>>> {
+    if !nodes.objects().store().is_remote() {
+        return leaf(nodes, image, index);
+    }
+    let load = |root: &Root, level: u8| {
+        let at_hand = nodes.at_hand(root, level);
+        at_hand.ok_or_else(|| Error::new(Kind::Unavailable, "a node of the tree is not at hand"))
+    };
+    let Some(root) = leaf_root_by(&load, image, index)? else { return Ok(None) };
+    load(&root, 0).map(Some)
+}
+
 /// Where the leaf with this index lies.
 pub fn leaf_root(nodes: &Nodes, image: &Image, index: u64) -> Result<Option<Root>> {
+    leaf_root_by(&|root, level| nodes.load(root, level), image, index)
+}
+
+type Load<'a> = dyn Fn(&Root, u8) -> Result<Arc<LoadedNode>> + 'a;
+
+fn leaf_root_by(load: &Load<'_>, image: &Image, index: u64) -> Result<Option<Root>> {
     let Some(mut at) = image.root.clone() else { return Ok(None) };
     let mut level = levels_for(image.length) - 1;
     if index / level_span(level) > 0 {
         return Ok(None);
     }
     while level > 0 {
-        let inner = nodes.load(&at, level)?;
+        let inner = load(&at, level)?;
         let slot = (index / level_span(level - 1)) as usize % FANOUT;
         match child(&inner, slot) {
             Some(next) => at = next,

@@ -12,6 +12,7 @@ use super::nodes::Nodes;
 use super::reader::{Epoch, read_image};
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::RealFiles;
+use crate::platform::keys::KeySettings;
 use crate::platform::store::{LocalStore, Location, Store, WeatherStore};
 use crate::repo::{Hold, Index, LeaseSettings, Opening, Readers, Rebuilt, Repository};
 
@@ -83,9 +84,25 @@ impl EpochStore {
         }
     }
 
-    /// Opens the repository in a directory or a bucket.
+    /// The same, of which everything is encrypted. The first of these keys opens it.
+    pub fn create_sealed(location: &Location, keys: &KeySettings) -> Result<Self> {
+        // Before anything is made.
+        keys.first()?;
+        let store: Arc<dyn Store> = match location {
+            Location::Directory(path) => Arc::new(LocalStore::create(path, Arc::new(RealFiles))?),
+            Location::Bucket(_) => location.open()?,
+        };
+        Ok(Self::new(Repository::create_sealed(store, keys)?))
+    }
+
+    /// Opens the repository in a directory or a bucket. If it is encrypted, the environment says where its key is.
     pub fn open_at(location: &Location) -> Result<Self> {
-        Ok(Self::new(Repository::open(open_store(location)?)?))
+        Self::open_with(location, &KeySettings::of_process())
+    }
+
+    /// The same with other keys.
+    pub fn open_with(location: &Location, keys: &KeySettings) -> Result<Self> {
+        Ok(Self::new(Repository::open_with(open_store(location)?, keys)?))
     }
 
     /// Works without an index: pages are compared with the parent epoch only.
@@ -156,7 +173,7 @@ impl EpochStore {
     /// Opens an epoch for reading.
     pub fn epoch(&self, name: &EpochName) -> Result<Epoch> {
         let machine = &name.machine;
-        let opening = self.opening()?;
+        let opening = self.opening_beside(machine)?;
         let record = match &name.which {
             None | Some(Which::Latest) => self.repository.latest_record(machine)?,
             Some(Which::Number(number)) => self.repository.epoch_record(machine, *number)?,
@@ -168,6 +185,18 @@ impl EpochStore {
     /// Begins to look for an epoch: one that is found to exist from here on can be opened, and then stays readable.
     pub fn opening(&self) -> Result<Opening> {
         self.readers.opening()
+    }
+
+    /// The same, while of a store that is far away the machine's log is looked at: what is found counts only behind it.
+    fn opening_beside(&self, machine: &Arc<str>) -> Result<Opening> {
+        if !self.repository.objects().store().is_remote() || self.repository.knows(machine) {
+            return self.opening();
+        }
+        std::thread::scope(|scope| {
+            // Whoever looks for it says what is wrong.
+            scope.spawn(|| self.repository.head(machine).is_ok());
+            self.opening()
+        })
     }
 
     /// Opens the epoch that a commit record is, which was found during this opening.

@@ -104,7 +104,8 @@ impl FileSystem {
                 return Err(Refusal::NotFound);
             }
             let number = name.parse().map_err(|_| Refusal::NotFound)?;
-            (repository.epoch_of(&repository.require_recent(machine)?, number)?, None)
+            // Not as it was a moment ago: what is found to exist behind the lease is safe.
+            (repository.epoch_record(machine, number)?, None)
         } else {
             check_tag(name).map_err(|_| Refusal::NotFound)?;
             (repository.tagged_record(machine, name)?, Some(Arc::from(name)))
@@ -132,6 +133,9 @@ impl FileSystem {
         match parent {
             Object::Root => {
                 let machine = machine_name(name)?;
+                if !self.store.repository().knows(&machine) {
+                    self.store.readers().expect();
+                }
                 self.exists(&machine)?;
                 Ok(Object::Machine(machine))
             }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use epochfs_format::{CONDEMNED_MAX, GcBody, ObjectRef, hex, pack_key, parse_id};
+use epochfs_format::{CONDEMNED_MAX, GcBody, ObjectRef, hex, pack_key};
 
 use super::leases::{Reader, Watch};
 use super::marks::{Marked, Memory};
@@ -166,22 +166,38 @@ impl Collector {
         Ok(plan)
     }
 
-    /// The packs that would be needed without this epoch.
-    pub fn needed_without(
+    /// What would be needed without this epoch.
+    pub(super) fn mark_without(
         &mut self,
         machine: &str,
         epoch: u64,
         progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<HashSet<[u8; 16]>> {
-        Ok(self.memory.mark(&self.store, None, &[], Some((machine, epoch)), progress)?.live)
+    ) -> Result<Marked> {
+        let marked = self.memory.mark(&self.store, None, &[], Some((machine, epoch)), progress)?;
+        // The next one marks only what came since.
+        self.memory.save_histories();
+        Ok(marked)
+    }
+
+    /// Looks how long all packs are, unless that was done: a listing tells a thousand lengths at a time.
+    pub(super) fn look_for_lengths(&mut self) -> Result<()> {
+        if self.lengths.is_empty() {
+            self.list_packs()?;
+        }
+        Ok(())
+    }
+
+    /// How long a pack is; 0 where it is gone.
+    pub(super) fn len_of(&self, id: &[u8; 16]) -> Result<u64> {
+        match self.lengths.get(id) {
+            Some(len) => Ok(*len),
+            None => Ok(self.store.repository().objects().store().len(&pack_key(id))?.unwrap_or(0)),
+        }
     }
 
     fn list_packs(&mut self) -> Result<Vec<([u8; 16], u64)>> {
         let mut packs = Vec::new();
-        self.store.repository().objects().store().list("packs/", None, &mut |info| {
-            packs.extend(info.key.rsplit('/').next().and_then(parse_id).map(|id| (id, info.len)));
-            Ok(true)
-        })?;
+        self.store.repository().objects().packs(&mut |id, len| packs.push((id, len)))?;
         self.lengths = packs.iter().copied().collect();
         Ok(packs)
     }
@@ -295,6 +311,7 @@ impl Collector {
     /// Deletes what was settled. Doing it twice, or late, harms nobody: no name is used again.
     fn delete(&mut self, condemned: u64, kept: Vec<ObjectRef>) -> Result<Step> {
         let all = self.store.repository().collector_log().condemned(condemned)?;
+        self.look_for_lengths()?;
         let mut collected = Collected { condemned: all.len() as u64, kept: kept.len() as u64, ..Collected::default() };
         let kept: HashSet<ObjectRef> = kept.into_iter().collect();
         for object in all.iter().filter(|object| !kept.contains(object)) {
@@ -308,12 +325,8 @@ impl Collector {
         let store = self.store.repository().objects().store();
         match object {
             ObjectRef::Pack(id) => {
-                let key = pack_key(id);
-                let len = match self.lengths.get(id) {
-                    Some(len) => *len,
-                    None => store.len(&key)?.unwrap_or(0),
-                };
-                store.delete(&key)?;
+                let len = self.len_of(id)?;
+                store.delete(&pack_key(id))?;
                 Ok(len)
             }
             // A log's numbers must never become free.

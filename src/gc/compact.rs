@@ -17,6 +17,8 @@ pub struct CompactPlan {
     /// Those of them that are moved out of.
     pub moved_objects: u64,
     pub moved_bytes: u64,
+    /// Epochs of which something was read to know what else needs its packs.
+    pub epochs_walked: u64,
     #[serde(skip)]
     pub moves: Arc<Moves>,
 }
@@ -28,8 +30,9 @@ impl Collector {
         let store = self.store().clone();
         let epoch = store.epoch(&EpochName { machine: machine.clone(), which: None })?;
         let survey = Survey::of(&epoch)?;
-        let needed = self.needed_without(machine, epoch.number(), progress)?;
-        let moves = survey.choose(&store, &|id| needed.contains(id))?;
+        let marked = self.mark_without(machine, epoch.number(), progress)?;
+        self.look_for_lengths()?;
+        let moves = survey.choose(&|id| self.len_of(id), &|id| marked.live.contains(id))?;
         let (objects, bytes) = (survey.used.len() as u64, survey.used.values().sum());
         let moved = survey.used.iter().filter(|(object, _)| moves.is_from(object));
         let (moved_objects, moved_bytes) = moved.fold((0, 0), |(count, sum), (_, used)| (count + 1, sum + used));
@@ -40,6 +43,7 @@ impl Collector {
             bytes,
             moved_objects,
             moved_bytes,
+            epochs_walked: marked.epochs_walked,
             moves: Arc::new(moves),
         })
     }

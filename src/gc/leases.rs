@@ -62,8 +62,8 @@ impl Watch {
             let silent = now.saturating_sub(*since);
             let lease = match store.get(&lease_key(&reader, number)) {
                 Ok(bytes) => Lease::decode(&bytes, objects.repository()).ok(),
-                // It was renewed or ended meanwhile: the next look tells.
-                Err(error) if error.kind() == Kind::NotFound => None,
+                // It was renewed or ended meanwhile, or is damaged: the next look tells, or time does.
+                Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged) => None,
                 Err(error) => return Err(error),
             };
             let valid_for =

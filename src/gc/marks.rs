@@ -70,6 +70,14 @@ impl Memory {
             }
             history.keep_packs(is_there);
         }
+        self.save_histories();
+        if let Some(directory) = &self.directory {
+            save(&directory.join("orphans"), &self.orphans);
+        }
+    }
+
+    /// Writes down what was read of logs and marked.
+    pub fn save_histories(&self) {
         let Some(directory) = &self.directory else { return };
         if let Err(error) = std::fs::create_dir_all(directory) {
             tracing::debug!("what was marked is not remembered: {error}");
@@ -80,7 +88,6 @@ impl Memory {
                 save(&path, history);
             }
         }
-        save(&directory.join("orphans"), &self.orphans);
     }
 
     /// Marks everything that is needed: by epochs, by lives of owned machines, by these epochs that readers hold, and

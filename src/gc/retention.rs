@@ -49,6 +49,12 @@ pub struct Verdict {
 }
 
 impl Policy {
+    /// The newest `last`, those within a time, and the newest of each of so many seconds, minutes, hours, days, weeks, months and
+    /// years.
+    pub fn new(last: u64, within: Option<Duration>, counts: [u64; 7]) -> Self {
+        Self { last, within, periods: Period::ALL.into_iter().zip(counts).collect() }
+    }
+
     /// A policy without any rule would keep the newest epoch alone; nobody means that.
     pub fn is_empty(&self) -> bool {
         self.last == 0 && self.within.is_none() && self.periods.values().all(|count| *count == 0)
@@ -92,6 +98,8 @@ impl Policy {
 }
 
 impl Period {
+    const ALL: [Self; 7] = [Self::Second, Self::Minute, Self::Hour, Self::Day, Self::Week, Self::Month, Self::Year];
+
     pub fn adverb(self) -> &'static str {
         match self {
             Self::Second => "secondly",

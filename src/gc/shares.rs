@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use epochfs_format::{Image, ObjectRef, Root, levels_for, pack_key, parse_id};
+use epochfs_format::{Image, ObjectRef, Root, levels_for, pack_key};
 
 use super::walk::Roots;
 use crate::epoch::{EpochStore, Nodes, Stored, child, commit_of};
@@ -51,12 +51,7 @@ struct Use {
 /// Finds out who needs what. `progress` is told how many epochs are done.
 pub fn shares(store: &EpochStore, progress: &mut dyn FnMut(u64)) -> Result<Shares> {
     let mut lengths: HashMap<PackId, u64> = HashMap::new();
-    store.repository().objects().store().list("packs/", None, &mut |info| {
-        if let Some(id) = info.key.rsplit('/').next().and_then(parse_id) {
-            lengths.insert(id, info.len);
-        }
-        Ok(true)
-    })?;
+    store.repository().objects().packs(&mut |id, len| lengths.extend([(id, len)]))?;
     let (mut shares, mut uses, mut done) = (Shares::default(), HashMap::new(), 0);
     for machine in store.repository().machines()? {
         let number = shares.machines.len() as u32;

@@ -10,7 +10,10 @@ use super::keep::Keep;
 use super::policy::Target;
 use crate::error::{Error, Result};
 use crate::gc::retention::Policy;
-use crate::vmm::agent::MonitorAt;
+use crate::vmm::agent::{Heartbeat, MonitorAt};
+
+/// How long a guest may give no sign of life, where nothing is said.
+const HEARTBEAT_LIMIT: Duration = Duration::from_secs(10);
 
 /// What all machines of a host may lose together, where nothing is said.
 const OVERHEAD_OF_HOST: f64 = 1.0;
@@ -57,6 +60,11 @@ pub struct MachineConfig {
     pub weight: f64,
     /// Bytes a second that may be stored, such as `10MiB`.
     pub store_rate: Option<String>,
+    /// A file that its guest changes, or the socket of an agent in it; and how long it may give no sign of life (10 s).
+    pub heartbeat: Option<PathBuf>,
+    pub heartbeat_limit: Option<String>,
+    /// A command that holds back what it says to others until the epoch is durable that explains it.
+    pub outputs: Option<String>,
     /// Which of its epochs `prune` keeps, in place of what is said for all machines.
     pub keep: Option<Keep>,
 }
@@ -80,14 +88,9 @@ impl Config {
             epochfs_format::check_machine(name)
                 .map_err(|error| Error::usage(format!("[machines.{name:?}]: {error}")))?;
             machine.target().map_err(|error| error.context(format!("[machines.{name}]")))?;
-            let keep = machine.keep.as_ref().map_or(Ok(()), |keep| keep.policy().map(|_| ()));
-            keep.map_err(|error| error.context(format!("[machines.{name}.keep]")))?;
+            check_keep(&machine.keep, || format!("[machines.{name}.keep]"))?;
         }
-        config
-            .keep
-            .as_ref()
-            .map_or(Ok(()), |keep| keep.policy().map(|_| ()))
-            .map_err(|error| error.context("[keep]"))?;
+        check_keep(&config.keep, || "[keep]".to_owned())?;
         Ok(config)
     }
 
@@ -109,6 +112,16 @@ impl MachineConfig {
         }
     }
 
+    /// Where its guest's signs of life are looked for, if that is wanted.
+    pub fn heartbeat(&self) -> Result<Option<Heartbeat>> {
+        let limit = self.heartbeat_limit.as_deref().map_or(Ok(HEARTBEAT_LIMIT), parse_duration)?;
+        if self.heartbeat.is_none() && self.heartbeat_limit.is_some() {
+            return Err(Error::usage("heartbeat-limit is given, and not where the guest's signs of life are")
+                .hint("name a file that the guest changes, or its agent's socket, as heartbeat"));
+        }
+        Ok(self.heartbeat.as_deref().map(|path| Heartbeat::new(path, limit)))
+    }
+
     pub fn state(&self) -> &str {
         let usual = if self.cloud_hypervisor.is_some() { "snapshot" } else { "vmstate" };
         self.state.as_deref().unwrap_or(usual)
@@ -123,6 +136,7 @@ impl MachineConfig {
             return Err(Error::usage(format!("a weight is more than 0, not {}", self.weight)));
         }
         self.monitor()?;
+        self.heartbeat()?;
         epochfs_format::check_stream_path(self.state().as_bytes())
             .map_err(|error| Error::usage(format!("state = {:?}: {error}", self.state())))?;
         let duration = |text: &Option<String>| text.as_deref().map(parse_duration).transpose();
@@ -177,6 +191,13 @@ pub(super) fn parse_bytes(text: &str) -> Result<u64> {
         .filter(|bytes| *bytes >= 1.0)
         .map(|bytes| bytes as u64)
         .ok_or_else(|| Error::usage(format!("{text:?} is no number of bytes")).hint("write 500KiB, 10MiB or 1GiB"))
+}
+
+fn check_keep(keep: &Option<Keep>, table: impl FnOnce() -> String) -> Result<()> {
+    match keep.as_ref().map(Keep::policy) {
+        Some(Err(error)) => Err(error.context(table())),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

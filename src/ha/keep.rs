@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
-use crate::gc::retention::{Period, Policy, parse_duration};
+use crate::gc::retention::{Policy, parse_duration};
 
 /// The rules of a table `keep`. An epoch stays if any of them keeps it.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -27,16 +27,8 @@ impl Keep {
     pub fn policy(&self) -> Result<Policy> {
         let within = self.within.as_deref().map(parse_duration).transpose();
         let within = within.map_err(|error| Error::usage(format!("within = {:?}: {error}", self.within)))?;
-        let periods = [
-            (Period::Second, self.secondly),
-            (Period::Minute, self.minutely),
-            (Period::Hour, self.hourly),
-            (Period::Day, self.daily),
-            (Period::Week, self.weekly),
-            (Period::Month, self.monthly),
-            (Period::Year, self.yearly),
-        ];
-        let policy = Policy { last: self.last, within, periods: periods.into_iter().collect() };
+        let counts = [self.secondly, self.minutely, self.hourly, self.daily, self.weekly, self.monthly, self.yearly];
+        let policy = Policy::new(self.last, within, counts);
         if policy.is_empty() {
             return Err(Error::usage("no rule says what to keep")
                 .hint("write at least one of last, within, hourly, daily, ...; or leave the table out"));

@@ -8,10 +8,11 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use serde::{Deserialize, Serialize};
 
 use super::host::{Host, host_load};
+use super::outputs::Outputs;
 use super::policy::{Decision, Limit, Observation, Policy};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
-use crate::vmm::agent::{Agent, Capture, Health};
+use crate::vmm::agent::{Agent, Capture, Health, Heartbeat};
 
 /// How often a machine is looked at that cannot be captured, and news are told while nothing happens.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -54,10 +55,15 @@ pub struct ProtectionStatus {
     pub machine: String,
     /// When this was said, by the host's clock since it was started.
     pub said_at_ms: u64,
-    /// `starting`, `protected`, `storing` (longer than usual), `failing`, `idle` (it stands still), `lost`, `ended`.
+    /// `starting`, `protected`, `storing` (longer than usual), `failing`, `idle` (it stands still), `silent` (its guest gives
+    /// no sign of life), `lost`, `ended`.
     pub state: String,
     /// Why, where it is not protected.
     pub why: Option<String>,
+    /// What becomes of its memory.
+    pub how: String,
+    /// How long ago its guest gave a sign of life, where that is looked at.
+    pub beat_age_ms: Option<f64>,
     pub newest_epoch: Option<u64>,
     /// How old the state is that would be restored.
     pub age_ms: Option<f64>,
@@ -99,6 +105,10 @@ pub struct Protection {
     pub agent: Box<dyn Agent>,
     pub epochs: Box<dyn Epochs>,
     pub host: Arc<Host>,
+    /// Where its guest's signs of life are looked for.
+    pub heartbeat: Option<Heartbeat>,
+    /// Who holds back what it says until the epoch is durable that explains it, if anybody does.
+    pub outputs: Option<Box<dyn Outputs>>,
 }
 
 fn ms(time: Duration) -> f64 {
@@ -150,6 +160,7 @@ impl Run<'_> {
     }
 
     fn captured(&mut self, capture: &Capture) {
+        capture.how.clone_into(&mut self.status.how);
         self.status.pause_ms = ms(capture.pause);
         self.status.pause_parts_ms = capture.parts.iter().map(|(name, time)| ((*name).to_owned(), ms(*time))).collect();
         self.status.prepared_ms = ms(capture.prepared);
@@ -211,6 +222,7 @@ pub fn protect(
 }
 
 fn run_until_stopped(protection: &mut Protection, once: bool, stop: &Receiver<()>, run: &mut Run<'_>) -> Result<()> {
+    let mut moment = 0;
     let mut interval = Duration::ZERO;
     let mut begun = Stopwatch::start();
     while !waits(begun, interval, stop, run) {
@@ -234,7 +246,19 @@ fn run_until_stopped(protection: &mut Protection, once: bool, stop: &Receiver<()
                 continue;
             }
         }
-        let (seen, result) = checkpoint(protection, stop, run);
+        if let Some(heartbeat) = protection.heartbeat.as_mut().filter(|_| !once) {
+            let (age, why) = heartbeat.look();
+            run.status.beat_age_ms = Some(ms(age));
+            if why.is_some() {
+                // The newest epochs stay those of a guest that was alive.
+                run.is("silent", why);
+                run.tell();
+                interval = LOOK_INTERVAL;
+                continue;
+            }
+        }
+        moment += 1;
+        let (seen, result) = checkpoint(protection, moment, stop, run);
         let seen = Observation { host_load: host_load(), ..seen };
         run.status.host_load = seen.host_load;
         protection.policy.observe(&seen);
@@ -284,11 +308,18 @@ fn waits(since: Stopwatch, interval: Duration, stop: &Receiver<()>, run: &mut Ru
 }
 
 /// One epoch: what it cost, and what became of it.
-fn checkpoint(protection: &mut Protection, stop: &Receiver<()>, run: &mut Run<'_>) -> (Observation, Result<()>) {
+fn checkpoint(
+    protection: &mut Protection,
+    moment: u64,
+    stop: &Receiver<()>,
+    run: &mut Run<'_>,
+) -> (Observation, Result<()>) {
     let mut frozen = None;
     let captured = {
-        let epochs = &mut protection.epochs;
+        let Protection { epochs, outputs, .. } = protection;
         protection.agent.capture(&mut || {
+            // An epoch of which nobody knows what was said before it explains nothing.
+            outputs.as_mut().map_or(Ok(()), |outputs| outputs.frozen(moment))?;
             frozen = Some((epochs.freeze()?, Stopwatch::start()));
             Ok(())
         })
@@ -309,6 +340,10 @@ fn checkpoint(protection: &mut Protection, stop: &Receiver<()>, run: &mut Run<'_
         Ok(stored) => stored,
         Err(error) => return failed(error),
     };
+    if let Some(Err(error)) = protection.outputs.as_mut().map(|outputs| outputs.durable(moment)) {
+        // What was said stays held until the next one.
+        tracing::error!(machine = run.status.machine, "what it said before its newest epoch is not let out: {error}");
+    }
     run.newest = Some(since);
     let durable_after = since.elapsed();
     run.status.newest_epoch = Some(stored.epoch);

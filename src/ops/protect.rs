@@ -11,7 +11,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 use super::control::{Client, CommitRequest};
 use super::machine::processor_notes;
 use crate::error::{Error, Kind, Result};
-use crate::ha::{Config, Epochs, Host, MachineConfig, Policy, Protection, ProtectionStatus, Stored, Ticket, protect};
+use crate::ha::{
+    Config, Epochs, Host, MachineConfig, OutputProgram, Outputs, Policy, Protection, ProtectionStatus, Stored, Ticket,
+    protect,
+};
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::LeaseClaim;
 use crate::vmm::agent::{Lessor, MachineAgent};
@@ -227,6 +230,8 @@ fn protection(
         agent: Box::new(agent.heed(Box::new(lessor))?),
         epochs: Box::new(DaemonEpochs { socket: here.socket.clone(), machine: machine.to_owned() }),
         host: host.clone(),
+        heartbeat: config.heartbeat()?,
+        outputs: config.outputs.as_deref().map(|command| Box::new(OutputProgram::new(command)) as Box<dyn Outputs>),
     })
 }
 

@@ -4,9 +4,11 @@
 pub mod clock;
 pub mod files;
 pub mod flush;
+pub mod keys;
 pub mod lease;
 pub mod lock;
 pub mod process;
 pub mod random;
 pub mod running;
+pub mod socket;
 pub mod store;

@@ -1,4 +1,4 @@
-//! What the kernel tells of processes, and the files that they write their logs to.
+//! What the kernel tells of processes, how threads give way to others, and the files that processes write their logs to.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -34,6 +34,16 @@ impl ProcessSeen {
     }
 }
 
+/// How far those that give way stand back: another thread that is busy gets three times as much of a processor. Much further, and
+/// on a host whose processors are never idle they would not come to an end, while they hold what they read.
+const NICENESS: i32 = 5;
+
+/// Lets others go first where they want the same processor as this thread and those that it will start. There is no way back.
+pub fn give_way() {
+    // One that may not be made less important is as important as others.
+    let _ = rustix::process::setpriority_process(None, NICENESS);
+}
+
 /// Opens a log to write behind what is in it. It is for its owner's eyes alone.
 pub fn open_log(path: &Path) -> Result<File> {
     OpenOptions::new()
@@ -48,6 +58,20 @@ pub fn open_log(path: &Path) -> Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_thread_that_gives_way_and_those_it_starts_do() {
+        let of_this_thread = || rustix::process::getpriority_process(None).unwrap();
+        let before = of_this_thread();
+        let (own, started) = std::thread::spawn(move || {
+            give_way();
+            (of_this_thread(), std::thread::spawn(of_this_thread).join().unwrap())
+        })
+        .join()
+        .unwrap();
+        assert_eq!((own, started), (before.max(NICENESS), before.max(NICENESS)));
+        assert_eq!(of_this_thread(), before);
+    }
 
     #[test]
     fn names_with_parentheses_are_no_fields() {

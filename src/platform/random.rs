@@ -22,15 +22,20 @@ pub fn id16() -> [u8; 16] {
         return (u128::from(a) << 64 | u128::from(b)).to_be_bytes();
     }
     let mut id = [0_u8; 16];
+    fill(&mut id);
+    id
+}
+
+/// Fills a buffer with random bytes from the kernel: for keys, and for what encryption must never use twice. Never simulated.
+pub fn fill(bytes: &mut [u8]) {
     let mut filled = 0;
-    while filled < id.len() {
-        match getrandom(&mut id[filled..], GetRandomFlags::empty()) {
+    while filled < bytes.len() {
+        match getrandom(&mut bytes[filled..], GetRandomFlags::empty()) {
             Ok(count) => filled += count,
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => panic!("the kernel gave no random bytes: {error}"),
         }
     }
-    id
 }
 
 /// A seeded sequence, for tests and simulations that must be repeatable. Not for anything that must be unique.

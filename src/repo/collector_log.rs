@@ -214,6 +214,7 @@ impl CollectorLog {
                     let birth = epochfs_format::Birth::decode(&bytes, self.objects.repository());
                     births.push((key, birth.ok().map(|birth| birth.machine)));
                 }
+                Err(error) if error.kind() == Kind::Damaged => births.push((key, None)),
                 // The commit has ended.
                 Err(error) if error.kind() == Kind::NotFound => {}
                 Err(error) => return Err(error),

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use epochfs_format::{
-    Body, EpochSet, Hash, Record, SUMMARY_STEP, Summary, check_machine, decode_component, log_prefix, record_seq,
+    Body, EpochSet, Hash, ObjectRef, Record, SUMMARY_STEP, Summary, check_machine, decode_component, log_prefix,
+    record_seq,
 };
 
 use super::objects::Objects;
@@ -30,6 +31,19 @@ pub fn machines(objects: &Objects) -> Result<Vec<Arc<str>>> {
     Ok(names)
 }
 
+/// Every object that holds blocks.
+pub fn objects_of(objects: &Objects) -> Result<Vec<ObjectRef>> {
+    let mut all = Vec::new();
+    objects.packs(&mut |id, _| all.push(ObjectRef::Pack(id)))?;
+    for machine in machines(objects)? {
+        objects.store().list(&log_prefix(&machine), None, &mut |info| {
+            all.extend(record_seq(&info.key).map(|seq| ObjectRef::Record { machine: machine.clone(), seq }));
+            Ok(true)
+        })?;
+    }
+    Ok(all)
+}
+
 /// The number of the log's newest record, by listing: two requests, whatever the log's length.
 fn newest_seq(objects: &Objects, machine: &str) -> Result<Option<u64>> {
     let prefix = log_prefix(machine);
@@ -53,7 +67,7 @@ const CATCH_UP_MAX: usize = 16;
 
 /// The newest record, or `None` for a machine without a log. `known` is one that was the newest: records never go, so that
 /// those behind it are all that can be new.
-pub(super) fn head(objects: &Objects, machine: &Arc<str>, known: Option<Head>) -> Result<Option<Head>> {
+pub(super) fn head(objects: &Arc<Objects>, machine: &Arc<str>, known: Option<Head>) -> Result<Option<Head>> {
     if let Some(mut head) = known {
         for _ in 0..CATCH_UP_MAX {
             match objects.record(machine, head.record.seq + 1)? {
@@ -62,7 +76,12 @@ pub(super) fn head(objects: &Objects, machine: &Arc<str>, known: Option<Head>) -
             }
         }
     }
-    let Some(mut seq) = newest_seq(objects, machine)? else { return Ok(None) };
+    let mut seq = match newest_seq(objects, machine)? {
+        Some(seq) => seq,
+        // The listing may lag behind all of the log.
+        None if objects.record(machine, 1)?.is_some() => 1,
+        None => return Ok(None),
+    };
     let (listed, mut next) = two_records(objects, machine, seq)?;
     let Some((mut record, mut digest)) = listed else {
         return Err(Error::damaged(format!("record {seq} of {machine} was listed and is not there")));
@@ -78,13 +97,19 @@ pub(super) fn head(objects: &Objects, machine: &Arc<str>, known: Option<Head>) -
 type Found = Option<(Record, Hash)>;
 
 /// A record and the one behind it; of a store that is far away both at once.
-fn two_records(objects: &Objects, machine: &Arc<str>, seq: u64) -> Result<(Found, Found)> {
+fn two_records(objects: &Arc<Objects>, machine: &Arc<str>, seq: u64) -> Result<(Found, Found)> {
     if !objects.store().is_remote() {
         return Ok((objects.record(machine, seq)?, objects.record(machine, seq + 1)?));
     }
+    if seq > 1 {
+        // Where the newest record is no commit, whoever wants the newest epoch asks for the one before. It is kept if it comes.
+        let (objects, machine) = (objects.clone(), machine.clone());
+        let ahead = std::thread::Builder::new().name("record-ahead".into());
+        drop(ahead.spawn(move || objects.record_with_blocks(&machine, seq - 1).is_ok()));
+    }
     std::thread::scope(|scope| {
-        let next = scope.spawn(|| objects.record(machine, seq + 1));
-        let listed = objects.record(machine, seq)?;
+        let next = scope.spawn(|| objects.record_with_blocks(machine, seq + 1));
+        let listed = objects.record_with_blocks(machine, seq)?;
         let next = next.join().unwrap_or_else(|_| Err(Error::new(Kind::Io, "a reading thread failed")))?;
         Ok((listed, next))
     })

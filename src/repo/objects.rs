@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use epochfs_format::{
-    Footer, HEADER_LEN, Hash, ObjectRef, PAGE_SIZE, PageDecoder, Place, Record, TRAILER_LEN, Trailer, check_header,
-    pack_key, record_key,
+    Footer, HEADER_LEN, Hash, ObjectRef, PACKS_PREFIX, PAGE_SIZE, PageDecoder, Place, Record, TRAILER_LEN, Trailer,
+    check_header, pack_key, parse_pack_key, record_key,
 };
 
 use super::cache::TwoGenerations;
@@ -18,6 +18,8 @@ use crate::platform::store::{Put, Store, Tail};
 
 /// The end of a record that is read first: enough for a small one, its roots included.
 const RECORD_TAIL_LEN: u64 = 32 << 10;
+/// The same of one that is wanted with the blocks that lie in it, from a store that is far away: all of it, as a rule.
+const RECORD_LEN: u64 = 256 << 10;
 const FOOTER_CACHE_LEN: usize = 24 << 20;
 const TAIL_CACHE_LEN: usize = 4 << 20;
 const EXISTING_LEN: usize = 1 << 20;
@@ -66,6 +68,16 @@ impl Objects {
             decoders: Mutex::new(Vec::new()),
             quarantine: Lists::default(),
         }
+    }
+
+    /// All packs, with their lengths.
+    pub fn packs(&self, each: &mut dyn FnMut([u8; 16], u64)) -> Result<()> {
+        self.store.list(PACKS_PREFIX, None, &mut |info| {
+            if let Some(id) = parse_pack_key(&info.key) {
+                each(id, info.len);
+            }
+            Ok(true)
+        })
     }
 
     /// The blocks that no commit may take a page from, as far as they were looked for.
@@ -173,16 +185,25 @@ impl Objects {
 
     /// A log record and its digest, or `None` when the log has no such record.
     pub fn record(&self, machine: &Arc<str>, seq: u64) -> Result<Option<(Record, Hash)>> {
+        self.record_by_tail(machine, seq, RECORD_TAIL_LEN)
+    }
+
+    /// The same of a record whose blocks will be read: they come with it.
+    pub fn record_with_blocks(&self, machine: &Arc<str>, seq: u64) -> Result<Option<(Record, Hash)>> {
+        self.record_by_tail(machine, seq, if self.store.is_remote() { RECORD_LEN } else { RECORD_TAIL_LEN })
+    }
+
+    fn record_by_tail(&self, machine: &Arc<str>, seq: u64, tail_len: u64) -> Result<Option<(Record, Hash)>> {
         let object = ObjectRef::Record { machine: machine.clone(), seq };
         let key = object_key(&object);
-        let tail = match self.store.get_tail(&key, RECORD_TAIL_LEN) {
+        let tail = match self.store.get_tail(&key, tail_len) {
             Ok(tail) => tail,
             Err(error) if error.kind() == Kind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
         let (tail, decoded) = match self.decode_record(&object, &tail) {
             Err(error) if error.kind() == Kind::Damaged && self.distrust(&object) => {
-                let tail = self.store.get_tail(&key, RECORD_TAIL_LEN)?;
+                let tail = self.store.get_tail(&key, tail_len)?;
                 let decoded = self.decode_record(&object, &tail);
                 (tail, decoded)
             }

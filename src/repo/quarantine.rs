@@ -93,19 +93,16 @@ impl Lists {
         }
         let mut read = Quarantined { is_sound: keys.len() <= LISTS_MAX, keys, ..Quarantined::default() };
         for key in read.keys.clone().iter().take(LISTS_MAX) {
-            let bytes = match store.get(key) {
-                Ok(bytes) => bytes,
-                // A repair has just put another in its place.
-                Err(error) if error.kind() == Kind::NotFound => continue,
-                Err(error) => return Err(error),
-            };
-            match Quarantine::decode(&bytes, repository) {
+            match store.get(key).and_then(|bytes| Ok(Quarantine::decode(&bytes, repository)?)) {
                 Ok(list) => read.add(list),
+                // A repair has just put another in its place.
+                Err(error) if error.kind() == Kind::NotFound => {}
                 // Pages are proven when they are read: without the list, a commit may only lean on what is damaged.
-                Err(error) => {
+                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::Unsupported) => {
                     tracing::warn!("{key} is not heeded: {error}");
                     read.is_sound = false;
                 }
+                Err(error) => return Err(error),
             }
         }
         if read.keys.len() > LISTS_MAX {

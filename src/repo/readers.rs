@@ -134,10 +134,31 @@ impl Readers {
             Opening { shared: shared.clone(), entry }
         };
         if !is_fresh(&shared.lock()) {
-            shared.renew(false)?;
+            let renewing = lock(&shared.renewing);
+            // Somebody else may just have done it.
+            if !is_fresh(&shared.lock()) {
+                shared.renew_now(&renewing)?;
+            }
+            drop(renewing);
             shared.start_thread();
         }
         Ok(opening)
+    }
+
+    /// Somebody will look for an epoch soon: of a store that is far away, a lease is on its way while he looks at the log.
+    pub fn expect(&self) {
+        if !self.shared.settings.enabled || !self.shared.settings.background || !self.shared.objects.store().is_remote()
+        {
+            return;
+        }
+        let ahead = Self { shared: self.shared.clone() };
+        let spawned = std::thread::Builder::new().name("lease-ahead".into()).spawn(move || {
+            // Whoever looks for it says what is wrong.
+            let _ = ahead.opening();
+        });
+        if let Err(error) = spawned {
+            tracing::debug!("no lease is made ahead: {error}");
+        }
     }
 
     /// Whether somebody of this process reads this epoch.
@@ -154,7 +175,7 @@ impl Readers {
 
     /// Says once more what is read, or nothing any more where nothing is.
     pub fn renew(&self) -> Result<()> {
-        self.shared.renew(true)
+        self.shared.renew()
     }
 }
 
@@ -201,19 +222,27 @@ impl Shared {
         }
     }
 
-    fn renew(&self, may_end: bool) -> Result<()> {
+    /// Renews it, or gives it up where nothing is read.
+    fn renew(&self) -> Result<()> {
         if !self.settings.enabled {
             return Ok(());
         }
-        let _renewing = lock(&self.renewing);
+        let renewing = lock(&self.renewing);
         {
             let mut state = self.lock();
-            if may_end && state.held.is_empty() && state.openings.is_empty() {
+            if state.held.is_empty() && state.openings.is_empty() {
                 let gone = state.current.take();
                 drop(state);
                 gone.iter().for_each(|current| self.delete(current));
                 return Ok(());
             }
+        }
+        self.renew_now(&renewing)
+    }
+
+    fn renew_now(&self, _renewing: &MutexGuard<'_, ()>) -> Result<()> {
+        if !self.settings.enabled {
+            return Ok(());
         }
         // Who cannot learn what the collector does claims to have heeded no more than before.
         if let Err(error) = self.log.heed_newest() {
@@ -328,7 +357,7 @@ fn run(shared: &Weak<Shared>, closing: &Closing, interval: Duration) {
         }
         drop(closed);
         let Some(shared) = shared.upgrade() else { return };
-        if let Err(error) = shared.renew(true) {
+        if let Err(error) = shared.renew() {
             tracing::warn!("the lease of what is read was not renewed: {error}");
         }
         let mut state = shared.lock();

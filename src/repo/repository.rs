@@ -10,19 +10,24 @@ use epochfs_format::{Body, DESCRIPTOR_KEY, Descriptor, Hash, ManifestPlace, Reco
 use super::append::{Draft, Rebase, append};
 use super::cache::TwoGenerations;
 use super::collector_log::{CollectorLog, put_barrier};
+use super::keyring::Keyring;
 use super::log::{Edits, EpochList, Head, MachineState, head, machines, missing};
 use super::objects::Objects;
 use super::summaries::Summaries;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{self, Stopwatch};
+use crate::platform::keys::KeySettings;
 use crate::platform::lock::lock;
 use crate::platform::random;
-use crate::platform::store::{CacheSettings, CachedStore, Put, Store};
+use crate::platform::store::{CacheSettings, CachedStore, Put, SealedStore, Store, Variables};
 
 /// An open repository.
 #[derive(Clone)]
 pub struct Repository {
     objects: Arc<Objects>,
+    /// What the objects lie in; for a sealed repository as they lie there.
+    stored: Arc<dyn Store>,
+    keyring: Option<Arc<Keyring>>,
     /// Newest records as they were when somebody asked or this process appended them: what is newer is behind them.
     newest: Arc<Mutex<TwoGenerations<Arc<str>, Head>>>,
     looked_up: LookedUp,
@@ -40,13 +45,22 @@ const LOOKED_UP_FOR: Duration = Duration::from_millis(500);
 
 const HEADS_LEN: usize = 8 << 20;
 
+/// Where it is true, every new repository is encrypted, and none is opened that is not.
+pub const ENCRYPT_VARIABLE: &str = "EPOCHFS_ENCRYPT";
+
 /// The term of a machine that nobody ever owned.
 pub const FIRST_TERM: u64 = 1;
 
 impl Repository {
-    fn of(objects: Objects) -> Self {
-        let objects = Arc::new(objects);
+    fn of(stored: Arc<dyn Store>, id: [u8; 16], keyring: Option<Arc<Keyring>>) -> Self {
+        let store = match &keyring {
+            None => stored.clone(),
+            Some(keyring) => Arc::new(SealedStore::new(stored.clone(), keyring.data_key())),
+        };
+        let objects = Arc::new(Objects::new(store, id));
         Self {
+            stored,
+            keyring,
             collector_log: Arc::new(CollectorLog::new(objects.clone())),
             newest: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
             looked_up: Arc::new(Mutex::new(TwoGenerations::new(HEADS_LEN))),
@@ -56,22 +70,35 @@ impl Repository {
         }
     }
 
-    /// Makes a new repository in a store that holds none.
+    /// Makes a new repository in a store that holds none. Where the environment says so, it is encrypted.
     pub fn create(store: Arc<dyn Store>) -> Result<Self> {
-        let descriptor = Descriptor { id: random::id16(), created_ns: clock::now_ns() };
-        match store.put_if_absent(DESCRIPTOR_KEY, &[&descriptor.encode()])? {
-            Put::Created => Ok(Self::of(Objects::new(store, descriptor.id))),
-            // A store that repeats by itself may find its own first try in its way.
-            Put::Exists if store.get(DESCRIPTOR_KEY)? == descriptor.encode() => {
-                Ok(Self::of(Objects::new(store, descriptor.id)))
-            }
-            Put::Exists => Err(Error::conflict(format!("{} already holds a repository", store.url()))
-                .hint("use it as it is, or choose an empty place")),
+        if Variables::of_process().is_true(ENCRYPT_VARIABLE) {
+            return Self::create_sealed(store, &KeySettings::of_process());
         }
+        let descriptor = Descriptor { id: random::id16(), created_ns: clock::now_ns(), is_sealed: false };
+        put_descriptor(&*store, &descriptor)?;
+        Ok(Self::of(store, descriptor.id, None))
     }
 
-    /// Opens the repository that a store holds.
+    /// The same, of which everything is encrypted that is put into it. The first of these keys opens it.
+    pub fn create_sealed(store: Arc<dyn Store>, settings: &KeySettings) -> Result<Self> {
+        if store.len(DESCRIPTOR_KEY)?.is_some() {
+            return Err(already_there(&*store));
+        }
+        let descriptor = Descriptor { id: random::id16(), created_ns: clock::now_ns(), is_sealed: true };
+        // A repository never exists without a key that opens it. Where this ends in between, a key to nothing is left.
+        let keyring = Keyring::create(store.clone(), descriptor.id, settings)?;
+        put_descriptor(&*store, &descriptor)?;
+        Ok(Self::of(store, descriptor.id, Some(Arc::new(keyring))))
+    }
+
+    /// Opens the repository that a store holds, with a key that this process's environment names if it needs one.
     pub fn open(store: Arc<dyn Store>) -> Result<Self> {
+        Self::open_with(store, &KeySettings::of_process())
+    }
+
+    /// The same with other keys. A repository that is not encrypted needs none, and is opened whatever keys there are.
+    pub fn open_with(store: Arc<dyn Store>, settings: &KeySettings) -> Result<Self> {
         let url = store.url();
         let bytes = store.get(DESCRIPTOR_KEY).map_err(|error| match error.kind() {
             // Where more than the object is missing, the store says what to do.
@@ -80,14 +107,33 @@ impl Repository {
             _ => error,
         })?;
         let descriptor = Descriptor::decode(&bytes).map_err(|error| Error::from(error).context(&url))?;
-        Ok(Self::of(Objects::new(store, descriptor.id)))
+        let keyring = match descriptor.is_sealed {
+            true => Some(Arc::new(Keyring::open(store.clone(), descriptor.id, settings)?)),
+            // Whoever can write to the store could say so of one that is, to have what comes next in the clear.
+            false if Variables::of_process().is_true(ENCRYPT_VARIABLE) => return Err(not_sealed(&url)),
+            false => None,
+        };
+        Ok(Self::of(store, descriptor.id, keyring))
     }
 
     /// The same repository, with what is read of it kept on a local disk.
     #[must_use]
     pub fn cached(self, settings: CacheSettings) -> Self {
-        let store = CachedStore::new(self.objects.store().clone(), settings);
-        Self::of(Objects::new(Arc::new(store), *self.id()))
+        let id = *self.id();
+        Self::of(Arc::new(CachedStore::new(self.stored, settings)), id, self.keyring)
+    }
+
+    /// The keys that open it, if it is encrypted.
+    pub fn keyring(&self) -> Option<&Arc<Keyring>> {
+        self.keyring.as_ref()
+    }
+
+    /// A store of the same objects that lies elsewhere, seen as this repository sees its own.
+    pub fn see(&self, stored: Arc<dyn Store>) -> Arc<dyn Store> {
+        match &self.keyring {
+            None => stored,
+            Some(keyring) => Arc::new(SealedStore::new(stored, keyring.data_key())),
+        }
     }
 
     /// The garbage collector's log.
@@ -137,7 +183,12 @@ impl Repository {
         Ok(self.log_head(machine)?.filter(|head| head.record.machine_exists()))
     }
 
-    /// The same, as it was a moment ago at most if the store is far away: names on a mount are looked up one after the
+    /// Whether this process has looked at the machine's log before.
+    pub fn knows(&self, machine: &Arc<str>) -> bool {
+        lock(&self.newest).get(machine).is_some()
+    }
+
+    /// As [`Self::head`], as it was a moment ago at most if the store is far away: names on a mount are looked up one after the
     /// other, and all of them ask.
     pub fn recent_head(&self, machine: &Arc<str>) -> Result<Option<Head>> {
         if !self.objects.store().is_remote() {
@@ -223,7 +274,7 @@ impl Repository {
         }
         let record = match epoch == head.record.seq {
             true => head.record.clone(),
-            false => self.objects.record(machine, epoch)?.ok_or_else(|| missing(machine, epoch))?.0,
+            false => self.objects.record_with_blocks(machine, epoch)?.ok_or_else(|| missing(machine, epoch))?.0,
         };
         match record.body {
             Body::Commit(_) => Ok(record),
@@ -297,6 +348,28 @@ impl Repository {
         }
         appended
     }
+}
+
+fn put_descriptor(store: &dyn Store, descriptor: &Descriptor) -> Result<()> {
+    match store.put_if_absent(DESCRIPTOR_KEY, &[&descriptor.encode()])? {
+        Put::Created => Ok(()),
+        // A store that repeats by itself may find its own first try in its way.
+        Put::Exists if store.get(DESCRIPTOR_KEY)? == descriptor.encode() => Ok(()),
+        Put::Exists => Err(already_there(store)),
+    }
+}
+
+fn not_sealed(url: &str) -> Error {
+    let message = format!("{url} is not encrypted, and {ENCRYPT_VARIABLE} says that all repositories are to be");
+    Error::usage(message).hint(format!(
+        "if it once was, somebody has put another {DESCRIPTOR_KEY} in its place; if it is meant to be so, unset \
+         {ENCRYPT_VARIABLE}"
+    ))
+}
+
+fn already_there(store: &dyn Store) -> Error {
+    Error::conflict(format!("{} already holds a repository", store.url()))
+        .hint("use it as it is, or choose an empty place")
 }
 
 fn no_epoch(machine: &str, epoch: u64) -> Error {

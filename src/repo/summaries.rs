@@ -105,17 +105,15 @@ impl Summaries {
 /// The summary up to this record, if it is stored and whole.
 fn stored(objects: &Objects, machine: &Arc<str>, to: u64) -> Result<Option<Summary>> {
     let key = summary_key(machine, to);
-    let bytes = match objects.store().get(&key) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == Kind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    match Summary::decode(&bytes, objects.repository(), machine, to) {
+    let read = objects.store().get(&key);
+    match read.and_then(|bytes| Ok(Summary::decode(&bytes, objects.repository(), machine, to)?)) {
         Ok(summary) => Ok(Some(summary)),
-        Err(error) => {
+        Err(error) if error.kind() == Kind::NotFound => Ok(None),
+        Err(error) if matches!(error.kind(), Kind::Damaged | Kind::Unsupported) => {
             tracing::warn!("{key} is not used, the records are: {error}");
             Ok(None)
         }
+        Err(error) => Err(error),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use epochfs_format::{EntryKind, Image, TraceRun};
+use epochfs_format::{Image, TraceRun};
 
 use super::bits::PageBits;
 use super::traces::Traces;
@@ -74,7 +74,7 @@ fn changes(store: &EpochStore, epoch: &Epoch, stream: &[u8], image: &Image) -> R
         }
         let opening = store.opening()?;
         let older = store.open(store.repository().epoch_record(newer.machine(), parent)?, &opening)?;
-        let Some(EntryKind::Stream(older_image)) = older.manifest().get(stream).map(|entry| entry.kind.clone()) else {
+        let Some(older_image) = older.manifest().stream(stream).cloned() else {
             break;
         };
         changed_pages(newer.nodes(), &older_image, &newer_image, &mut |page| {

@@ -19,6 +19,9 @@ pub struct Foreseen {
     pub restores: u32,
     /// The first page of each run, and how many there are.
     pub runs: Vec<(u64, u64)>,
+    /// Packs in which these pages lie together.
+    #[serde(default)]
+    pub windows: Vec<[u8; 16]>,
 }
 
 impl From<Forecast> for Foreseen {
@@ -27,6 +30,7 @@ impl From<Forecast> for Foreseen {
             source: forecast.source.name().to_owned(),
             restores: forecast.restores,
             runs: forecast.runs.iter().take(RUNS_MAX).map(|run| (run.start, run.end - run.start)).collect(),
+            windows: forecast.windows,
         }
     }
 }

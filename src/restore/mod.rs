@@ -4,12 +4,14 @@
 //! is gone again, is read when it is asked for.
 
 mod bits;
+mod bring;
 mod forecast;
 mod foreseen;
 mod prefetcher;
 mod residency;
 mod traces;
 
+pub use bring::bring;
 pub use foreseen::Foreseen;
 pub use prefetcher::{Extent, Prefetch, PrefetchStatus, Prefetcher, Settings, Sink, Target};
 pub use residency::Residency;

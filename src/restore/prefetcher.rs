@@ -1,7 +1,7 @@
 //! Pushes pages to restores before they ask: in the order of a forecast, many at a time, by threads that give way to
 //! whoever answers those who ask.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -11,11 +11,12 @@ use std::time::Duration;
 use epochfs_format::{Image, PAGE_SIZE, Page, TraceRun};
 use serde::{Deserialize, Serialize};
 
+use super::bring::{open_window, will_need_leaves};
 use super::forecast::{Source, forecast};
 use super::foreseen::Foreseen;
 use super::residency::Residency;
 use super::traces::Traces;
-use crate::epoch::{Epoch, EpochStore, LEAF_PAGES, SharedImage, Window, page_count};
+use crate::epoch::{Epoch, EpochStore, SharedImage, Window, page_count};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::lock::lock;
@@ -23,9 +24,6 @@ use crate::platform::lock::lock;
 /// Pages that are read and pushed at a time: few at first, so that the first are there soon.
 const BATCH_PAGES_FIRST: usize = 64;
 const BATCH_PAGES_MAX: usize = 512;
-
-/// Runs of a forecast whose leaves are fetched before anything else.
-const LEAVES_AHEAD_MAX: usize = 8192;
 
 /// The longest piece that is pushed at once.
 const PIECE_PAGES_MAX: usize = 256;
@@ -531,17 +529,10 @@ impl Shared {
         let Target { epoch, stream, image, residency, .. } = &prefetch.target;
         let found = forecast(&self.store, &self.traces, epoch, stream, image);
         found.runs.iter().for_each(|run| residency.foresee(run.clone()));
-        let leaves: BTreeSet<u64> =
-            found.runs.iter().take(LEAVES_AHEAD_MAX).map(|run| run.start / LEAF_PAGES).collect();
-        let shared = SharedImage { nodes: epoch.nodes(), image };
-        if let Err(error) = shared.will_need_nodes(leaves.into_iter().map(|leaf| leaf * LEAF_PAGES)) {
+        if let Err(error) = will_need_leaves(&SharedImage { nodes: epoch.nodes(), image }, &found.runs) {
             tracing::info!(epoch = epoch.name(), "its tree cannot be read: {error}");
         }
-        // Without it pages are read where they were stored first.
-        let window = Window::open(epoch.nodes(), &found.windows).unwrap_or_else(|error| {
-            tracing::info!(epoch = epoch.name(), "its window is not used: {error}");
-            Window::default()
-        });
+        let window = open_window(epoch, &found.windows);
         let mut work = lock(&prefetch.work);
         (work.window, work.windows) = (Arc::new(window), found.windows);
         work.source = found.source;

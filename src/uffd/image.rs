@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use epochfs_format::EntryKind;
-
 use crate::epoch::{Epoch, StreamReader};
 use crate::error::{Error, Result};
 use crate::restore::{Residency, Sink, Target};
@@ -45,10 +43,7 @@ impl Image {
 
     /// What a prefetch needs to know of it.
     pub(super) fn target(&self, residency: Arc<Residency>, sink: Arc<dyn Sink>) -> Option<Target> {
-        let image = match &self.epoch.manifest().get(&self.stream)?.kind {
-            EntryKind::Stream(image) => image.clone(),
-            _ => return None,
-        };
+        let image = self.epoch.manifest().stream(&self.stream)?.clone();
         Some(Target { epoch: self.epoch.clone(), stream: self.stream.as_slice().into(), image, residency, sink })
     }
 }

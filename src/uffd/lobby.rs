@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SocketAddrUnix, SocketFlags,
@@ -26,6 +26,7 @@ use super::server::OnDamage;
 use super::vm::{Admission, kill};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::socket::{connect, with_address};
 
 /// Who has not shown everything after so long is sent away.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -254,7 +255,7 @@ impl Socket {
         let bound = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .map_err(io::Error::from)
             .and_then(|listener| {
-                rustix::net::bind(&listener, &address(path)?.0)?;
+                with_address(path, |path| Ok(rustix::net::bind(&listener, &SocketAddrUnix::new(path)?)?))?;
                 // Nobody can connect before somebody listens.
                 rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR)?;
                 rustix::net::listen(&listener, BACKLOG)?;
@@ -308,30 +309,6 @@ fn clear(path: &Path) -> Result<()> {
         }
         Err(error) => Err(failed(error)),
     }
-}
-
-/// Connects to a socket, whatever the length of its path.
-pub fn connect(path: &Path) -> io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&socket, &address(path)?.0)?;
-    Ok(socket)
-}
-
-/// The longest path that fits into an address.
-const ADDRESS_LEN_MAX: usize = 107;
-
-/// The address of a path; a long one by means of its directory, which stays open with the address.
-fn address(path: &Path) -> io::Result<(SocketAddrUnix, Option<OwnedFd>)> {
-    if path.as_os_str().len() <= ADDRESS_LEN_MAX {
-        return Ok((SocketAddrUnix::new(path)?, None));
-    }
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    let directory = rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let by_directory = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
-    Ok((SocketAddrUnix::new(&by_directory)?, Some(directory)))
 }
 
 impl AsFd for Lobby {

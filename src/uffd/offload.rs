@@ -23,13 +23,13 @@ use serde::Deserialize;
 
 use super::faults::{Retry, read};
 use super::layout::HUGE;
-use super::lobby::connect;
 use super::peer::Peer;
 use super::server::{OnDamage, Options};
 use super::vm::{PAGE, kill};
 use crate::epoch::{Epoch, StreamReader};
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
+use crate::platform::socket::connect;
 
 /// The largest page that is asked for.
 const PAGE_LEN_MAX: u64 = 1 << 30;
@@ -160,7 +160,7 @@ impl Offload {
             Error::io(format!("cannot connect to {}", socket.display()), error)
                 .hint("first: ch-remote receive-migration receiver_url=unix:SOCKET,memory_mode=postcopy")
         };
-        let mut migration = UnixStream::from(connect(socket).map_err(failed)?);
+        let mut migration = connect(socket).map_err(failed)?;
         let peer = Peer::of(&migration)?;
         found(&peer)?;
         migration.set_read_timeout(Some(ANSWER_WAIT_MAX)).map_err(failed)?;
@@ -170,7 +170,7 @@ impl Offload {
         }
         step(&mut migration, "configuration", command::CONFIG, &self.config)?;
         // Before the state, for restoring it touches memory.
-        let mut faults = UnixStream::from(connect(socket).map_err(failed)?);
+        let mut faults = connect(socket).map_err(failed)?;
         faults.write_all(&FAULT_ROLE.to_le_bytes()).map_err(failed)?;
         tracing::info!("serving {peer} with {}, {} MiB", self.name(), self.len() >> 20);
         let ending = faults.try_clone().map_err(failed)?;

@@ -18,6 +18,7 @@ use signal_hook::iterator::{Handle, Signals};
 use super::feed::{Feed, Moments};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::keys::{KEY_COMMAND_VARIABLE, KEY_VARIABLE};
 use crate::platform::lock::lock;
 use crate::platform::process::open_log;
 
@@ -173,7 +174,8 @@ impl Child {
             if is_missing { error.hint("install it, or give its path") } else { error }
         };
         let mut started = Command::new(program);
-        started.args(arguments);
+        // It may be told what to run by anybody who has the guest; the key of the repository is none of its business.
+        started.args(arguments).env_remove(KEY_VARIABLE).env_remove(KEY_COMMAND_VARIABLE);
         let mut log = None;
         match output {
             Output::Passed { stdout_is_taken } => {

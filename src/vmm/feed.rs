@@ -104,7 +104,15 @@ impl Shared {
 impl Feed {
     /// No pages are brought: `why`.
     pub fn none(since: Stopwatch, why: &str) -> Self {
-        let moments = Moments { unknown: Some(why.to_owned()), ..Moments::default() };
+        Self::of(since, Moments { unknown: Some(why.to_owned()), ..Moments::default() })
+    }
+
+    /// No pages are brought: whoever loads the machine has all of them then.
+    pub fn whole(since: Stopwatch) -> Self {
+        Self::of(since, Moments::default())
+    }
+
+    fn of(since: Stopwatch, moments: Moments) -> Self {
         Self { shared: Arc::new(Shared { since, moments: Mutex::new(moments), tell: Box::new(|| ()) }), _stop: None }
     }
 
@@ -394,7 +402,8 @@ mod tests {
 
     #[test]
     fn a_live_is_read_ahead_in_the_order_of_the_forecast_and_then_its_data() {
-        let foreseen = Foreseen { source: "trace".into(), restores: 1, runs: vec![(9000, 3000), (5, 1), (1 << 40, 5)] };
+        let runs = vec![(9000, 3000), (5, 1), (1 << 40, 5)];
+        let foreseen = Foreseen { source: "trace".into(), restores: 1, runs, ..Foreseen::default() };
         let moments = fed(Scripted(Vec::new(), foreseen.clone()), true, false);
         assert_eq!((moments.foreseen_pages, moments.resident), (Some(3001), None));
         assert!(moments.working_set.is_some());

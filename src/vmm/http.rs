@@ -1,7 +1,6 @@
 //! As much of HTTP/1.1 over a unix socket as the APIs of monitors need: one request with a JSON body, one answer.
 
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,6 +8,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::socket;
 
 /// The longest answer that is read, headers and all.
 const ANSWER_LEN_MAX: usize = 64 << 10;
@@ -29,7 +29,7 @@ pub fn send(method: &str, socket: &Path, path: &str, body: Option<&Value>, wait:
         let error = Error::io(what(), error);
         if is_missing { error.hint("start the monitor with this API socket first") } else { error }
     };
-    let mut stream = UnixStream::connect(socket).map_err(failed)?;
+    let mut stream = socket::connect(socket).map_err(failed)?;
     stream.set_read_timeout(Some(SLICE)).map_err(failed)?;
     stream.set_write_timeout(Some(wait)).map_err(failed)?;
     let body = body.map(Value::to_string).unwrap_or_default();

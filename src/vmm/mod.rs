@@ -21,5 +21,5 @@ pub use cloud_hypervisor::{CloudHypervisor, Prepared};
 pub use feed::{Daemon, Feed, Moments, Wanted};
 pub use firecracker::{Backend, Firecracker};
 pub use place::{MadeClone, Place, stream_len};
-pub use qemu::{MonitorPlace, Qemu, Running};
-pub use qemu_command::{CommandLine, Memory};
+pub use qemu::{MonitorPlace, Qemu, Running, saved_ram};
+pub use qemu_command::{CommandLine, Memory, Ram};

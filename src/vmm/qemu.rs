@@ -3,17 +3,17 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::child::{Child, Ended, Event, Output, Watch, is_end};
 use super::feed::{Feed, Moments};
 use super::qemu_command::{CommandLine, Memory};
-use super::qemu_state::{LOOKED_AT, ram_block};
+use super::qemu_state::{LOOKED_AT, RamBlock, ram_block};
 use super::qmp::Monitor;
 use crate::error::{Error, Result};
 use crate::platform::random::id16;
+use crate::platform::socket;
 
 /// How long QEMU may take to open its monitor.
 const MONITOR_WAIT: Duration = Duration::from_secs(60);
@@ -24,21 +24,26 @@ const STATE_WAIT: Duration = Duration::from_secs(120);
 /// What the backend is called where the state does not say.
 const BACKEND: &str = "ram";
 
-impl Memory {
-    /// The memory of a machine whose state lies in a file.
-    pub fn of_state(file: PathBuf, len: u64, state: &Path, is_shared: bool) -> Result<Self> {
-        let failed = |error| Error::io(format!("cannot read the state {}", state.display()), error);
-        let source = File::open(state).map_err(failed)?;
-        let mut head = vec![0; LOOKED_AT];
-        let mut filled = 0;
-        while filled < head.len() {
-            match source.read_at(&mut head[filled..], filled as u64).map_err(failed)? {
-                0 => break,
-                read => filled += read,
-            }
+/// The RAM of a machine whose state lies in a file, if that is told there.
+pub fn saved_ram(state: &Path) -> Result<Option<RamBlock>> {
+    let failed = |error| Error::io(format!("cannot read the state {}", state.display()), error);
+    let source = File::open(state).map_err(failed)?;
+    let mut head = vec![0; LOOKED_AT];
+    let mut filled = 0;
+    while filled < head.len() {
+        match source.read_at(&mut head[filled..], filled as u64).map_err(failed)? {
+            0 => break,
+            read => filled += read,
         }
-        let name = match ram_block(&head[..filled]) {
-            Some((_, other)) if other != len => {
+    }
+    Ok(ram_block(&head[..filled]))
+}
+
+impl Memory {
+    /// The memory of a machine that had this RAM.
+    pub fn of_state(file: PathBuf, len: u64, state: &Path, ram: Option<RamBlock>, is_shared: bool) -> Result<Self> {
+        let name = match ram {
+            Some(RamBlock { len: other, .. }) if other != len => {
                 return Err(Error::usage(format!(
                     "the state {} is of a machine with {other} bytes of memory, and {} has {len}",
                     state.display(),
@@ -46,7 +51,7 @@ impl Memory {
                 ))
                 .hint("name the streams that belong together, with --memory and --state"));
             }
-            Some((name, _)) => name,
+            Some(ram) => ram.name,
             None => BACKEND.to_owned(),
         };
         Ok(Self { file, len, name, is_shared })
@@ -90,7 +95,7 @@ impl MonitorPlace {
                 .hint("give --qmp another path, or remove it"));
         }
         // Another QEMU there would be told to load the state.
-        match UnixStream::connect(&self.path) {
+        match socket::connect(&self.path) {
             Ok(_) => Err(Error::conflict(format!("somebody listens at {} already", self.path.display()))
                 .hint("give --qmp another path")),
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(&self.path)
@@ -222,7 +227,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("vmstate");
         std::fs::write(&state, b"no state of QEMU").unwrap();
-        let memory = |len| Memory::of_state("/memory".into(), len, &state, false);
+        let memory = |len| Memory::of_state("/memory".into(), len, &state, saved_ram(&state).unwrap(), false);
         assert_eq!(memory(4096).unwrap().name, BACKEND);
         let mut bytes = b"QEVM\0\0\0\x03\x03ram\0\0\0\0\0\0\0\x04".to_vec();
         bytes.extend(8196_u64.to_be_bytes());

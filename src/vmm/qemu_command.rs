@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::place::{Place, text};
+use super::qemu_state::RamBlock;
 use super::qmp::file_channel;
 use crate::error::{Error, Result};
 
@@ -20,6 +21,33 @@ pub struct Memory {
     /// Whether what the machine writes goes to the file, or stays with QEMU.
     pub is_shared: bool,
 }
+
+/// Where the machine's RAM comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ram {
+    File(Memory),
+    /// Its pages are in the state.
+    InState(RamBlock),
+}
+
+impl Ram {
+    fn len(&self) -> u64 {
+        match self {
+            Self::File(memory) => memory.len,
+            Self::InState(block) => block.len,
+        }
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Self::File(memory) => &memory.name,
+            Self::InState(block) => &block.name,
+        }
+    }
+}
+
+/// What QEMU calls the RAM of a machine for which nobody named a backend: nobody else can have that name.
+const DEFAULT_NAME: &str = "pc.ram";
 
 /// How QEMU is started, and what it is told then.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,7 +70,7 @@ impl CommandLine {
     pub fn new(
         user: &[OsString],
         place: &Place,
-        memory: &Memory,
+        ram: &Ram,
         monitor: &Path,
         state: &Path,
         paused: bool,
@@ -57,26 +85,43 @@ impl CommandLine {
         for word in user {
             words.push(fill(word, place)?);
         }
-        let is_size_given = check(user, memory.len, place)?;
-        let Memory { file, len, name, is_shared } = memory;
+        // Whoever gives it nodes says what memory they have.
+        let has_nodes = matches!(ram, Ram::InState(_)) && user.iter().any(|word| word == "-numa" || word == "--numa");
+        let is_size_given = has_nodes || check(user, ram.len(), place)?;
+        let (len, name) = (ram.len(), ram.name());
         if name.contains([',', '=']) {
             return Err(Error::usage(format!("{}: a backend cannot be called {name:?}", place.name())));
         }
-        let file = escape(text(file)?);
-        let how = if *is_shared { "share=on" } else { "share=off,readonly=on,rom=off" };
+        let backend = match ram {
+            Ram::File(Memory { file, is_shared, .. }) => {
+                let how = if *is_shared { "share=on" } else { "share=off,readonly=on,rom=off" };
+                Some(format!("memory-backend-file,id={name},size={len},mem-path={},{how}", escape(text(file)?)))
+            }
+            Ram::InState(_) if has_nodes || name == DEFAULT_NAME => None,
+            Ram::InState(_) => Some(format!("memory-backend-ram,id={name},size={len}")),
+        };
         let mut add = |option: &str, value: String| words.extend([OsString::from(option), value.into()]);
         if !is_size_given {
             add("-m", format!("size={}K", len / 1024));
         }
-        add("-object", format!("memory-backend-file,id={name},size={len},mem-path={file},{how}"));
-        // QEMU merges it with what the user says of the machine.
-        add("-machine", format!("memory-backend={name}"));
+        if let Some(backend) = backend {
+            add("-object", backend);
+            // QEMU merges it with what the user says of the machine.
+            add("-machine", format!("memory-backend={name}"));
+        }
         add("-incoming", "defer".to_owned());
         add("-qmp", format!("unix:{},server=on,wait=off", escape(text(monitor)?)));
         // A state that was saved by a running machine would go on by itself.
         words.push("-S".into());
+        let capabilities: &[&str] = match ram {
+            Ram::File(_) => &["x-ignore-shared"],
+            // Pages are read by several threads.
+            Ram::InState(_) => &["mapped-ram", "multifd"],
+        };
+        let capabilities: Vec<Value> =
+            capabilities.iter().map(|name| json!({"capability": name, "state": true})).collect();
         let mut commands = vec![
-            ("migrate-set-capabilities", json!({"capabilities": [{"capability": "x-ignore-shared", "state": true}]})),
+            ("migrate-set-capabilities", json!({"capabilities": capabilities})),
             ("migrate-incoming", file_channel(state)?),
         ];
         if !paused {
@@ -212,8 +257,28 @@ mod tests {
             name: "ram".into(),
             is_shared: clone.is_some(),
         };
+        line_of(user, &place, &Ram::File(memory), paused)
+    }
+
+    fn line_of(user: &[&str], place: &Place, ram: &Ram, paused: bool) -> Result<CommandLine> {
         let user: Vec<OsString> = user.iter().map(OsString::from).collect();
-        CommandLine::new(&user, &place, &memory, Path::new("/run/qmp"), &place.directory().join("vmstate"), paused)
+        CommandLine::new(&user, place, ram, Path::new("/run/qmp"), &place.directory().join("vmstate"), paused)
+    }
+
+    #[test]
+    fn memory_that_is_in_the_state_is_loaded_from_there() {
+        let ram = |name: &str| Ram::InState(RamBlock { name: name.into(), len: 1 << 30, is_mapped: true });
+        let line = |user: &[&str], name: &str| line_of(user, &place(Some("web2")), &ram(name), false).unwrap();
+        let usual = line(&["qemu"], "pc.ram");
+        assert_eq!(usual.shell(), "qemu -m size=1048576K -incoming defer -qmp unix:/run/qmp,server=on,wait=off -S");
+        let capabilities = &usual.documents()[0]["arguments"]["capabilities"];
+        assert_eq!(capabilities[0], json!({"capability": "mapped-ram", "state": true}));
+        let named = line(&["qemu", "-m", "1G"], "ram0").shell();
+        let backend = "-object memory-backend-ram,id=ram0,size=1073741824 -machine memory-backend=ram0";
+        assert!(named.contains(backend), "{named}");
+        let nodes = line(&["qemu", "-m", "2G", "-numa", "node,memdev=ram0"], "ram0").shell();
+        assert!(!nodes.contains("-object"), "{nodes}");
+        assert!(line_of(&["qemu", "-m", "2G"], &place(None), &ram("pc.ram"), false).is_err());
     }
 
     #[test]

@@ -9,9 +9,21 @@ const RAM_SECTION: &[u8] = b"\x03ram\0\0\0\0\0\0\0\x04";
 /// Set in the first number of the section, whose other bits are the length of all RAM.
 const MEM_SIZE: u64 = 0x04;
 
-/// The name and the length of the largest block of RAM: that of the memory backend that the machine had. A restore must
-/// give its own the same name. None where this is not the beginning of such a state.
-pub fn ram_block(state: &[u8]) -> Option<(String, u64)> {
+/// What a block of RAM has behind its length where its pages lie in the state, each in its place: version 1, and pages of 4 KiB.
+const MAPPED: &[u8] = b"\0\0\0\x01\0\0\0\0\0\0\x10\0";
+
+/// The largest block of RAM: that of the memory backend that the machine had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RamBlock {
+    /// A restore must give its own backend the same name.
+    pub name: String,
+    pub len: u64,
+    /// Whether its pages are in the state, each in its place.
+    pub is_mapped: bool,
+}
+
+/// The largest block of RAM of a state. None where this is not the beginning of one.
+pub fn ram_block(state: &[u8]) -> Option<RamBlock> {
     if state.get(..8)? != b"QEVM\0\0\0\x03" {
         return None;
     }
@@ -26,9 +38,10 @@ pub fn ram_block(state: &[u8]) -> Option<(String, u64)> {
     // QEMU lists the largest first.
     let (len, behind) = rest.split_first()?;
     let (name, behind) = behind.split_at_checked(usize::from(*len))?;
-    let (bytes, _) = behind.split_first_chunk::<8>()?;
+    let (bytes, behind) = behind.split_first_chunk::<8>()?;
     let name = std::str::from_utf8(name).ok().filter(|name| !name.is_empty() && !name.contains(char::is_control))?;
-    Some((name.to_owned(), u64::from_be_bytes(*bytes)))
+    let is_mapped = behind.starts_with(MAPPED);
+    Some(RamBlock { name: name.to_owned(), len: u64::from_be_bytes(*bytes), is_mapped })
 }
 
 #[cfg(test)]
@@ -36,6 +49,10 @@ mod tests {
     use super::*;
 
     fn state(name: &str, len: u64) -> Vec<u8> {
+        state_with(name, len, &[0; 8])
+    }
+
+    fn state_with(name: &str, len: u64, behind: &[u8]) -> Vec<u8> {
         let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-10.0".to_vec();
         bytes.extend(b"\x01\0\0\0\x02");
         bytes.extend(RAM_SECTION);
@@ -43,13 +60,16 @@ mod tests {
         bytes.push(name.len() as u8);
         bytes.extend(name.as_bytes());
         bytes.extend(len.to_be_bytes());
-        bytes.extend([0; 8]);
+        bytes.extend(behind);
         bytes
     }
 
     #[test]
     fn the_backend_of_the_saved_machine_is_found() {
-        assert_eq!(ram_block(&state("ram0", 1 << 30)), Some(("ram0".to_owned(), 1 << 30)));
+        let block = RamBlock { name: "ram0".to_owned(), len: 1 << 30, is_mapped: false };
+        assert_eq!(ram_block(&state("ram0", 1 << 30)), Some(block.clone()));
+        let mapped = state_with("ram0", 1 << 30, MAPPED);
+        assert_eq!(ram_block(&mapped), Some(RamBlock { is_mapped: true, ..block }));
     }
 
     #[test]

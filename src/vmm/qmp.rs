@@ -1,15 +1,20 @@
 //! QEMU's monitor protocol: a JSON document a line.
 
-use std::io::{ErrorKind, Read, Write};
+use std::fs::File;
+use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 use super::place::text;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::socket;
 use crate::uffd::Peer;
 
 /// The longest line that is read.
@@ -57,7 +62,7 @@ impl<'a> Monitor<'a> {
         let since = Stopwatch::start();
         let socket = loop {
             check()?;
-            match UnixStream::connect(path) {
+            match socket::connect(path) {
                 Ok(socket) => break socket,
                 Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
                     if since.elapsed() > wait {
@@ -103,6 +108,28 @@ impl<'a> Monitor<'a> {
         if self.socket.write_all(format!("{request}\n").as_bytes()).is_err() {
             return Err(self.closed(name));
         }
+        self.answer(name)
+    }
+
+    /// Gives QEMU an open file, as a file set of that number.
+    pub fn give(&mut self, file: &File) -> Result<u64> {
+        let (name, request) = ("add-fd", b"{\"execute\": \"add-fd\"}\n");
+        let descriptors = [file.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let has_room = control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        debug_assert!(has_room, "there is room for one descriptor");
+        // So short a request goes out whole.
+        let sent = sendmsg(&self.socket, &[IoSlice::new(request)], &mut control, SendFlags::NOSIGNAL);
+        if sent != Ok(request.len()) {
+            return Err(self.closed(name));
+        }
+        let answer = self.answer(name)?;
+        answer["fdset-id"].as_u64().ok_or_else(|| Error::new(Kind::Io, format!("QEMU answered {name} with {answer}")))
+    }
+
+    /// The answer to what was just asked.
+    fn answer(&mut self, name: &str) -> Result<Value> {
         loop {
             let mut answer = self.receive(name, self.answer_wait_max)?;
             if let Some(error) = answer.get("error") {
@@ -159,15 +186,22 @@ impl<'a> Monitor<'a> {
         }
     }
 
+    /// Whether a state is being saved.
+    pub fn is_saving(&mut self) -> Result<bool> {
+        let migration = self.run("query-migrate", Value::Null)?;
+        Ok(!matches!(migration["status"].as_str(), None | Some("none" | "completed" | "failed" | "cancelled")))
+    }
+
     /// Lets a machine go on that was stopped to save its state, whatever is left of that. One that were let go on while the state is
     /// still being saved would be stopped again when it is.
     pub fn go_on(&mut self, wait: Duration) -> Result<()> {
         let since = Stopwatch::start();
         let (mut is_cancelled, mut status) = (false, String::new());
         while since.elapsed() < wait * 2 {
-            let migration = self.run("query-migrate", Value::Null)?;
-            if !matches!(migration["status"].as_str(), None | Some("none" | "completed" | "failed" | "cancelled")) {
-                if since.elapsed() > wait && !is_cancelled {
+            if self.is_saving()? {
+                // Memory that is saved while it runs is nothing to wait for.
+                let is_running = self.run("query-status", Value::Null)?["status"] == "running";
+                if (is_running || since.elapsed() > wait) && !is_cancelled {
                     self.run("migrate_cancel", Value::Null)?;
                     is_cancelled = true;
                 }

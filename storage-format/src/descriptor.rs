@@ -2,11 +2,17 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::FORMAT_VERSION;
 use crate::error::{FormatError, Result, invalid};
 use crate::name::{hex, parse_id};
+use crate::{FORMAT_VERSION, SEALED_VERSION, SEGMENT_LEN};
 
 const WHAT: &str = "repository descriptor";
+
+/// What a descriptor's version is the version of.
+pub(crate) const VERSIONED: &str = "repository";
+
+/// How a sealed repository's objects are encrypted.
+const CIPHER: &str = "aes-256-gcm";
 
 /// A repository's identity and parameters, fixed when it is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +20,8 @@ pub struct Descriptor {
     pub id: [u8; 16],
     /// When it was made, in nanoseconds since 1970.
     pub created_ns: u64,
+    /// Whether everything but the descriptor and the keys is sealed.
+    pub is_sealed: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -25,6 +33,10 @@ struct Text {
     created_ns: u64,
     page_size: u32,
     hash: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cipher: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    segment_size: Option<u32>,
     checksum: String,
 }
 
@@ -38,11 +50,13 @@ impl Descriptor {
     pub fn encode(&self) -> Vec<u8> {
         let mut text = Text {
             epochfs: "repository".into(),
-            version: FORMAT_VERSION,
+            version: if self.is_sealed { SEALED_VERSION } else { FORMAT_VERSION },
             id: hex(&self.id),
             created_ns: self.created_ns,
             page_size: crate::PAGE_SIZE as u32,
             hash: "blake3".into(),
+            cipher: self.is_sealed.then(|| CIPHER.into()),
+            segment_size: self.is_sealed.then_some(SEGMENT_LEN as u32),
             checksum: String::new(),
         };
         text.checksum = format!("{:08x}", crc32c::crc32c(&render(&text)));
@@ -71,12 +85,12 @@ impl Descriptor {
         }
         const NO_JSON: &str = "it is not the expected JSON";
         let only: VersionOnly = serde_json::from_slice(bytes).or_else(|_| invalid(WHAT, NO_JSON))?;
-        if only.version > FORMAT_VERSION {
-            return Err(FormatError::NewerVersion { what: "repository", found: only.version });
+        if only.version > SEALED_VERSION {
+            return Err(FormatError::NewerVersion { what: VERSIONED, found: only.version });
         }
         let text: Text = serde_json::from_slice(bytes).or_else(|_| invalid(WHAT, NO_JSON))?;
         let Some(id) = parse_id(&text.id) else { return invalid(WHAT, "its id is not 32 hexadecimal digits") };
-        let descriptor = Self { id, created_ns: text.created_ns };
+        let descriptor = Self { id, created_ns: text.created_ns, is_sealed: text.version == SEALED_VERSION };
         if descriptor.encode() != bytes {
             return invalid(WHAT, "it has other parameters than this program knows");
         }

@@ -15,13 +15,18 @@ pub enum FormatError {
     Mismatch { what: &'static str, why: &'static str },
     #[error(
         "{what} has format version {found}, and this program reads up to {known}: use a newer epochfs",
-        known = crate::FORMAT_VERSION
+        known = newest(what)
     )]
     NewerVersion { what: &'static str, found: u16 },
     #[error("{what} uses features this program does not know (flags {flags:#x}): use a newer epochfs")]
     UnknownFeatures { what: &'static str, flags: u32 },
     #[error("{what} is not allowed: {why}")]
     Name { what: &'static str, why: &'static str },
+}
+
+/// The newest version of such a thing that this program reads.
+fn newest(what: &str) -> u16 {
+    if what == crate::descriptor::VERSIONED { crate::SEALED_VERSION } else { crate::FORMAT_VERSION }
 }
 
 pub type Result<T> = std::result::Result<T, FormatError>;

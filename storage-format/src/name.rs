@@ -83,9 +83,17 @@ pub const RECORDS_A_SEGMENT: u64 = 1000;
 /// The key of the repository's descriptor.
 pub const DESCRIPTOR_KEY: &str = "epochfs.json";
 
+/// All packs are below it.
+pub const PACKS_PREFIX: &str = "packs/";
+
 /// The key of a pack.
 pub fn pack_key(id: &[u8; 16]) -> String {
-    ["packs/", &hex(&id[..1]), "/", &hex(id)].concat()
+    [PACKS_PREFIX, &hex(&id[..1]), "/", &hex(id)].concat()
+}
+
+/// The pack that a key names.
+pub fn parse_pack_key(key: &str) -> Option<[u8; 16]> {
+    key.rsplit('/').next().and_then(parse_id).filter(|_| key.starts_with(PACKS_PREFIX))
 }
 
 /// Where a machine's log lies, with a slash at the end.

@@ -293,11 +293,16 @@ const DAMAGES: &[(&str, &str, &str, Damage)] = &[
     }),
     ("epochfs", "flipped", "Checksum", |b| flipped(b, 40)),
     ("epochfs", "truncated", "Checksum", |b| b[..b.len() / 2].to_vec()),
-    ("epochfs", "newer", "NewerVersion", |b| replaced(b, "\"version\": 1,", "\"version\": 2,\n  \"shape\": \"new\",")),
+    ("epochfs", "newer", "NewerVersion", |b| replaced(b, "\"version\": 1,", "\"version\": 3,\n  \"shape\": \"new\",")),
     ("epochfs", "page-size", "Invalid", |b| replaced(b, "4096", "8192")),
     ("epochfs", "unknown-field", "Invalid", |b| {
         replaced(b, "\"version\": 1,", "\"version\": 1,\n  \"shape\": \"new\",")
     }),
+    ("epochfs-sealed", "flipped", "Checksum", |b| flipped(b, 40)),
+    ("epochfs-sealed", "not-sealed", "Invalid", |b| replaced(b, "\"version\": 2,", "\"version\": 1,")),
+    ("epochfs-sealed", "other-cipher", "Invalid", |b| replaced(b, "aes-256-gcm", "aes-128-gcm")),
+    ("epochfs-sealed", "other-segments", "Invalid", |b| replaced(b, "16384", "32768")),
+    ("epochfs", "sealed-without-cipher", "Invalid", |b| replaced(b, "\"version\": 1,", "\"version\": 2,")),
     ("epochfs", "spaced", "Invalid", |b| replaced(b, "\"version\": 1,", "\"version\":  1,")),
     ("heartbeat", "flipped", "Checksum", |b| flipped(b, 60)),
     ("heartbeat", "truncated", "Truncated", |b| resealed(Seal::Behind, b, |body| body.truncate(body.len() - 1))),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use epochfs::Result;
 use epochfs::capture::{PageSet, Settings, Tracker};
+use epochfs::platform::clock::Stopwatch;
 use epochfs::vmm::kvm::{Counter, Guest, Spec, Tracking};
 
 use crate::fixture::{World, can_run, shape};
@@ -55,17 +56,25 @@ fn run_forgetful(forgets: Forgets, is_audited: bool) -> (usize, bool) {
     let wrap = |inner| Box::new(Forgetful { inner, seen: 0, last: PageSet::default(), forgets }) as Box<dyn Tracker>;
     let settings = Settings { is_audited, ..Settings::default() };
     let mut run = world.boot_with("web1", &spec, &Guest::Counter(Counter::default()), settings, &wrap);
-    let (mut missed, mut last) = (0, 0);
-    for _ in 0..12 {
+    let mut missed = 0;
+    let since = Stopwatch::start();
+    // On a machine that does much else the guest may have written to too few pages for any to be forgotten.
+    for round in 0.. {
         let checkpoint = run.checkpoint();
         missed += checkpoint.missed.len();
         assert!(checkpoint.wrong.is_empty(), "what the audit finds is in the epoch");
-        last = checkpoint.epoch.unwrap();
+        let last = checkpoint.epoch.unwrap();
+        if round >= 12 {
+            let (counts, memory) = world.epoch("web1", last);
+            let check = AssertUnwindSafe(|| Oracle::new(spec.shape, 1).check(&counts, &memory));
+            let is_right = catch_unwind(check).is_ok();
+            if missed > 0 || !is_right || since.elapsed() > Duration::from_secs(60) {
+                return (missed, is_right);
+            }
+        }
         std::thread::sleep(Duration::from_millis(15));
     }
-    let (counts, memory) = world.epoch("web1", last);
-    let is_right = catch_unwind(AssertUnwindSafe(|| Oracle::new(spec.shape, 1).check(&counts, &memory))).is_ok();
-    (missed, is_right)
+    unreachable!("it ends by time");
 }
 
 #[test]

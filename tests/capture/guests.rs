@@ -54,6 +54,28 @@ fn a_load_writes_at_its_rate() {
     assert!((writes as f64) < most, "{writes} writes, at most {most:.0}");
 }
 
+#[test]
+fn an_idle_guest_changes_nothing() {
+    if !can_run("an_idle_guest_changes_nothing") {
+        return;
+    }
+    let (mut made, _, _) = boot(&spec(shape(4, 4096), 1), &Guest::Idle);
+    let bytes = |memory: &epochfs::capture::GuestMemory| {
+        let mut bytes = vec![[0; 4096]; memory.pages() as usize];
+        memory.copy_pages(0, &mut bytes);
+        bytes
+    };
+    // The first time it runs, its processor marks the page tables that it uses.
+    let seen = [(); 3].map(|()| {
+        made.machine.resume().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        made.machine.pause().unwrap();
+        made.machine.state().unwrap();
+        bytes(&made.memory)
+    });
+    assert!(seen[0] == seen[1] && seen[1] == seen[2], "it wrote to memory");
+}
+
 /// A guest whose memory is changed behind its back says so: what the other tests lean on.
 #[test]
 fn a_counter_notices_what_is_wrong() {

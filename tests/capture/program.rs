@@ -138,6 +138,32 @@ fn a_guest_goes_on_as_another_machine_from_any_epoch() {
 }
 
 #[test]
+fn a_restored_guest_finds_there_what_earlier_restores_touched() {
+    if !can_run("a_restored_guest_finds_there_what_earlier_restores_touched") {
+        return;
+    }
+    let host = Host::new();
+    let load = ["--guest", "load", "--rate", "4000", "--hot-share", "99", "--hot-pages", "500"];
+    let protect = ["--protect", "web1", "--interval", "2s", "--time", "3s"];
+    let made = host.json(&[&["run", "--memory", "64M"][..], &load, &protect].concat());
+    assert!(made["epochs"].as_u64() > Some(1), "{made}");
+    let restore = ["run", "--from", "web1", "--time", "2s"];
+    let alone = host.json(&[&restore[..], &["--no-prefetch"]].concat());
+    let touched = alone["pages_brought"].as_u64().unwrap();
+    assert!(alone["prefetch"].is_null() && touched > 400, "{alone}");
+    // Nothing is known yet but what the latest epochs changed; it leaves a trace.
+    let first = host.json(&restore);
+    assert_ne!(first["prefetch"]["source"], "trace", "{first}");
+    let second = host.json(&restore);
+    let prefetch = &second["prefetch"];
+    assert_eq!(prefetch["source"], "trace", "{second}");
+    assert!(prefetch["pushed_pages"].as_u64() > Some(300), "{second}");
+    // It waits for few of them.
+    assert!(second["pages_brought"].as_u64().unwrap() < touched / 2, "{second}, and {alone}");
+    assert_eq!(host.run(&["verify"]).status.code(), Some(0));
+}
+
+#[test]
 fn what_is_no_guest_is_refused() {
     if !can_run("what_is_no_guest_is_refused") {
         return;

@@ -61,7 +61,22 @@ fn every_command_prints_a_document_with_its_fields() {
     };
     let file = world.file("a", pages(1, 20));
     let memory = stream("memory", &file).into_string().unwrap();
-    check(&["init"], &["repository", "id"]);
+    check(&["init"], &["repository", "id", "encrypted"]);
+    let place = |name: &str| world.path(name).into_os_string().into_string().unwrap();
+    let (key, spare, next, sealed) = (place("key"), place("spare"), place("next"), place("sealed"));
+    for file in [&key, &spare, &next] {
+        check(&["key", "generate", file], &["file"]);
+    }
+    check(&["key", "generate"], &["key"]);
+    let mut on_sealed = |words: &[&str], fields: &[&str]| {
+        check(&[words, &["--repo", &sealed, "--key-file", &key, "--key-file", &spare]].concat(), fields)
+    };
+    on_sealed(&["init", "--encrypt"], &["repository", "id", "encrypted"]);
+    on_sealed(&["key", "add", &spare], &["repository", "added"]);
+    let of_keys = ["repository", "keys[].id", "keys[].created_ns", "keys[].damaged", "keys[].given"];
+    let listed = on_sealed(&["key", "list"], &of_keys);
+    on_sealed(&["key", "remove", listed["keys"][0]["id"].as_str().unwrap()], &["repository", "removed"]);
+    on_sealed(&["key", "rotate", &next], &["repository", "added", "removed[]"]);
     check(&["hosts"], &["hosts"]);
     let committed = [
         "machine",
@@ -225,6 +240,7 @@ fn every_command_prints_a_document_with_its_fields() {
             "machines[].bytes",
             "machines[].moved_objects",
             "machines[].moved_bytes",
+            "machines[].epochs_walked",
             "machines[].done",
             "machines[].new_epoch",
             "machines[].stored_bytes",

@@ -1,11 +1,13 @@
 //! The command line as its users meet it: the built program, with good and bad input, on real files.
 //!
 //! Every run is checked for panics, and every run that must succeed for unexpected warnings.
+//! With EPOCHFS_ENCRYPT=1 and a key in EPOCHFS_KEY their repositories are encrypted, but for tests that look into files.
 //! EPOCHFS_TEST_BINARY names another program to test than the one just built, for example the installed one.
 
 mod copy;
 mod dirty;
 mod documents;
+mod encryption;
 mod export;
 mod failover;
 mod gc;

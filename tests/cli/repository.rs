@@ -82,7 +82,7 @@ fn a_damaged_descriptor_is_damage_and_a_newer_one_is_not() {
         world.run(["commit", "web1", "memory=/etc/passwd"]).code(3);
     }
     let unheard = r#"{"version": 9, "unheard": "of", "checksum": "00000000"}"#;
-    for newer in [good.replace("\"version\": 1", "\"version\": 2"), unheard.to_owned()] {
+    for newer in [good.replace("\"version\": 1", "\"version\": 3"), unheard.to_owned()] {
         std::fs::write(&path, reseal(&newer)).unwrap();
         world.run(["ls"]).code(1).says("newer");
         world.run(["init"]).code(4);

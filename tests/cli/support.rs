@@ -67,6 +67,9 @@ impl World {
     pub fn command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, arguments: I) -> Command {
         let mut command = self.bare_command(&binary());
         command.env("EPOCHFS_REPO", self.repository()).env("EPOCHFS_STATE_DIR", self.state()).args(arguments);
+        for name in ["EPOCHFS_ENCRYPT", "EPOCHFS_KEY"] {
+            command.envs(std::env::var_os(name).map(|value| (name, value)));
+        }
         command
     }
 

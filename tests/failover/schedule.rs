@@ -1,5 +1,6 @@
 //! P3 under partitions: three hosts that stand in for each other, to which a schedule drawn from a seed does what happens to
-//! hosts: processes stopped and let go on, killed, started again; the repository cut off, one way and both, and slow. All the
+//! hosts: processes stopped and let go on, killed, started again; the repository cut off, one way and both, and slow. Hosts of a
+//! directory are under weather of their own; those of a bucket are in networks of their own, whose links are cut. All the
 //! while nobody may see a machine run twice, and no epoch that was seen may be gone.
 //!
 //! One trouble of each schedule hits the machine's owner and lasts until another host has the machine: so each of them has a
@@ -16,13 +17,17 @@ use epochfs::platform::random::Seeded;
 use rustix::process::Signal;
 
 use crate::asked::{is_long, seed};
+use crate::links::{Way, has_links};
+use crate::server::plain_ceph;
 use crate::takeover::{Serving, config, config_of};
 use crate::watcher::{Processes, Watcher};
 use crate::world::{Host, World, becomes, can_run, is_alive, signal};
 
 const HOSTS: [&str; 3] = ["a", "b", "c"];
 const MACHINE: &str = "web1";
+/// The lease of hosts with a directory, and of those with a bucket.
 const LEASE: &str = "1s";
+const LEASE_OF_LINKED: &str = "3s";
 
 /// How long anything may take that is waited for: on a machine that does much else, too.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -37,6 +42,10 @@ enum Trouble {
     GuestStands,
     NoRequests,
     NoAnswers,
+    /// Nothing gets through, and nobody says so.
+    NoLink,
+    /// The same, and the host sees it.
+    NoCable,
     Slow,
     DaemonDies,
     HostDies,
@@ -44,21 +53,25 @@ enum Trouble {
 }
 
 /// Those that the other hosts stand in for, if they last.
-const FORCING: [Trouble; 6] = [
+const FORCING: [Trouble; 8] = [
     Trouble::DaemonStands,
     Trouble::AllStand,
     Trouble::NoRequests,
     Trouble::NoAnswers,
+    Trouble::NoLink,
+    Trouble::NoCable,
     Trouble::DaemonDies,
     Trouble::HostDies,
 ];
 
-const ALL: [Trouble; 9] = [
+const ALL: [Trouble; 11] = [
     Trouble::DaemonStands,
     Trouble::AllStand,
     Trouble::GuestStands,
     Trouble::NoRequests,
     Trouble::NoAnswers,
+    Trouble::NoLink,
+    Trouble::NoCable,
     Trouble::Slow,
     Trouble::DaemonDies,
     Trouble::HostDies,
@@ -119,6 +132,7 @@ struct Undo {
 
 struct Run {
     seed: u64,
+    lease: &'static str,
     rules: String,
     serving: BTreeMap<usize, Serving>,
     /// Before the world that they are in: what is mounted cannot be removed.
@@ -135,8 +149,8 @@ struct Run {
 }
 
 impl Run {
-    fn new(seed: u64) -> Self {
-        let world = Arc::new(World::new());
+    fn new(seed: u64, world: World, lease: &'static str) -> Self {
+        let world = Arc::new(world);
         // Guests run all the time: what is watched here is who may run them.
         let rules = config_of(&world, &["nice", "-n", "19"]);
         if seed.is_multiple_of(2) {
@@ -144,12 +158,24 @@ impl Run {
             let text = std::fs::read_to_string(&rules).unwrap();
             std::fs::write(&rules, format!("{text}restart = true\n")).unwrap();
         }
-        let mut hosts: Vec<Host> = HOSTS.iter().map(|name| world.mounted(name, LEASE)).collect();
+        let mut hosts: Vec<Host> = HOSTS.iter().map(|name| world.mounted(name, lease)).collect();
         hosts[0].niced_guest(&["--guest", "counter", "--memory", "16M", "--protect", MACHINE, "--interval", "100ms"]);
         let (since, story, serving) = (Stopwatch::start(), Vec::new(), BTreeMap::new());
         let (epoch_seen, owner_seen, takeovers, by_hand) = (0, String::new(), 0, 0);
-        let mut run =
-            Self { seed, world, rules, hosts, serving, since, story, epoch_seen, owner_seen, takeovers, by_hand };
+        let mut run = Self {
+            seed,
+            lease,
+            world,
+            rules,
+            hosts,
+            serving,
+            since,
+            story,
+            epoch_seen,
+            owner_seen,
+            takeovers,
+            by_hand,
+        };
         (0..HOSTS.len()).for_each(|at| run.serve(at));
         run
     }
@@ -169,7 +195,8 @@ impl Run {
             .iter()
             .map(|host| std::fs::read_to_string(self.world.path(&format!("{host}.log"))).unwrap_or_default())
             .collect();
-        panic!("seed {}: {what}\n{}\n{logs}", self.seed, self.story.join("\n"));
+        let daemons: String = self.hosts.iter().map(Host::log).collect();
+        panic!("seed {}: {what}\n{}\n{logs}\n{daemons}", self.seed, self.story.join("\n"));
     }
 
     /// Who owns the machine. No epoch that was seen may be gone.
@@ -205,6 +232,7 @@ impl Run {
                 return owner;
             }
             if begun.elapsed() > PATIENCE {
+                let seen: Vec<_> = seen.iter().map(|host| (host.label(), host.state(), host.silent)).collect();
                 self.fail(&format!("the machine does not run on {} any more: {seen:?}", HOSTS[owner]));
             }
             if !runs && last_try.elapsed() > Duration::from_secs(2) {
@@ -239,13 +267,9 @@ impl Run {
                 undo.stopped.push(host.daemon());
             }
             Trouble::GuestStands => undo.stopped = host.guests(),
-            Trouble::NoRequests | Trouble::NoAnswers | Trouble::Slow => {
+            Trouble::NoRequests | Trouble::NoAnswers | Trouble::NoLink | Trouble::NoCable | Trouble::Slow => {
                 undo.is_cut = true;
-                host.weather(match trouble {
-                    Trouble::NoRequests => "cut=requests patience=200",
-                    Trouble::NoAnswers => "cut=answers patience=200",
-                    _ => "delay=150",
-                });
+                cut(host, trouble);
             }
             Trouble::DaemonDies | Trouble::HostDies => {
                 if trouble == Trouble::HostDies {
@@ -266,10 +290,10 @@ impl Run {
     fn end(&mut self, undo: &Undo) {
         undo.stopped.iter().for_each(|pid| signal(*pid, Signal::CONT));
         if undo.is_cut {
-            self.hosts[undo.at].weather("");
+            heal(&self.hosts[undo.at]);
         }
         if undo.is_unmounted {
-            self.hosts[undo.at].mount(LEASE);
+            self.hosts[undo.at].mount(self.lease);
         }
         if undo.is_unserved {
             self.serve(undo.at);
@@ -336,6 +360,27 @@ impl Run {
     }
 }
 
+/// Cuts a host off from the repository, or puts it far away.
+fn cut(host: &Host, trouble: Trouble) {
+    match (&host.link, trouble) {
+        (Some(link), Trouble::NoRequests) => link.cut(Way::Requests),
+        (Some(link), Trouble::NoAnswers) => link.cut(Way::Answers),
+        (Some(link), Trouble::NoLink) => link.cut(Way::Both),
+        (Some(link), Trouble::NoCable) => link.cut(Way::Cable),
+        (Some(link), _) => link.delay(Duration::from_millis(150)),
+        (None, Trouble::NoAnswers) => host.weather("cut=answers patience=200"),
+        (None, Trouble::Slow) => host.weather("delay=150"),
+        (None, _) => host.weather("cut=requests patience=200"),
+    }
+}
+
+fn heal(host: &Host) {
+    match &host.link {
+        Some(link) => link.heal(),
+        None => host.weather(""),
+    }
+}
+
 /// Whether a host says that it runs the machine and protects it, and another that it would stand in.
 fn says_so(seen: &[HostSeen], owner: &str) -> bool {
     let says = |host: &HostSeen| {
@@ -346,12 +391,9 @@ fn says_so(seen: &[HostSeen], owner: &str) -> bool {
         && seen.iter().any(|host| host.label() != owner && would(host))
 }
 
-#[test]
-fn p3_a_machine_is_never_seen_running_twice_whatever_happens_to_its_hosts() {
-    if !can_run("p3_a_machine_is_never_seen_running_twice") {
-        return;
-    }
-    let (from, count) = (seed(), if is_long() { 500 } else { 24 });
+/// Runs schedules, some at a time, each in a world of its own.
+fn play(count: u64, at_once: usize, lease: &'static str, world: &(dyn Fn() -> World + Sync)) {
+    let from = seed();
     let (next, takeovers, by_hand) = (AtomicU64::new(from), AtomicU32::new(0), AtomicU32::new(0));
     let work = || {
         loop {
@@ -359,7 +401,7 @@ fn p3_a_machine_is_never_seen_running_twice_whatever_happens_to_its_hosts() {
             if seed >= from + count {
                 return;
             }
-            let run = Run::new(seed);
+            let run = Run::new(seed, world(), lease);
             let since = run.since;
             let (taken, started) = run.all();
             eprintln!(
@@ -371,9 +413,26 @@ fn p3_a_machine_is_never_seen_running_twice_whatever_happens_to_its_hosts() {
             by_hand.fetch_add(started, Ordering::Relaxed);
         }
     };
-    std::thread::scope(|scope| (0..AT_ONCE).for_each(|_| drop(scope.spawn(work))));
+    std::thread::scope(|scope| (0..at_once).for_each(|_| drop(scope.spawn(work))));
     let (takeovers, by_hand) = (takeovers.into_inner(), by_hand.into_inner());
     eprintln!("{count} schedules, {takeovers} takeovers, {by_hand} times started by hand");
+}
+
+#[test]
+fn p3_a_machine_is_never_seen_running_twice_whatever_happens_to_its_hosts() {
+    if can_run("p3_a_machine_is_never_seen_running_twice") {
+        play(if is_long() { 500 } else { 24 }, AT_ONCE, LEASE, &World::new);
+    }
+}
+
+#[test]
+fn p3_a_machine_is_never_seen_running_twice_whatever_happens_to_its_links() {
+    let name = "p3_a_machine_is_never_seen_running_twice_whatever_happens_to_its_links";
+    if !can_run(name) || !has_links(name) {
+        return;
+    }
+    let Some(server) = plain_ceph(name) else { return };
+    play(if is_long() { 200 } else { 6 }, AT_ONCE, LEASE_OF_LINKED, &|| World::linked(&server));
 }
 
 #[test]

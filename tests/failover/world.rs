@@ -1,27 +1,44 @@
 //! Hosts as processes: each with a state directory and a mount of its own, on one repository, under weather of its own.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use epochfs::EpochStore;
 use epochfs::platform::clock::Stopwatch;
-use epochfs::platform::store::WEATHER_VARIABLE;
+use epochfs::platform::store::{Location, WEATHER_VARIABLE};
+use epochfs::repo::Repository;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::asked::skip;
+use crate::links::{Hub, Link};
+use crate::server::Server;
+
+/// Where the repository is, and what leads there.
+enum Place {
+    /// A directory, under weather.
+    Directory,
+    /// A bucket, and links to it.
+    Bucket { hub: Hub, server: Arc<Server>, url: String, store: Arc<EpochStore> },
+}
 
 pub struct World {
     directory: tempfile::TempDir,
+    place: Place,
 }
 
 /// One host. What it started ends with it.
 pub struct Host {
     pub name: String,
     directory: PathBuf,
-    repository: PathBuf,
+    repository: String,
+    /// What its programs know of the repository's service.
+    variables: BTreeMap<String, String>,
+    pub link: Option<Link>,
     daemon: Option<i32>,
     started: Vec<i32>,
 }
@@ -85,17 +102,33 @@ impl World {
         // A lease is short here, and the disk of a machine that runs tests may be busy for longer.
         let shared = Path::new("/dev/shm");
         let directory = if shared.is_dir() { tempfile::tempdir_in(shared) } else { tempfile::tempdir() };
-        let world = Self { directory: directory.unwrap() };
+        let world = Self { directory: directory.unwrap(), place: Place::Directory };
         EpochStore::create_directory(&world.repository()).unwrap();
         world
     }
 
-    pub fn repository(&self) -> PathBuf {
+    /// One whose hosts reach a bucket by links.
+    pub fn linked(server: &Arc<Server>) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let service = server.endpoint().rsplit("//").next().unwrap().parse().unwrap();
+        let prefix = directory.path().file_name().unwrap().to_string_lossy().trim_start_matches('.').to_owned();
+        let url = format!("s3://{}/{prefix}/epochs", server.bucket());
+        let objects = Location::parse(&url).unwrap().open_with(&server.settings()).unwrap();
+        let store = Arc::new(EpochStore::new(Repository::create(objects).unwrap()));
+        let place = Place::Bucket { hub: Hub::new(service), server: server.clone(), url, store };
+        Self { directory, place }
+    }
+
+    fn repository(&self) -> PathBuf {
         self.directory.path().join("repository")
     }
 
-    pub fn store(&self) -> EpochStore {
-        EpochStore::open_directory(&self.repository()).unwrap()
+    /// The repository, as somebody sees it whom no trouble reaches.
+    pub fn store(&self) -> Arc<EpochStore> {
+        match &self.place {
+            Place::Directory => Arc::new(EpochStore::open_directory(&self.repository()).unwrap()),
+            Place::Bucket { store, .. } => store.clone(),
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -107,8 +140,15 @@ impl World {
         let directory = self.path(name);
         fs::create_dir_all(directory.join("mount")).unwrap();
         fs::write(directory.join("weather"), "").unwrap();
-        let repository = self.repository();
-        Host { name: name.to_owned(), directory, repository, daemon: None, started: Vec::new() }
+        let (repository, variables, link) = match &self.place {
+            Place::Directory => (self.repository().display().to_string(), BTreeMap::new(), None),
+            Place::Bucket { hub, server, url, .. } => {
+                let (link, mut variables) = (hub.link(name), server.variables.clone());
+                variables.insert("AWS_ENDPOINT_URL".into(), link.endpoint());
+                (url.clone(), variables, Some(link))
+            }
+        };
+        Host { name: name.to_owned(), directory, repository, variables, link, daemon: None, started: Vec::new() }
     }
 
     /// A host that is mounted with such a lease.
@@ -136,9 +176,20 @@ impl Host {
     }
 
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_epochfs"));
+        let program = env!("CARGO_BIN_EXE_epochfs");
+        let mut command = match &self.link {
+            None => Command::new(program),
+            Some(link) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/run/netns/{}", link.namespace)).args(["--", program]);
+                command
+            }
+        };
+        command.envs(&self.variables);
         command.env("EPOCHFS_REPO", &self.repository).env("EPOCHFS_STATE_DIR", self.state());
-        command.env(WEATHER_VARIABLE, self.directory.join("weather"));
+        if self.link.is_none() {
+            command.env(WEATHER_VARIABLE, self.directory.join("weather"));
+        }
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

@@ -3,5 +3,6 @@
 
 mod api;
 mod monitor;
+mod outputs;
 mod qemu;
 mod scenarios;

@@ -24,9 +24,16 @@ pub struct Machine {
     /// The command that goes wrong next, and how; it does so once.
     pub fault: Option<(&'static str, Fault)>,
     pub memory: PathBuf,
+    /// The file that it is given open to save its memory to.
+    pub state: PathBuf,
     pub fails_to_save: bool,
     /// It is asked so often before the state that it saves just now is there; then it is stopped, whatever it was told meanwhile.
     pub saves_for: u32,
+    /// It writes so much that saving its memory while it runs never ends.
+    pub never_converges: bool,
+    /// Whether the next state has all of the memory in it, and is begun while the machine runs; and how often it was asked about.
+    pub is_mapped: bool,
+    rounds: u64,
     saved: bool,
 }
 
@@ -44,8 +51,12 @@ impl FakeMonitor {
             told: Vec::new(),
             fault: None,
             memory: memory.to_owned(),
+            state: memory.with_file_name("vmstate"),
             fails_to_save: false,
             saves_for: 0,
+            never_converges: false,
+            is_mapped: false,
+            rounds: 0,
             saved: false,
         };
         let machine = Arc::new(Mutex::new(machine));
@@ -100,12 +111,47 @@ impl Machine {
             self.told.push(command.to_owned());
         }
         match command {
+            "query-migrate-capabilities" => {
+                let names = [("x-ignore-shared", false), ("mapped-ram", self.is_mapped), ("multifd", self.is_mapped)];
+                json!(names.map(|(name, state)| json!({"capability": name, "state": state})))
+            }
+            "add-fd" => json!({"fdset-id": 7}),
+            "migrate-set-capabilities" => {
+                let all = arguments["capabilities"].as_array().unwrap();
+                let mapped = all.iter().find(|one| one["capability"] == "mapped-ram");
+                self.is_mapped = mapped.map_or(self.is_mapped, |mapped| mapped["state"] == true);
+                json!({})
+            }
             "query-memdev" => json!([{"id": "ram", "share": true}]),
             "qom-get" => json!(self.memory),
             "query-status" => json!({"status": self.status}),
             "stop" => {
                 self.status = "paused";
                 json!({})
+            }
+            "migrate_cancel" => {
+                (self.saves_for, self.rounds) = (0, 0);
+                json!({})
+            }
+            "migrate" if self.is_mapped => {
+                assert_eq!((self.status, self.saved), ("running", false), "all of the memory is saved while it runs");
+                assert_eq!(arguments["channels"][0]["addr"]["filename"], "/dev/fdset/7");
+                std::fs::write(&self.state, b"all of its memory, and the state of its devices").unwrap();
+                self.rounds = 1;
+                json!({})
+            }
+            "query-migrate" if self.rounds > 0 => {
+                self.rounds += 1;
+                let is_stuck = self.never_converges && self.status == "running";
+                if self.rounds < 6 || (is_stuck && self.rounds < 1000) {
+                    let left = if self.never_converges { 4096 } else { 4096 >> self.rounds };
+                    return json!({"status": "active", "ram": {"dirty-sync-count": self.rounds, "remaining": left}});
+                }
+                (self.rounds, self.saved) = (0, !self.fails_to_save);
+                if self.saved {
+                    self.status = "postmigrate";
+                }
+                json!({"status": if self.saved { "completed" } else { "failed" }, "error-desc": "no room"})
             }
             "migrate" => {
                 assert_ne!(self.status, "running", "a state is saved of a machine that stands still");
@@ -128,7 +174,7 @@ impl Machine {
             "query-migrate" if self.saved => json!({"status": "completed"}),
             "query-migrate" => json!({"status": "failed", "error-desc": "no room"}),
             "cont" => {
-                self.status = "running";
+                (self.status, self.saved) = ("running", false);
                 json!({})
             }
             _ => json!({}),

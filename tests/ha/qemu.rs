@@ -63,6 +63,7 @@ fn a_capture_freezes_a_machine_that_stands_still_and_lets_it_go_on() {
     assert_eq!(parts, ["stop", "state", "memory", "freeze", "resume"]);
     assert_eq!(capture.parts.iter().map(|(_, time)| *time).sum::<Duration>(), capture.pause);
     assert_eq!(world.monitor.machine().told, ["migrate-set-capabilities", "stop", "migrate", "cont"]);
+    assert_eq!(capture.how, "memory in place");
 }
 
 #[test]
@@ -124,14 +125,87 @@ fn a_machine_that_others_stopped_is_left_alone_and_one_that_is_gone_is_lost() {
     assert_eq!(agent.health(), Health::Running, "it is reached again");
 }
 
-#[test]
-fn memory_that_is_not_on_the_mount_is_refused() {
+/// A world whose machine has its memory elsewhere.
+fn elsewhere() -> World {
     let world = World::new();
-    let elsewhere = world.live.with_file_name("elsewhere");
-    std::fs::write(&elsewhere, b"").unwrap();
-    world.monitor.machine().memory = elsewhere;
-    let error = world.try_agent().err().unwrap();
-    assert!(error.to_string().contains("backend ram") && error.next_step().unwrap().contains("mem-path="), "{error}");
+    let path = world.live.with_file_name("elsewhere");
+    std::fs::write(&path, b"").unwrap();
+    world.monitor.machine().memory = path;
+    world
+}
+
+#[test]
+fn memory_that_is_not_on_the_mount_is_saved_while_the_machine_runs() {
+    for never_converges in [false, true] {
+        let world = elsewhere();
+        let mut agent = world.agent();
+        world.monitor.machine().never_converges = never_converges;
+        let mut frozen = 0;
+        let capture = agent
+            .capture(&mut || {
+                frozen += 1;
+                assert_eq!(world.status(), "postmigrate");
+                assert!(std::fs::read(world.live.join("vmstate")).unwrap().starts_with(b"all of its memory"));
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!((frozen, world.status(), capture.how), (1, "running", "memory saved whole"));
+        let parts: Vec<&str> = capture.parts.iter().map(|(name, _)| *name).collect();
+        assert_eq!(parts, ["state", "memory", "freeze", "resume"]);
+        // It is stopped by hand only if it would not end otherwise.
+        let stops = world.monitor.machine().told.iter().filter(|told| *told == "stop").count();
+        assert_eq!(stops, usize::from(never_converges));
+    }
+}
+
+#[test]
+fn p6_whatever_fails_while_memory_is_saved_the_machine_runs_and_the_next_capture_succeeds() {
+    for command in ["migrate", "query-migrate", "query-status", "stop", "cont"] {
+        for fault in [Fault::Refuse, Fault::Close, Fault::CloseAfter] {
+            let world = elsewhere();
+            let mut agent = world.agent();
+            // So that it has to be stopped.
+            world.monitor.machine().never_converges = true;
+            world.monitor.machine().fault = Some((command, fault));
+            let mut frozen = false;
+            let result = agent.capture(&mut || {
+                frozen = true;
+                Ok(())
+            });
+            let is_saved = command == "cont";
+            assert_eq!((result.is_ok(), frozen), (is_saved, is_saved), "{command} {fault:?}: {result:?}");
+            assert_eq!(world.status(), "running", "{command} {fault:?}");
+            assert_eq!(world.monitor.machine().fault, None, "{command} {fault:?} was not met");
+            agent.capture(&mut || Ok(())).unwrap();
+            assert_eq!(world.status(), "running");
+        }
+    }
+}
+
+#[test]
+fn p6_a_file_that_cannot_be_written_to_is_nothing_qemu_is_told_of() {
+    let world = elsewhere();
+    let mut agent = world.agent();
+    let state = world.live.join("vmstate");
+    std::fs::create_dir(&state).unwrap();
+    let error = agent.capture(&mut || panic!("nothing was saved")).unwrap_err();
+    assert!(error.to_string().contains("vmstate"), "{error}");
+    assert!(!world.monitor.machine().told.contains(&"migrate".to_owned()));
+    std::fs::remove_dir(&state).unwrap();
+    agent.capture(&mut || Ok(())).unwrap();
+    assert_eq!(world.status(), "running");
+}
+
+#[test]
+fn p6_memory_that_is_not_saved_is_not_frozen() {
+    let world = elsewhere();
+    let mut agent = world.agent();
+    world.monitor.machine().fails_to_save = true;
+    let error = agent.capture(&mut || panic!("nothing was saved")).unwrap_err();
+    assert!(error.to_string().contains("no room"), "{error}");
+    assert_eq!(world.status(), "running");
+    world.monitor.machine().fails_to_save = false;
+    agent.capture(&mut || Ok(())).unwrap();
 }
 
 /// The guard of an agent that this test plays; the machine has been stopped by it.

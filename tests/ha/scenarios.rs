@@ -216,6 +216,7 @@ pub fn table(outcomes: &[Outcome]) -> String {
 fn budgets_hold_and_targets_are_met_where_budgets_allow_it() {
     let outcomes: Vec<Outcome> = scenarios().iter().map(simulate).collect();
     let table = table(&outcomes);
+    eprintln!("{table}");
     for outcome in &outcomes {
         assert!(outcome.intervals_over <= 3, "{}\n{table}", outcome.name);
         assert_eq!(outcome.missed_needlessly, 0, "{}\n{table}", outcome.name);

@@ -2,22 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::server::{Server, has, skip};
+use crate::server::{Server, cached, has, seaweedfs, skip};
 use crate::world::{Host, noise};
-
-/// A program that scripts/setup puts into the cache.
-fn cached(variable: &str, path: &str) -> String {
-    let home = std::env::var("HOME").unwrap_or_default();
-    let cache = std::env::var("EPOCHFS_CACHE").unwrap_or_else(|_| format!("{home}/.cache/epochfs"));
-    std::env::var(variable).unwrap_or_else(|_| format!("{cache}/{path}"))
-}
 
 #[test]
 fn seaweedfs_is_fit_and_what_was_acknowledged_outlives_it() {
-    if !has(&cached("WEED", "seaweedfs/bin/weed")) {
-        return skip("SeaweedFS", "it is not installed: run scripts/setup");
-    }
-    let server = Arc::new(Server::up("seaweedfs", &[]));
+    let Some(server) = seaweedfs("SeaweedFS") else { return };
+    let server = Arc::new(server);
     let host = Host::new(&server);
     let mut memory = noise(21, 10 << 20);
     for round in 0..3 {

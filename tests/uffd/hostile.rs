@@ -93,7 +93,8 @@ fn a_vm_that_cannot_be_served_is_killed_and_not_left_waiting() {
     let mut child = crate::process::command("hostile", &[socket.to_str().unwrap(), text]).spawn().unwrap();
     let _watchdog = crate::fixture::Watchdog::new(child.id(), PATIENCE);
     assert_eq!(child.wait().unwrap().signal(), Some(9));
-    assert!(program.log().contains("its memory cannot be served"), "{}", program.log());
+    // It is said after it is done.
+    wait_until("it is said", || program.log().contains("its memory cannot be served"));
 }
 
 /// Whoever has handed memory over looks at nothing that would tell that the server is about to end.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::fixture::{GuestProcess, Program, Watchdog, World, is_long};
+use crate::fixture::{GuestProcess, Program, Watchdog, World, is_long, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -26,7 +26,10 @@ fn p5_many_vms_at_once_see_their_own_bytes() {
             guest.must_say(text);
         }
     }
+    let count = guests.len();
     drop(guests);
+    // Told to end before, it says which of them go on needing it.
+    wait_until("all have ended", || program.log().matches(" ended: ").count() == count);
     program.signal(Signal::TERM);
     assert!(program.ended(PATIENCE).success(), "{}", program.log());
     let log = program.log();

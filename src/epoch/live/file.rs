@@ -5,13 +5,14 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use epochfs_format::{Hash, IMAGE_LEN_MAX, Image, JournalEntry, PAGE_SIZE, Page, is_zero};
+use epochfs_format::{Hash, IMAGE_LEN_MAX, Image, JournalEntry, PAGE_SIZE, Page, hash_pages, is_zero};
 
 use super::layer::{Content, Layer, Slot};
 use super::refusal::{Answer, Refusal};
 use super::spool::{Spool, read_page};
 use crate::epoch::nodes::Nodes;
 use crate::epoch::reader::SharedImage;
+use crate::epoch::tree::{LEAF_PAGES, leaf_without_waiting};
 use crate::error::Result;
 use crate::platform::clock;
 
@@ -193,6 +194,40 @@ impl State {
         Ok(())
     }
 
+    /// What lies below is what these pages hold: it is to be seen.
+    fn uncover(&mut self, io: Io<'_>, pages: Range<u64>) {
+        let mut slots = Vec::new();
+        self.length = self.length.max(pages.end * SIZE);
+        self.current.uncover(pages, &mut slots);
+        io.spool().release(&slots);
+    }
+
+    /// The whole pages of a write, and the first of them, where the file was emptied and is written anew: the base may hold the
+    /// same. Elsewhere a page that is written is a page that changed.
+    fn rewritten<'a>(&self, offset: u64, data: &'a [u8]) -> Option<(u64, &'a [u8])> {
+        let first = offset.div_ceil(SIZE);
+        let whole = data.get((first * SIZE - offset) as usize..).filter(|whole| whole.len() >= PAGE_SIZE)?;
+        let is_hidden = self.frozen.is_empty() && self.current.zeros.run_end(first).is_some();
+        let is_below = self.base.root.is_some() && (first + 1) * SIZE <= self.base.length;
+        (is_hidden && is_below).then_some((first, whole))
+    }
+
+    /// Writes, but for pages that are known to be what the base holds.
+    fn write_changed(&mut self, io: Io<'_>, offset: u64, data: &[u8], unchanged: Option<&Unchanged>) -> Answer<()> {
+        let Some(unchanged) = unchanged.filter(|unchanged| self.frozen.is_empty() && self.base == unchanged.base)
+        else {
+            return self.write(io, offset, data);
+        };
+        let mut at = 0;
+        for run in unchanged.pages.iter().filter(|run| run.start * SIZE >= offset) {
+            let (start, end) = ((run.start * SIZE - offset) as usize, (run.end * SIZE - offset) as usize);
+            self.write(io, offset + at as u64, &data[at..start])?;
+            self.uncover(io, run.clone());
+            at = end;
+        }
+        self.write(io, offset + at as u64, &data[at..])
+    }
+
     fn write(&mut self, io: Io<'_>, offset: u64, data: &[u8]) -> Answer<()> {
         let (mut at, mut rest) = (offset, data);
         while !rest.is_empty() {
@@ -224,6 +259,49 @@ impl State {
             self.set_pages(io, page, &bytes)?;
         }
         Ok(())
+    }
+}
+
+/// Pages of a write that are what an image holds there.
+struct Unchanged {
+    base: Image,
+    /// Disjoint and in order.
+    pages: Vec<Range<u64>>,
+}
+
+impl Unchanged {
+    /// Compares whole pages with the hashes of an image, of which no page is read. Where that cannot be told, they differ.
+    fn find(nodes: &Nodes, base: Image, first: u64, data: &[u8]) -> Option<Self> {
+        let (all, _) = data.as_chunks::<PAGE_SIZE>();
+        let quarantined = nodes.objects().quarantined();
+        let mut pages: Vec<Range<u64>> = Vec::new();
+        let (mut wanted, mut hashes) = (Vec::new(), Vec::new());
+        let mut number = first;
+        while number < first + all.len() as u64 {
+            let index = number / LEAF_PAGES;
+            let end = ((index + 1) * LEAF_PAGES).min(first + all.len() as u64);
+            let leaf = leaf_without_waiting(nodes, &base, index).ok()?;
+            if let Some(leaf) = leaf {
+                wanted.clear();
+                wanted.extend((number..end).filter_map(|page| {
+                    let slot = (page % LEAF_PAGES) as usize;
+                    let (hash, place) = (leaf.node.hash(slot)?, leaf.node.place(slot)?);
+                    // What cannot be read is better written again.
+                    (!quarantined.holds(&place)).then_some((page, *hash))
+                }));
+                let those: Vec<&Page> = wanted.iter().map(|(page, _)| &all[(page - first) as usize]).collect();
+                hash_pages(&those, &mut hashes);
+                for ((page, wanted), hash) in wanted.iter().zip(&hashes) {
+                    match pages.last_mut() {
+                        _ if wanted != hash => {}
+                        Some(run) if run.end == *page => run.end += 1,
+                        _ => pages.push(*page..page + 1),
+                    }
+                }
+            }
+            number = end;
+        }
+        (!pages.is_empty()).then_some(Self { base, pages })
     }
 }
 
@@ -347,9 +425,17 @@ impl LiveFile {
     }
 
     pub fn write(&self, io: Io<'_>, offset: u64, data: &[u8]) -> Answer<()> {
-        let mut state = self.exclusive();
         offset.checked_add(data.len() as u64).filter(|end| *end <= IMAGE_LEN_MAX).ok_or(Refusal::TooLarge)?;
-        let written = state.write(io, offset, data);
+        let mut state = self.exclusive();
+        let mut unchanged = None;
+        if let Some((first, whole)) = state.rewritten(offset, data) {
+            // Without the file's lock, for it takes time.
+            let base = state.base.clone();
+            drop(state);
+            unchanged = Unchanged::find(io.nodes, base, first, whole);
+            state = self.exclusive();
+        }
+        let written = state.write_changed(io, offset, data, unchanged.as_ref());
         if written.is_err() {
             // Some pages may lie behind the end: they are not to be seen when the file grows.
             let end = state.length.div_ceil(SIZE);
@@ -521,6 +607,12 @@ impl LiveFile {
             tell(&mut frozen.write(), entries);
         }
         tell(&mut state.current, entries);
+    }
+
+    /// Whether only a whole journal can say what this file is.
+    pub fn needs_whole_journal(&self) -> bool {
+        let state = self.shared();
+        state.current.needs_whole() || state.frozen.iter().any(|frozen| frozen.read().needs_whole())
     }
 
     /// Does not keep what the journal would be told.

@@ -34,6 +34,10 @@ pub struct Layer {
     /// What the journal has yet to be told: pages, some of which may be gone again, and ranges of zeros before them.
     unjournaled_pages: Vec<u64>,
     unjournaled_zeros: Vec<Range<u64>>,
+    /// Whether the journal was told of anything here, and whether it was told of what is uncovered since: it has no word for
+    /// that, and is to be written anew.
+    is_told: bool,
+    needs_whole: bool,
 }
 
 impl Layer {
@@ -71,6 +75,19 @@ impl Layer {
         }
     }
 
+    /// What lies below is to be seen again in a range, and hands over the slots of its pages.
+    pub fn uncover(&mut self, range: Range<u64>, slots: &mut Vec<Slot>) {
+        let numbers: Vec<u64> = self.pages.range(range.clone()).map(|(page, _)| *page).collect();
+        slots.extend(numbers.iter().filter_map(|page| self.pages.remove(page)));
+        self.zeros.remove(range);
+        self.needs_whole |= self.is_told;
+    }
+
+    /// Whether only a whole journal can say what this is.
+    pub fn needs_whole(&self) -> bool {
+        self.needs_whole
+    }
+
     /// Takes over from an older layer what this one does not hide, and hands over the slots that nobody needs then.
     pub fn absorb(&mut self, older: Layer, slots: &mut Vec<Slot>) {
         for (page, slot) in older.pages {
@@ -84,6 +101,8 @@ impl Layer {
         for range in older.zeros.iter() {
             self.zeros.insert(range);
         }
+        self.is_told |= older.is_told;
+        self.needs_whole |= older.needs_whole;
         let newer_zeros = std::mem::replace(&mut self.unjournaled_zeros, older.unjournaled_zeros);
         self.unjournaled_zeros.extend(newer_zeros);
         self.unjournaled_pages.extend(older.unjournaled_pages);
@@ -108,12 +127,15 @@ impl Layer {
     pub fn tell_nothing(&mut self) {
         self.unjournaled_pages = Vec::new();
         self.unjournaled_zeros = Vec::new();
+        self.needs_whole = false;
     }
 
     /// Tells the journal what it does not know yet.
     pub fn journal_changes(&mut self, node: u64, entries: &mut Vec<JournalEntry>) {
+        let before = entries.len();
         let zeros = std::mem::take(&mut self.unjournaled_zeros);
-        put_zeros(node, zeros.into_iter(), entries);
+        // Some of them may not be zeros any more; what is uncovered must not be told.
+        put_zeros(node, zeros.into_iter().flat_map(|range| self.zeros.within(range)), entries);
         let numbers = std::mem::take(&mut self.unjournaled_pages);
         let pages = &mut self.pages;
         let told = numbers.into_iter().filter_map(|page| {
@@ -122,12 +144,13 @@ impl Layer {
             Some(SpooledPage { page, slot: slot.number, check: slot.check })
         });
         put_pages(node, told, entries);
+        self.is_told |= entries.len() > before;
     }
 
     /// Tells a new journal everything.
     pub fn journal_whole(&mut self, node: u64, entries: &mut Vec<JournalEntry>) {
-        self.unjournaled_pages = Vec::new();
-        self.unjournaled_zeros = Vec::new();
+        self.tell_nothing();
+        self.is_told = !self.is_empty();
         put_zeros(node, self.zeros.iter(), entries);
         let told = self.pages.iter_mut().map(|(page, slot)| {
             slot.journaled = true;
@@ -142,11 +165,13 @@ impl Layer {
         self.clear(range, true, &mut slots);
         freed.extend(slots.iter().map(|slot| slot.number));
         self.unjournaled_zeros.clear();
+        self.is_told = true;
     }
 
     /// Applies what a journal says, and returns the slot that it no longer names.
     pub fn replay_page(&mut self, told: SpooledPage) -> Option<u32> {
         let slot = Slot { number: told.slot, check: told.check, journaled: true };
+        self.is_told = true;
         self.pages.insert(told.page, slot).map(|slot| slot.number)
     }
 }

@@ -435,6 +435,7 @@ impl Live {
             let whole = self.rebased.swap(false, Ordering::AcqRel) || whole;
             self.journaled.store(self.changes.load(Ordering::Acquire), Ordering::Release);
             let touched = std::mem::take(&mut *lock(&self.touched));
+            let whole = whole || touched.iter().any(|file| file.needs_whole_journal());
             for file in &touched {
                 file.listed.store(false, Ordering::Release);
             }

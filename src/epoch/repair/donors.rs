@@ -5,16 +5,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use epochfs_format::{BlockKind, Hash, ObjectRef, PageDecoder, Place, log_prefix, parse_id, record_seq};
+use epochfs_format::{BlockKind, Hash, ObjectRef, PageDecoder, Place};
 
+use super::RepairSources;
 use super::blocks::{From, node_at};
 use super::object::damaged_entries;
-use super::{RepairSources, logs_of};
 use crate::epoch::verify::Damage;
 use crate::epoch::view::EpochStore;
-use crate::error::{Error, Kind, Result};
-use crate::platform::store::Cache;
-use crate::repo::{Objects, object_key};
+use crate::error::Result;
+use crate::platform::store::{KeptStore, Store};
+use crate::repo::{Objects, object_key, objects_of};
 
 /// So many places of one page are remembered: one of them will be sound.
 const PLACES_MAX: usize = 8;
@@ -23,7 +23,7 @@ const PLACES_MAX: usize = 8;
 enum Exact<'a> {
     Repository(&'a Arc<Objects>),
     /// What this host read or wrote.
-    Cache(&'a Cache),
+    Kept(Arc<dyn Store>),
 }
 
 /// A repository whose blocks may have the content that is wanted.
@@ -45,7 +45,8 @@ impl<'a> Donors<'a> {
     pub fn new(own: &'a EpochStore, sources: &'a RepairSources, damage: &'a Damage) -> Self {
         let mut exact = Vec::new();
         if let Some(cache) = &sources.cache {
-            exact.push(("this host's cache".into(), Exact::Cache(cache)));
+            let kept = own.repository().see(Arc::new(KeptStore::new(cache.clone())));
+            exact.push(("this host's cache".into(), Exact::Kept(kept)));
         }
         let blocks = |name: String, store: &'a EpochStore| Blocks { name: name.into(), store, places: HashMap::new() };
         let mut all = vec![blocks("another place in the repository".into(), own)];
@@ -97,10 +98,10 @@ impl<'a> Donors<'a> {
         let damage = self.damage;
         let Blocks { store, places, .. } = &mut self.blocks[at];
         let objects = store.repository().objects();
-        for object in objects_of(store)? {
+        for object in objects_of(objects)? {
             let footer = match objects.footer(&object) {
                 Ok(footer) => footer,
-                Err(error) if is_damage(&error) => continue,
+                Err(error) if error.kind().is_of_object() => continue,
                 Err(error) => return Err(error),
             };
             for entry in footer.iter().filter(|entry| wanted.contains(&entry.hash)) {
@@ -128,7 +129,7 @@ impl<'a> Donors<'a> {
         self.exact.iter().filter_map(move |(name, exact)| {
             let (bytes, is_own) = match exact {
                 Exact::Repository(objects) => (objects.store().get_range(&key, range.clone()).ok()?, false),
-                Exact::Cache(cache) => (cache.read(&key, range)?, true),
+                Exact::Kept(kept) => (kept.get_range(&key, range.clone()).ok()?, true),
             };
             Some((name.clone(), bytes, is_own))
         })
@@ -140,7 +141,7 @@ impl<'a> Donors<'a> {
         self.exact.iter().filter_map(move |(name, exact)| {
             let (bytes, is_own) = match exact {
                 Exact::Repository(objects) => (objects.store().get(&key).ok()?, false),
-                Exact::Cache(cache) => (cache.read_tail(&key, u64::MAX)?.0, true),
+                Exact::Kept(kept) => (kept.get(&key).ok()?, true),
             };
             Some((name.clone(), bytes, is_own))
         })
@@ -163,25 +164,4 @@ impl<'a> Donors<'a> {
     pub fn node(&self, digest: &Hash) -> Option<(epochfs_format::Node, From)> {
         self.places(digest).find_map(|(name, objects, place)| Some((node_at(objects, place, digest)?, name)))
     }
-}
-
-fn is_damage(error: &Error) -> bool {
-    matches!(error.kind(), Kind::Damaged | Kind::NotFound | Kind::Unsupported)
-}
-
-/// Every object of a repository that holds blocks.
-fn objects_of(store: &EpochStore) -> Result<Vec<ObjectRef>> {
-    let objects = store.repository().objects();
-    let mut all = Vec::new();
-    objects.store().list("packs/", None, &mut |info| {
-        all.extend(info.key.rsplit('/').next().and_then(parse_id).map(ObjectRef::Pack));
-        Ok(true)
-    })?;
-    for machine in logs_of(store)? {
-        objects.store().list(&log_prefix(&machine), None, &mut |info| {
-            all.extend(record_seq(&info.key).map(|seq| ObjectRef::Record { machine: machine.clone(), seq }));
-            Ok(true)
-        })?;
-    }
-    Ok(all)
 }

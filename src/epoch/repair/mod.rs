@@ -24,7 +24,7 @@ use super::verify::{Damage, Verified, Verifier};
 use super::view::EpochStore;
 use crate::error::{Kind, Result};
 use crate::platform::store::Cache;
-use crate::repo::{Hold, Summing, machines, object_key};
+use crate::repo::{Hold, Summing, object_key};
 use donors::Donors;
 use object::{Rebuilt, rebuild};
 
@@ -34,7 +34,7 @@ pub struct RepairSources {
     /// Other repositories: copies of this one, byte for byte or made by copying epochs.
     pub from: Vec<EpochStore>,
     /// What this host keeps of the repository, if it is in a bucket.
-    pub cache: Option<Cache>,
+    pub cache: Option<Arc<Cache>>,
 }
 
 /// A block that was damaged and is what it was, or would be.
@@ -204,7 +204,7 @@ impl EpochStore {
                     .map(|_| ()),
             });
             match replayed {
-                Err(error) if matches!(error.kind(), Kind::Damaged | Kind::NotFound | Kind::Unsupported) => {
+                Err(error) if error.kind().is_of_object() => {
                     let problem = format!("summaries are made of the log, which is damaged: {error}");
                     round.lost.push(Lost { object: log_prefix(machine), offset: None, problem });
                 }
@@ -267,9 +267,4 @@ impl Repaired {
         // What an earlier round could not repair, this one may.
         self.lost.clone_from(&round.lost);
     }
-}
-
-/// The machines that have a log in this repository, by name.
-pub(super) fn logs_of(store: &EpochStore) -> Result<Vec<Arc<str>>> {
-    machines(store.repository().objects())
 }

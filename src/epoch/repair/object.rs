@@ -43,7 +43,8 @@ enum Stored {
     Nothing,
     /// By a newer program, which knows what to make of it.
     Newer,
-    Bytes(Vec<u8>),
+    /// And whether the store can tell that they are not what was put there.
+    Bytes(Vec<u8>, bool),
 }
 
 /// The damaged blocks of an object of which the blocks are known.
@@ -56,7 +57,12 @@ pub fn damaged_entries(object: &ObjectRef, donors: &Donors<'_>, decoder: &mut Pa
 }
 
 fn stored(object: &ObjectRef, objects: &Objects) -> Result<Stored> {
-    let bytes = match objects.store().get(&object_key(object)) {
+    let key = object_key(object);
+    let (read, is_damaged) = match objects.store().get(&key) {
+        Err(error) if error.kind() == Kind::Damaged => (objects.store().get_damaged(&key), true),
+        read => (read, false),
+    };
+    let bytes = match read {
         Ok(bytes) => bytes,
         Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged) => return Ok(Stored::Nothing),
         Err(error) => return Err(error),
@@ -66,14 +72,14 @@ fn stored(object: &ObjectRef, objects: &Objects) -> Result<Stored> {
         // Sound, and of another object: nothing in it belongs here.
         Err(FormatError::Mismatch { .. }) => Stored::Nothing,
         // A header says nothing that the name does not.
-        _ => Stored::Bytes(bytes.to_vec()),
+        _ => Stored::Bytes(bytes.to_vec(), is_damaged),
     })
 }
 
 /// What there is to begin with: what is stored, if its blocks can be told apart, or else another copy.
 fn begin(object: &ObjectRef, stored: Stored, donors: &Donors<'_>) -> Option<Begun> {
     let objects = donors.own();
-    if let Stored::Bytes(bytes) = stored
+    if let Stored::Bytes(bytes, _) = stored
         && let Some(footer) = layout(&bytes, object, objects)
     {
         return Some(Begun { bytes, footer, from: None });
@@ -187,8 +193,9 @@ pub fn rebuild(object: &ObjectRef, donors: &Donors<'_>, decoder: &mut PageDecode
     let stored = stored(object, objects)?;
     let before = match &stored {
         Stored::Newer => return Ok(Rebuilt::Lost(vec![lost(None, "a newer program wrote it: repair it with that")])),
-        Stored::Nothing => None,
-        Stored::Bytes(bytes) => Some(bytes.clone()),
+        // What the store does not give out is put there anew, though its blocks may be sound.
+        Stored::Nothing | Stored::Bytes(_, true) => None,
+        Stored::Bytes(bytes, false) => Some(bytes.clone()),
     };
     let Some(mut begun) = begin(object, stored, donors) else {
         let problem = match object {

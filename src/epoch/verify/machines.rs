@@ -7,7 +7,7 @@ use epochfs_format::{
     level_span, levels_for, log_prefix, summary_key,
 };
 
-use super::{BrokenEpoch, Heads, PageRange, Problem, Verified, Verifier, is_damage};
+use super::{BrokenEpoch, Heads, PageRange, Problem, Verified, Verifier};
 use crate::epoch::nodes::{LoadedNode, Stored, describe};
 use crate::epoch::tree::{child, page_count};
 use crate::epoch::view::{commit_of, load_manifest};
@@ -25,7 +25,7 @@ impl Verifier<'_> {
         for (machine, head) in heads {
             let checked = head.and_then(|head| head.map_or(Ok(()), |head| self.check_machine(&machine, &head)));
             match checked {
-                Err(error) if is_damage(&error) => self.log_problem(log_prefix(&machine), error),
+                Err(error) if error.kind().is_of_object() => self.log_problem(log_prefix(&machine), error),
                 other => other?,
             }
         }
@@ -56,7 +56,7 @@ impl Verifier<'_> {
         }
         let state = match replayed {
             Ok(state) => state,
-            Err(error) if is_damage(&error) => {
+            Err(error) if error.kind().is_of_object() => {
                 self.log_problem(log_prefix(machine), &error);
                 self.readable_epochs(machine, head.record.seq)?
             }
@@ -70,7 +70,7 @@ impl Verifier<'_> {
             self.damage.note_need(&ObjectRef::Record { machine: machine.clone(), seq: epoch }, &self.walking);
             let manifest = match load_manifest(self.store.nodes(), commit) {
                 Ok(manifest) => manifest,
-                Err(error) if is_damage(&error) => {
+                Err(error) if error.kind().is_of_object() => {
                     self.suspect_manifest(commit)?;
                     self.broken(machine, epoch, None, Vec::new(), &error);
                     continue;
@@ -83,7 +83,7 @@ impl Verifier<'_> {
                 let error = match self.walk(root, level) {
                     Ok(0) => continue,
                     Ok(pages) => Error::damaged(format!("{pages} pages cannot be read")),
-                    Err(error) if is_damage(&error) => error,
+                    Err(error) if error.kind().is_of_object() => error,
                     Err(error) => return Err(error),
                 };
                 let mut ranges = Vec::new();
@@ -102,7 +102,7 @@ impl Verifier<'_> {
                 let summary = Summary::decode(&bytes, objects.repository(), machine, to);
                 Ok(summary.ok().map(|summary| summary_hash(&summary)))
             }
-            Err(error) if error.kind() == Kind::NotFound => Ok(None),
+            Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -120,7 +120,7 @@ impl Verifier<'_> {
         for seq in 1..=newest {
             match self.store.repository().objects().record(machine, seq) {
                 Ok(Some(_)) => {}
-                Err(error) if !is_damage(&error) => return Err(error),
+                Err(error) if !error.kind().is_of_object() => return Err(error),
                 _ => drop(self.damage.suspects.insert(ObjectRef::Record { machine: machine.clone(), seq })),
             }
             match self.store.repository().epoch_record(machine, seq) {
@@ -128,7 +128,7 @@ impl Verifier<'_> {
                     state.epochs.insert(seq, record);
                 }
                 Err(error) if error.kind() == Kind::Damaged => self.broken(machine, seq, None, Vec::new(), &error),
-                Err(error) if is_damage(&error) => {}
+                Err(error) if error.kind().is_of_object() => {}
                 Err(error) => return Err(error),
             }
         }
@@ -161,7 +161,7 @@ impl Verifier<'_> {
                     self.damage.note_need(&base.object, &self.walking);
                 }
             }
-            Err(error) if is_damage(error) => {
+            Err(error) if error.kind().is_of_object() => {
                 let mut suspects = vec![root.place.object.clone()];
                 let objects = self.store.repository().objects();
                 let stored = objects.read(&root.place).ok().map(|bytes| decode_node(&bytes, &root.place.object));
@@ -224,7 +224,7 @@ impl Verifier<'_> {
         let span = level_span(level);
         let loaded = match self.load(root, level) {
             Ok(loaded) => loaded,
-            Err(error) if is_damage(&error) => {
+            Err(error) if error.kind().is_of_object() => {
                 add_range(ranges, first, (first + span * FANOUT as u64).min(end));
                 return Ok(());
             }
@@ -247,7 +247,7 @@ impl Verifier<'_> {
             let below = child(&loaded, slot).expect("the slot is full");
             match self.walk(&below, level - 1) {
                 Ok(0) => {}
-                Err(error) if !is_damage(&error) => return Err(error),
+                Err(error) if !error.kind().is_of_object() => return Err(error),
                 _ => self.find_unreadable(&below, level - 1, first + slot as u64 * span, end, ranges)?,
             }
         }
@@ -267,7 +267,7 @@ impl Verifier<'_> {
     fn page_is_whole(&self, place: &Place, confirmed: Result<bool>) -> Result<bool> {
         let confirmed = match confirmed {
             Ok(confirmed) => confirmed,
-            Err(error) if is_damage(&error) => false,
+            Err(error) if error.kind().is_of_object() => false,
             Err(error) => return Err(error),
         };
         Ok(confirmed && !self.is_bad(&place.object, (place.offset, place.len)))

@@ -14,7 +14,7 @@ use std::time::Duration;
 use epochfs_format::{Hash, ObjectRef, PageDecoder, Place};
 
 use super::view::EpochStore;
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::repo::{Head, machines};
 
 pub(super) use damage::Damage;
@@ -83,11 +83,6 @@ pub struct VerifyProgress {
     pub resume: bool,
     /// How often to note it. What was read since is read again.
     pub every: Duration,
-}
-
-/// Damage is noted and the verification goes on; a failing store ends it.
-fn is_damage(error: &Error) -> bool {
-    matches!(error.kind(), Kind::Damaged | Kind::NotFound | Kind::Unsupported)
 }
 
 /// A verification on its way.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use epochfs_format::{
-    BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, ObjectRef, QUARANTINE_PREFIX, RESERVE_KEY, SUMMARY_STEP,
-    gc_record_key, parse_id, parse_lease_key, record_seq, summary_key,
+    BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, KEYS_PREFIX, ObjectRef, QUARANTINE_PREFIX, RESERVE_KEY, SUMMARY_STEP,
+    gc_record_key, key_removal_key, parse_id, parse_lease_key, parse_pack_key, record_seq, summary_key,
 };
 
 use crate::repo::object_key;
@@ -20,7 +20,14 @@ pub enum Named {
     Summary(Arc<str>, u64),
     /// A list of damaged blocks.
     Quarantine,
+    /// A key that opens the repository, or that one does no longer.
+    Key,
     Unknown,
+}
+
+fn is_of_keyring(key: &str) -> bool {
+    let is_removal = record_seq(key).is_some_and(|number| key_removal_key(number) == key);
+    is_removal || key.strip_prefix(KEYS_PREFIX).is_some_and(|name| parse_id(name).is_some())
 }
 
 fn is_of_collector(key: &str) -> bool {
@@ -37,6 +44,9 @@ pub fn name_of(key: &str) -> Named {
     if key.starts_with("traces/") && epochfs_format::trace_seq(key).is_some() {
         return Named::Trace;
     }
+    if is_of_keyring(key) {
+        return Named::Key;
+    }
     if key == RESERVE_KEY {
         return Named::Trace;
     }
@@ -46,8 +56,8 @@ pub fn name_of(key: &str) -> Named {
     if key.strip_prefix(QUARANTINE_PREFIX).is_some_and(|name| parse_id(name).is_some()) {
         return Named::Quarantine;
     }
-    let object = if key.starts_with("packs/") {
-        key.rsplit('/').next().and_then(parse_id).map(ObjectRef::Pack)
+    let object = if let Some(pack) = parse_pack_key(key) {
+        Some(ObjectRef::Pack(pack))
     } else if let Some(rest) = key.strip_prefix("machines/") {
         let machine = rest.split('/').next().and_then(epochfs_format::decode_component);
         if let Some((machine, to)) = machine.as_deref().zip(record_seq(key))

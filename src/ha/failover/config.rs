@@ -46,6 +46,8 @@ pub struct MachineRules {
     /// Where it may be, and where it had better be: `zone1/rack4`.
     pub allowed: Option<Vec<String>>,
     pub preferred: Option<Vec<String>>,
+    /// Hosts on which what it needs first is kept at hand, epoch after epoch: by name or id.
+    pub warm: Option<BTreeSet<String>>,
     /// Whether it runs on its files on the mount, and not on an epoch's.
     pub live: Option<bool>,
     /// The command that starts it, and ends with 0 when it runs.
@@ -128,6 +130,7 @@ impl MachineRules {
             apart: self.apart.or(other.apart),
             allowed: self.allowed.or(other.allowed),
             preferred: self.preferred.or(other.preferred),
+            warm: self.warm.or(other.warm),
             live: self.live.or(other.live),
             start: self.start.or(other.start),
             protect: self.protect.or(other.protect),

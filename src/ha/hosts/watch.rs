@@ -233,6 +233,7 @@ impl Hosts {
                 Ok(_) => tracing::warn!("heartbeat {number} of host {} is another's", hex(host)),
                 Err(error) => tracing::warn!("heartbeat {number} of host {}: {error}", hex(host)),
             },
+            Err(error) if error.kind() == Kind::Damaged => tracing::warn!("{error}"),
             // A newer one is there already.
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => return Err(error),

@@ -11,10 +11,10 @@ use serde_json::Value;
 use super::protocol::{CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, StoreAgainRequest};
 use super::protocol::{LeaseGrant, PrefetchRequest, Request, Unmounted};
 use super::protocol::{decode_answer, decode_news, read_line};
-use super::with_address;
 use crate::error::{Error, Kind, Result};
 use crate::ha::ProtectionStatus;
 use crate::platform::clock::Stopwatch;
+use crate::platform::socket::connect;
 use crate::restore::{Foreseen, PrefetchStatus};
 use crate::vmm::Daemon;
 
@@ -29,7 +29,7 @@ pub struct Client {
 impl Client {
     /// Connects to the daemon behind a socket; `None` when none runs.
     pub fn connect(socket: &Path) -> Result<Option<Self>> {
-        match with_address(socket, |path| UnixStream::connect(path)) {
+        match connect(socket) {
             Ok(stream) => Ok(Some(Self { stream: BufReader::new(stream) })),
             // A socket file without a listener is a dead daemon's.
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => Ok(None),
@@ -104,9 +104,9 @@ impl Client {
         self.call(&Request::TakeOver { machine: machine.to_owned(), term })
     }
 
-    /// Says whether machines of hosts that failed are started here.
-    pub fn tell_accepting(&mut self, is_accepting: bool) -> Result<()> {
-        self.call_briefly::<Value>(&Request::Accepting { is_accepting }).map(|_| ())
+    /// Says whether machines of hosts that failed are started here, and how much of which is at hand.
+    pub fn tell_accepting(&mut self, is_accepting: bool, warm: Vec<(String, u64)>) -> Result<()> {
+        self.call_briefly::<Value>(&Request::Accepting { is_accepting, warm }).map(|_| ())
     }
 
     pub fn umount(&mut self, lazy: bool) -> Result<Unmounted> {

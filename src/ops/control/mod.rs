@@ -36,20 +36,3 @@ pub fn sockets(state_directory: &Path) -> Vec<PathBuf> {
     found.sort();
     found
 }
-
-/// The longest path that fits a socket's address.
-const ADDRESS_LEN_MAX: usize = 107;
-
-/// Calls `with` with a path that names the same socket and fits an address.
-fn with_address<T>(path: &Path, with: impl FnOnce(&Path) -> std::io::Result<T>) -> std::io::Result<T> {
-    use rustix::fs::{Mode, OFlags};
-    use std::os::fd::AsRawFd;
-    if path.as_os_str().len() <= ADDRESS_LEN_MAX {
-        return with(path);
-    }
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(std::io::ErrorKind::InvalidInput.into());
-    };
-    let directory = rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    with(&PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name))
-}

@@ -54,8 +54,13 @@ pub enum Request {
     Lease { machine: String },
     /// Takes a machine over in which this term is in force, and grants it a lease. Answered with a [`LeaseGrant`].
     TakeOver { machine: String, term: u64 },
-    /// Whether machines of hosts that failed are started here, by whoever says this. Answered with nothing.
-    Accepting { is_accepting: bool },
+    /// Whether machines of hosts that failed are started here, by whoever says this, and of which machines he keeps how many
+    /// bytes at hand. Answered with nothing.
+    Accepting {
+        is_accepting: bool,
+        #[serde(default)]
+        warm: Vec<(String, u64)>,
+    },
     /// Unmounts. Answered with [`Unmounted`] when the daemon has finished its work; where the unmount is lazy and
     /// files are still open, when no path leads to the mount any more.
     Umount { lazy: bool },

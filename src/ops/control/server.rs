@@ -12,9 +12,9 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::protocol::{Request, encode_answer, encode_news, read_line};
-use super::with_address;
 use crate::error::{Error, Result};
 use crate::platform::lock::lock;
+use crate::platform::socket::with_address;
 
 /// What answers requests, from several threads at once.
 pub trait Service: Send + Sync {

@@ -71,10 +71,17 @@ pub struct DaemonService {
     protected: Mutex<BTreeMap<String, (Stopwatch, ProtectionStatus)>>,
     /// Where the lease comes from, if other hosts are told that this one lives.
     pulse: Option<Pulse>,
-    /// When somebody here said last that he starts machines of hosts that failed.
-    accepting: Mutex<Option<Stopwatch>>,
+    /// What somebody here said last of machines of hosts that failed.
+    accepting: Mutex<Option<Accepting>>,
     /// What does not change.
     fixed: Fixed,
+}
+
+struct Accepting {
+    said: Stopwatch,
+    is_accepting: bool,
+    /// How much of which machines he keeps at hand.
+    warm: Vec<(String, u64)>,
 }
 
 struct Fixed {
@@ -138,10 +145,16 @@ impl DaemonService {
                 machines.insert(machine.as_str().into(), true);
             }
         }
+        let accepting = lock(&self.accepting);
+        let accepting = accepting.as_ref().filter(|accepting| accepting.said.elapsed() < ACCEPTS_FOR);
+        for (machine, bytes) in accepting.iter().flat_map(|accepting| &accepting.warm) {
+            let known = warmth.entry(machine.as_str().into()).or_default();
+            *known = (*known).max(*bytes);
+        }
         let machines = machines.into_iter().map(|(machine, is_protected)| HostMachine { machine, is_protected });
         let warmth = warmth.into_iter().map(|(machine, bytes)| HostWarmth { machine, bytes });
         Heartbeat {
-            is_accepting: lock(&self.accepting).is_some_and(|said| said.elapsed() < ACCEPTS_FOR),
+            is_accepting: accepting.is_some_and(|accepting| accepting.is_accepting),
             machines: machines.take(HOST_MACHINES_MAX).collect(),
             warmth: warmth.take(HOST_MACHINES_MAX).collect(),
             ..Heartbeat::default()
@@ -331,8 +344,8 @@ impl Service for DaemonService {
             }
             Request::Lease { machine } => document(serde_json::to_value(self.lease(&machine)?)),
             Request::TakeOver { machine, term } => document(serde_json::to_value(self.take_over(&machine, term)?)),
-            Request::Accepting { is_accepting } => {
-                *lock(&self.accepting) = is_accepting.then(Stopwatch::start);
+            Request::Accepting { is_accepting, warm } => {
+                *lock(&self.accepting) = Some(Accepting { said: Stopwatch::start(), is_accepting, warm });
                 Ok(Value::Null)
             }
             Request::Umount { lazy } => document(serde_json::to_value(self.umount(lazy)?)),

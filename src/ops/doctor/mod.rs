@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::platform::keys::KeySettings;
 use crate::platform::store::{Location, Store};
 
 /// How a check came out.
@@ -88,6 +89,8 @@ pub struct RepositorySubject {
     pub location: Location,
     /// Opens the store anew, as another process would.
     pub open: Box<dyn Fn() -> Result<Arc<dyn Store>> + Sync>,
+    /// Where to look for its key, if it is encrypted.
+    pub keys: KeySettings,
 }
 
 /// What is examined.

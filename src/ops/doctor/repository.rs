@@ -17,7 +17,7 @@ pub(super) fn check(subject: &Subject) -> Vec<Check> {
     let Some(repository) = &subject.repository else {
         return all_skipped("no repository is named: give --repo, or set EPOCHFS_REPO");
     };
-    let opened = (repository.open)().and_then(Repository::open);
+    let opened = (repository.open)().and_then(|store| Repository::open_with(store, &repository.keys));
     let opened = match opened {
         Ok(opened) => opened,
         Err(error) => {

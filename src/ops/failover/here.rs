@@ -1,25 +1,28 @@
 //! Starting machines on this host: the steps of one takeover.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::slice;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use epochfs_format::{Owner, encode_component};
+use epochfs_format::{Owner, PAGE_SIZE, encode_component};
 
 use super::command::{Started, leave_running, start};
 use super::warden::WardenOrders;
-use crate::epoch::{Epoch, EpochName, EpochStore, Which};
+use crate::epoch::{Epoch, EpochName, EpochStore, Which, page_count};
 use crate::error::{Error, Result};
 use crate::fs::this_host;
 use crate::ha::failover::{FailoverConfig, Hands, Job, MachineRules, Values};
 use crate::ha::hosts::Hosts;
 use crate::ops::control::{Client, Protected};
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
+use crate::platform::keys::KEY_FILE_VARIABLE;
 use crate::platform::lease::{LeaseClaim, lease_of_host, silence_needed};
 use crate::platform::lock::lock;
 use crate::platform::running::Running;
+use crate::restore::bring;
 use crate::vmm::Daemon;
 
 /// How sure somebody is that machines do not run where they did.
@@ -34,8 +37,8 @@ pub enum How {
 }
 
 /// The longest part of a machine's memory that is read ahead of its start, and of the state of its devices.
-const WORKING_SET_MAX: u64 = 256 << 20;
-const STATE_MAX: u64 = 64 << 20;
+const WORKING_SET_PAGES_MAX: usize = (256 << 20) / PAGE_SIZE;
+const STATE_PAGES_MAX: usize = (64 << 20) / PAGE_SIZE;
 
 /// How often it is looked whether an owner's lease is over.
 const LOOK: Duration = Duration::from_millis(200);
@@ -57,6 +60,8 @@ pub struct Here {
     pub program: PathBuf,
     pub repository: String,
     pub state_directory: PathBuf,
+    /// Files with the keys of encrypted repositories.
+    pub key_files: Vec<PathBuf>,
     pub how: How,
     /// What is known of the other hosts.
     pub hosts: Arc<Mutex<Hosts>>,
@@ -153,44 +158,31 @@ impl Here {
     }
 
     /// Reads what the machine needs first, so that it is at hand: the state of its devices, and what earlier restores or the
-    /// latest epochs touched.
-    fn bring(&self, epoch: &Epoch, rules: &MachineRules, phase: &mut dyn FnMut(&'static str)) -> Result<()> {
-        let mut buffer = vec![0; 1 << 20];
-        let mut read = |stream: &str, runs: &mut dyn Iterator<Item = (u64, u64)>, most: u64| -> Result<()> {
-            let Ok(mut reader) = epoch.stream(stream.as_bytes()) else { return Ok(()) };
-            let mut left = most;
-            for (start, end) in runs {
-                let mut at = start;
-                while at < end.min(reader.len()) && left > 0 {
-                    let len = buffer.len().min((end - at) as usize);
-                    let filled = reader.read_at(at, &mut buffer[..len])?;
-                    if filled == 0 {
-                        break;
-                    }
-                    at += filled as u64;
-                    left = left.saturating_sub(filled as u64);
-                }
-            }
-            Ok(())
-        };
-        let (state, memory) = (rules.state_stream(), rules.memory_stream());
-        read(state, &mut std::iter::once((0, STATE_MAX)), STATE_MAX)?;
+    /// latest epochs touched. Says how many pages that are.
+    pub(super) fn bring(
+        &self,
+        epoch: &Epoch,
+        rules: &MachineRules,
+        phase: &mut dyn FnMut(&'static str),
+    ) -> Result<usize> {
+        let mut pages = 0;
+        if let Some(image) = epoch.manifest().stream(rules.state_stream().as_bytes()) {
+            pages += bring(epoch, image, slice::from_ref(&(0..page_count(image.length))), &[], STATE_PAGES_MAX)?;
+        }
         phase("state");
         // A disk of this host gives pages as quickly later; what travels is better on its way by now.
         if !self.store.repository().objects().store().is_remote() {
-            return Ok(());
+            return Ok(pages);
         }
-        let page = epochfs_format::PAGE_SIZE as u64;
+        let memory = rules.memory_stream();
+        let Some(image) = epoch.manifest().stream(memory.as_bytes()) else { return Ok(pages) };
         // Without a forecast the machine is started all the same, and reads what it touches.
         let foreseen = self.daemon().and_then(|mut daemon| daemon.forecast(epoch.machine(), epoch.number(), memory));
-        let foreseen = foreseen.map(|foreseen| foreseen.runs).unwrap_or_default();
-        read(
-            memory,
-            &mut foreseen.into_iter().map(|(first, count)| (first * page, (first + count) * page)),
-            WORKING_SET_MAX,
-        )?;
+        let foreseen = foreseen.unwrap_or_default();
+        let runs: Vec<_> = foreseen.runs(page_count(image.length)).collect();
+        pages += bring(epoch, image, &runs, &foreseen.windows, WORKING_SET_PAGES_MAX)?;
         phase("working set");
-        Ok(())
+        Ok(pages)
     }
 
     fn values(&self, attached: &Attached) -> Values {
@@ -282,7 +274,11 @@ impl Hands for Here {
         let log = self.log("failover", &attached.machine);
         // A command of epochfs finds the repository and this host's state, however they were named here.
         let environment = [("EPOCHFS_REPO", &values.repo), ("EPOCHFS_STATE_DIR", &values.state_dir)];
-        let environment = environment.map(|(name, value)| (name.to_owned(), value.clone())).to_vec();
+        let mut environment = environment.map(|(name, value)| (name.to_owned(), value.clone())).to_vec();
+        let key_files: Vec<String> = self.key_files.iter().map(|file| file.display().to_string()).collect();
+        if !key_files.is_empty() {
+            environment.push((KEY_FILE_VARIABLE.to_owned(), key_files.join(":")));
+        }
         let running = (self.directory.clone(), attached.machine.clone());
         let orders = WardenOrders { claim: attached.claim.clone(), running, command, environment, log, is_isolated };
         let started = start(&self.program, &orders)?;
@@ -297,6 +293,7 @@ impl Hands for Here {
         if let Some(arguments) = attached.rules.protect.as_ref().filter(|_| !has_agent) {
             let mut command = Command::new(&self.program);
             command.arg("--repo").arg(&self.repository).arg("--state-dir").arg(&self.state_directory);
+            command.args(self.key_files.iter().flat_map(|file| [Path::new("--key-file"), file]));
             command.args(["protect", &job.machine]);
             for word in arguments {
                 command.arg(values.put(word)?);
@@ -309,7 +306,7 @@ impl Hands for Here {
 }
 
 impl Here {
-    fn newest(&self, machine: &Arc<str>) -> Result<Epoch> {
+    pub(super) fn newest(&self, machine: &Arc<str>) -> Result<Epoch> {
         self.store.epoch(&EpochName { machine: machine.clone(), which: None })
     }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use epochfs_format::{EntryKind, HostPurpose, hex};
+use epochfs_format::{HostPurpose, hex};
 
 use super::here::Here;
 use crate::epoch::EpochName;
@@ -107,10 +107,7 @@ fn found(here: &Here, machine: &str, is_host_known: bool) -> Result<Found> {
         };
     }
     let epoch = here.store.epoch(&EpochName { machine: name, which: None })?;
-    let memory = match epoch.manifest().get(rules.memory_stream().as_bytes()).map(|entry| &entry.kind) {
-        Some(EntryKind::Stream(image)) => image.length,
-        _ => 0,
-    };
+    let memory = epoch.manifest().stream(rules.memory_stream().as_bytes()).map_or(0, |image| image.length);
     Ok(Found { epoch: epoch.number(), memory, features: noted_features(&epoch.commit().notes) })
 }
 

@@ -4,9 +4,11 @@ mod command;
 mod here;
 mod live;
 mod serve;
+mod standby;
 mod warden;
 
 pub use here::{Here, How};
 pub use live::{LivePlan, check_purpose, live_plan, machines_of};
-pub use serve::{Serve, Took};
+pub use serve::{Serve, Told, Took};
+pub use standby::{Standby, Warmed};
 pub use warden::{WardenOrders, warden};

@@ -2,6 +2,7 @@
 //! itself, from the same heartbeats and in the same way; where two come to different plans, the log decides.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -9,6 +10,7 @@ use epochfs_format::{HostPurpose, hex};
 
 use super::here::Here;
 use super::live::{live_plan, machines_of};
+use super::standby::{Standby, Warmed};
 use crate::error::Result;
 use crate::fs::this_host;
 use crate::ha::failover::{Limits, MachineReport, Progress, Stage, execute};
@@ -41,8 +43,15 @@ pub struct Took {
     pub left_out: Vec<(String, String)>,
 }
 
+/// What is told of meanwhile.
+pub trait Told: Sync {
+    fn progress(&self, progress: &Progress<'_>);
+    /// A machine of another host is kept warm here.
+    fn warmed(&self, machine: &str, warmed: &Warmed);
+}
+
 pub struct Serve {
-    here: Here,
+    here: Arc<Here>,
     limits: Limits,
     /// Whether machines are started, or only what would be started is told.
     is_auto: bool,
@@ -54,12 +63,30 @@ pub struct Serve {
 
 impl Serve {
     pub fn new(here: Here, limits: Limits, is_auto: bool) -> Self {
-        Self { here, limits, is_auto, tried: BTreeMap::new(), dead: BTreeSet::new() }
+        Self { here: Arc::new(here), limits, is_auto, tried: BTreeMap::new(), dead: BTreeSet::new() }
     }
 
-    /// Watches until it is told to stop. `took` hears of each failover, `told` how far one is.
+    /// Watches until it is told to stop, and keeps warm what is to be. `took` hears of each failover.
     pub fn run(
         &mut self,
+        stop: &Receiver<i32>,
+        told: &dyn Told,
+        took: &mut dyn FnMut(&Took) -> Result<()>,
+    ) -> Result<()> {
+        let standby = Standby::new(self.here.clone())?;
+        std::thread::scope(|scope| {
+            if standby.is_needed() {
+                scope.spawn(|| standby.run(&|machine, warmed| told.warmed(machine, warmed)));
+            }
+            let watched = self.watch(&standby, stop, &|progress| told.progress(progress), took);
+            standby.end();
+            watched
+        })
+    }
+
+    fn watch(
+        &mut self,
+        standby: &Standby,
         stop: &Receiver<i32>,
         told: &(dyn Fn(&Progress<'_>) + Sync),
         took: &mut dyn FnMut(&Took) -> Result<()>,
@@ -67,7 +94,7 @@ impl Serve {
         let own = this_host(&self.here.directory)?.host;
         let mut failing = false;
         loop {
-            match self.look(&own, told, took) {
+            match self.look(&own, standby, told, took) {
                 Ok(()) => failing = false,
                 Err(error) => {
                     if !std::mem::replace(&mut failing, true) {
@@ -84,17 +111,18 @@ impl Serve {
             }
         }
         // Nobody here starts machines any more; a daemon that is gone needs not be told.
-        let _ = Client::ask(&self.here.socket, |daemon| daemon.tell_accepting(false));
+        let _ = Client::ask(&self.here.socket, |daemon| daemon.tell_accepting(false, Vec::new()));
         Ok(())
     }
 
     fn look(
         &mut self,
         own: &[u8; 16],
+        standby: &Standby,
         told: &(dyn Fn(&Progress<'_>) + Sync),
         took: &mut dyn FnMut(&Took) -> Result<()>,
     ) -> Result<()> {
-        Client::ask(&self.here.socket, |daemon| daemon.tell_accepting(self.is_auto))?;
+        Client::ask(&self.here.socket, |daemon| daemon.tell_accepting(self.is_auto, standby.bytes()))?;
         let seen = {
             let mut hosts = lock(&self.here.hosts);
             hosts.look(LATE)?;
@@ -166,7 +194,7 @@ impl Serve {
             return Ok(());
         }
         let reports = match self.is_auto {
-            true => execute(&self.here, &jobs, &self.limits, told),
+            true => execute(&*self.here, &jobs, &self.limits, told),
             false => {
                 jobs.iter().map(|job| MachineReport { machine: job.machine.clone(), ..Default::default() }).collect()
             }

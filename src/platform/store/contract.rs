@@ -9,15 +9,21 @@ use crate::platform::random::Seeded;
 
 /// Runs all of the contract. The store is empty.
 pub(crate) fn check(store: &Arc<dyn Store>) {
+    check_counting(store, [12, 11]);
+}
+
+/// The same for a store that counts other bytes than it is given, by so many as it writes and reads.
+pub(crate) fn check_counting(store: &Arc<dyn Store>, [written, read]: [u64; 2]) {
     missing_objects(&**store);
     ranges_and_tails(&**store);
+    within(&**store);
     whole_objects(&**store);
     keys(&**store);
     lists(&**store);
     deletes(&**store);
     replacements(store);
     writers(&**store);
-    counts(&**store);
+    counts(&**store, written, read);
     races(store, 16, 200);
 }
 
@@ -55,6 +61,27 @@ fn missing_objects(store: &dyn Store) {
     assert!(list_all(store, "", None).is_empty());
     assert!(list_all(store, "no/", None).is_empty());
     assert!(store.list_dirs("no/").unwrap().is_empty());
+}
+
+/// As far as an object goes, of lengths that a store may treat each in its own way.
+fn within(store: &dyn Store) {
+    let bytes = random_bytes(7, 100_000);
+    for len in [0, 1, 10, 4096, 65_536, 100_000] {
+        assert_eq!(store.put_if_absent("i/a", &[&bytes[..len as usize]]).unwrap(), Put::Created);
+        for (start, end) in [(0, 0), (0, 1), (0, len), (0, 200_000), (len / 2, len + 1), (9, 5000), (len, len + 9)] {
+            let expected = &bytes[start.min(len) as usize..end.min(len) as usize];
+            for _ in 0..2 {
+                assert_eq!(&store.get_within("i/a", start..end).unwrap()[..], expected, "{start}..{end} of {len}");
+                let mut buffer = vec![0; (end - start) as usize];
+                assert_eq!(store.read_within("i/a", start, &mut buffer).unwrap(), expected.len());
+                assert_eq!(&buffer[..expected.len()], expected);
+            }
+        }
+        assert!(store.get_within("i/a", len + 7..len + 70_000).unwrap().is_empty());
+        store.delete("i/a").unwrap();
+    }
+    refused(store.get_within("i/a", 0..1), Kind::NotFound, "i/a");
+    refused(store.read_within("i/a", 0, &mut [0]), Kind::NotFound, "i/a");
 }
 
 fn ranges_and_tails(store: &dyn Store) {
@@ -259,7 +286,7 @@ fn writers(store: &dyn Store) {
     assert!(list_all(store, "", None).is_empty());
 }
 
-fn counts(store: &dyn Store) {
+fn counts(store: &dyn Store, written: u64, read: u64) {
     let before = store.counters().totals();
     store.put_if_absent("c/a", &[b"12345"]).unwrap();
     let mut writer = store.writer("c/b").unwrap();
@@ -271,8 +298,8 @@ fn counts(store: &dyn Store) {
     list_all(store, "c/", None);
     store.list_dirs("").unwrap();
     let after = store.counters().totals();
-    assert_eq!((after.puts - before.puts, after.bytes_written - before.bytes_written), (2, 12));
-    assert_eq!((after.gets - before.gets, after.bytes_read - before.bytes_read), (3, 11));
+    assert_eq!((after.puts - before.puts, after.bytes_written - before.bytes_written), (2, written));
+    assert_eq!((after.gets - before.gets, after.bytes_read - before.bytes_read), (3, read));
     assert_eq!(after.lists - before.lists, 2);
     store.delete("c/a").unwrap();
     store.delete("c/b").unwrap();

@@ -229,6 +229,10 @@ impl Store for FaultyStore {
         self.read("get range of", key, || self.inner.get_range(key, range), |bytes| bytes)
     }
 
+    fn get_within(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.read("get range of", key, || self.inner.get_within(key, range), |bytes| bytes)
+    }
+
     fn get_tail(&self, key: &str, len: u64) -> Result<Tail> {
         self.read("get tail of", key, || self.inner.get_tail(key, len), |tail| &mut tail.bytes)
     }

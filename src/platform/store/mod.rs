@@ -17,13 +17,14 @@ mod key;
 pub mod local;
 mod location;
 pub mod remote;
+mod sealed;
 mod weather;
 
 use std::ops::Range;
 
 use bytes::Bytes;
 
-pub use cached::{Cache, CacheSettings, CacheTotals, CachedStore};
+pub use cached::{Cache, CacheSettings, CacheTotals, CachedStore, KeptStore};
 pub use cloud::{Reach, TrafficTotals, Variables};
 pub use counters::{Counters, Totals};
 pub use faulty::FaultyStore;
@@ -31,6 +32,7 @@ pub use key::{TEMPORARY, check_key, check_prefix};
 pub use local::LocalStore;
 pub use location::{BucketUrl, Location, Service};
 pub use remote::RemoteStore;
+pub use sealed::SealedStore;
 pub use weather::{WEATHER_VARIABLE, WeatherStore};
 
 use crate::error::{Error, Result};
@@ -127,6 +129,34 @@ pub trait Store: Send + Sync {
         }
         buffer.copy_from_slice(&bytes);
         Ok(())
+    }
+
+    /// As [`Store::get_range`], but where the object ends within the range, what there is of it: for whoever learns only from
+    /// the bytes where it ends. None where the range begins behind the end.
+    fn get_within(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        match self.len(key)? {
+            Some(len) => self.get_range(key, range.start.min(len)..range.end.min(len)),
+            None => Err(Error::not_found(format!("there is no object {key} in {}", self.url()))),
+        }
+    }
+
+    /// The same into a buffer, as [`Store::read_into`]; says how many bytes there were.
+    fn read_within(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<usize> {
+        let bytes = self.get_within(key, start..start.saturating_add(buffer.len() as u64))?;
+        let Some(filled) = buffer.get_mut(..bytes.len()) else {
+            return Err(Error::damaged(format!(
+                "{} answered with more of object {key} than was asked for",
+                self.url()
+            )));
+        };
+        filled.copy_from_slice(&bytes);
+        Ok(bytes.len())
+    }
+
+    /// The whole object for whoever looks for what is sound of a damaged one: what the store itself can tell to be wrong is
+    /// zeros, and what is cut off is missing.
+    fn get_damaged(&self, key: &str) -> Result<Bytes> {
+        self.get(key)
     }
 
     /// Bytes that will be read soon: the store may begin to fetch them. Returns at once.

@@ -137,6 +137,14 @@ impl Store for WeatherStore {
         self.under_it(|| self.inner.read_into(key, start, buffer))
     }
 
+    fn get_within(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.under_it(|| self.inner.get_within(key, range))
+    }
+
+    fn read_within(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<usize> {
+        self.under_it(|| self.inner.read_within(key, start, buffer))
+    }
+
     fn will_need(&self, key: &str, range: Range<u64>) {
         self.inner.will_need(key, range);
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use epochfs_format::{ObjectRef, check_machine, hex, parse_id};
 
 use super::database::Database;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::platform::random;
 use crate::repo::objects::Objects;
 
@@ -83,7 +83,7 @@ pub(super) fn ingest(directory: &Path, database: &Database, objects: &Objects) -
         if let Some(object) = fs::read_to_string(&path).ok().as_deref().and_then(parse) {
             match objects.footer(&object) {
                 Ok(footer) => database.put(&object, footer.iter())?,
-                Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged | Kind::Unsupported) => {
+                Err(error) if error.kind().is_of_object() => {
                     tracing::warn!(%error, "a noted object is not indexed");
                 }
                 Err(error) => return Err(error),

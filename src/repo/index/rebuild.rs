@@ -2,11 +2,9 @@
 
 use std::collections::HashSet;
 
-use epochfs_format::{ObjectRef, log_prefix, parse_id, record_seq};
-
 use super::database::Database;
-use crate::error::{Kind, Result};
-use crate::repo::log::machines;
+use crate::error::Result;
+use crate::repo::log::objects_of;
 use crate::repo::objects::{Objects, object_key};
 
 /// What a rebuild found.
@@ -26,7 +24,7 @@ pub(super) fn rebuild(
     reason: &'static str,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Rebuilt> {
-    let all = all_objects(objects)?;
+    let all = objects_of(objects)?;
     let quarantined = objects.look_for_quarantined()?;
     // A writer that died may have left an object that is not durable. One of a directory stands for all in it.
     let mut settled = HashSet::new();
@@ -45,7 +43,7 @@ pub(super) fn rebuild(
                 database.put(object, whole)?;
             }
             // One deleted meanwhile, or damaged: `verify` reports it; here it is only not indexed.
-            Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged | Kind::Unsupported) => {
+            Err(error) if error.kind().is_of_object() => {
                 tracing::warn!(%error, "an object is not indexed");
                 rebuilt.unreadable += 1;
             }
@@ -55,23 +53,4 @@ pub(super) fn rebuild(
     database.set_complete()?;
     progress(rebuilt.objects, rebuilt.objects);
     Ok(rebuilt)
-}
-
-fn all_objects(objects: &Objects) -> Result<Vec<ObjectRef>> {
-    let mut all = Vec::new();
-    objects.store().list("packs/", None, &mut |info| {
-        if let Some(id) = info.key.rsplit('/').next().and_then(parse_id) {
-            all.push(ObjectRef::Pack(id));
-        }
-        Ok(true)
-    })?;
-    for machine in machines(objects)? {
-        objects.store().list(&log_prefix(&machine), None, &mut |info| {
-            if let Some(seq) = record_seq(&info.key) {
-                all.push(ObjectRef::Record { machine: machine.clone(), seq });
-            }
-            Ok(true)
-        })?;
-    }
-    Ok(all)
 }

@@ -1,10 +1,10 @@
 //! Which process a machine's files on the mount were last complete for. A monitor that writes only what changed may do so if,
 //! and only if, what it did not write is there already: it wrote that itself, or was started from it.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::platform::socket;
 
 /// A note of it, in a file.
 #[derive(Clone, Debug)]
@@ -44,7 +44,7 @@ impl Base {
 /// The process that listens at a socket, and when it began: numbers are used again, also after the host was started anew.
 fn process_behind(socket: &Path) -> Result<String> {
     let failed = |error| Error::io(format!("cannot tell which process is behind {}", socket.display()), error);
-    let stream = UnixStream::connect(socket).map_err(failed)?;
+    let stream = socket::connect(socket).map_err(failed)?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| failed(error.into()))?;
     let pid = peer.pid.as_raw_nonzero();
     let began = super::guard::began(pid.get())?;

@@ -99,7 +99,8 @@ impl MachineAgent {
         self.machine = Some(machine);
         let name = self.live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
         self.running = claim.as_ref().map(|claim| Running::hold(claim.directory(), &name)).transpose()?;
-        let lease = claim.map(|claim| GuardedLease { claim, machine: name, process, live: Some(self.live.clone()) });
+        let live = self.control.has_mapped_live().then(|| self.live.clone());
+        let lease = claim.map(|claim| GuardedLease { claim, machine: name, process, live });
         let guarded = Guarded::Monitor(self.monitor.clone());
         self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, lease.as_ref())?);
         Ok(())
@@ -148,11 +149,24 @@ impl MachineAgent {
         self.guard.as_mut().map_or(Ok(()), Guard::stopping)
     }
 
+    /// Saves while the machine runs, where that is done. Somebody must know all the time that it may have been stopped.
+    fn save_running(&mut self) -> Result<Option<(Stopwatch, u32)>> {
+        let Self { control, guard, .. } = self;
+        control.save_running(&mut || guard.as_mut().map_or(Ok(()), Guard::stopping))
+    }
+
     /// What happens while the machine stands still.
-    fn capture_stopped(&mut self, freeze: &mut dyn FnMut() -> Result<()>, parts: &mut Parts) -> Result<()> {
-        self.control.stop()?;
-        parts.end("stop");
-        self.control.save()?;
+    fn capture_stopped(
+        &mut self,
+        is_saved: bool,
+        freeze: &mut dyn FnMut() -> Result<()>,
+        parts: &mut Parts,
+    ) -> Result<()> {
+        if !is_saved {
+            self.control.stop()?;
+            parts.end("stop");
+            self.control.save()?;
+        }
         parts.end("state");
         self.hand_over()?;
         parts.end("memory");
@@ -209,10 +223,16 @@ impl Agent for MachineAgent {
     }
 
     fn capture(&mut self, freeze: &mut dyn FnMut() -> Result<()>) -> Result<Capture> {
-        let (prepared, rounds) = self.prepare()?;
+        let begun = Stopwatch::start();
+        let (mut prepared, mut rounds) = self.prepare()?;
         self.guard_stopping()?;
+        let saved = self.save_running();
         let mut parts = Parts { since: Stopwatch::start(), told: Duration::ZERO, parts: Vec::with_capacity(5) };
-        let captured = self.capture_stopped(freeze, &mut parts);
+        if let Ok(Some((stopped, gone_through))) = &saved {
+            (parts.since, rounds) = (*stopped, *gone_through);
+            prepared = begun.elapsed().saturating_sub(stopped.elapsed());
+        }
+        let captured = saved.and_then(|saved| self.capture_stopped(saved.is_some(), freeze, &mut parts));
         let resumed = self.resume();
         parts.end("resume");
         if captured.as_ref().is_err_and(|error| error.kind() == Kind::Io) {
@@ -220,7 +240,7 @@ impl Agent for MachineAgent {
         }
         resumed?;
         captured?;
-        Ok(Capture { pause: parts.told, parts: parts.parts, prepared, rounds })
+        Ok(Capture { pause: parts.told, parts: parts.parts, prepared, rounds, how: self.control.how() })
     }
 
     fn fence(&mut self) -> Result<()> {

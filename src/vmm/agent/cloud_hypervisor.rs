@@ -36,6 +36,10 @@ pub fn resume(path: &Path) -> Result<()> {
 }
 
 impl Control for CloudHypervisorControl {
+    fn how(&self) -> &'static str {
+        "snapshots, without zones on the mount"
+    }
+
     fn health(&mut self) -> Result<Health> {
         Ok(match ask(&self.path, "/api/v1/vm.info")?["state"].as_str() {
             Some("Running") => Health::Running,

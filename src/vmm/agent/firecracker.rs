@@ -57,6 +57,10 @@ pub fn resume(path: &Path) -> Result<()> {
 }
 
 impl Control for FirecrackerControl {
+    fn how(&self) -> &'static str {
+        "changed pages, by snapshots"
+    }
+
     fn health(&mut self) -> Result<Health> {
         Ok(match ask(&self.path, "/")?["state"].as_str() {
             Some("Running") => Health::Running,

@@ -3,7 +3,6 @@
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -21,6 +20,7 @@ use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::{LeaseClaim, watch_claim};
 use crate::platform::process::ProcessSeen;
 use crate::platform::running::Running;
+use crate::platform::socket;
 use crate::uffd::Peer;
 
 const STOPPING: u8 = b's';
@@ -215,7 +215,7 @@ pub(super) fn began(pid: i32) -> Result<String> {
 /// The process that listens at the socket of a monitor that takes several clients.
 pub(super) fn peer_of(path: &Path) -> Result<Peer> {
     let socket =
-        UnixStream::connect(path).map_err(|error| Error::io(format!("cannot connect to {}", path.display()), error))?;
+        socket::connect(path).map_err(|error| Error::io(format!("cannot connect to {}", path.display()), error))?;
     Peer::of(&socket).map_err(|error| error.context(path.display()))
 }
 

@@ -6,7 +6,9 @@ mod capture;
 mod cloud_hypervisor;
 mod firecracker;
 mod guard;
+mod heartbeat;
 mod qemu;
+mod qemu_memory;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,10 +18,12 @@ use serde_json::Value;
 pub use base::Base;
 pub use capture::{Lessor, MachineAgent};
 pub use guard::{Guard, Guarded, GuardedLease, NamedProcess, guard};
+pub use heartbeat::Heartbeat;
 
 use super::http::send;
 use super::qmp::Monitor;
 use crate::error::{Error, Kind, Result};
+use crate::platform::clock::Stopwatch;
 use crate::uffd::Peer;
 
 /// What a capture did to a machine.
@@ -31,6 +35,8 @@ pub struct Capture {
     /// What was done before, while it ran: how long, and how often its memory was gone through.
     pub prepared: Duration,
     pub rounds: u32,
+    /// What becomes of its memory.
+    pub how: &'static str,
 }
 
 /// What a machine is about.
@@ -97,6 +103,14 @@ impl MonitorAt {
 
 /// What capturing takes of a kind of monitor. Each may be called again after it failed.
 trait Control: Send {
+    /// What becomes of the memory, in a few words.
+    fn how(&self) -> &'static str;
+
+    /// Whether the machine's process has files of the mount mapped.
+    fn has_mapped_live(&self) -> bool {
+        false
+    }
+
     fn health(&mut self) -> Result<Health>;
 
     /// The machine's process.
@@ -105,6 +119,12 @@ trait Control: Send {
     /// What must be done before the machine is stopped.
     fn prepare(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    /// Where memory is saved while the machine runs: saves it, stops the machine, and has all of it in its files. Says since when
+    /// the machine stands still, and how often its memory was gone through. `heed` is called now and then.
+    fn save_running(&mut self, _heed: &mut dyn FnMut() -> Result<()>) -> Result<Option<(Stopwatch, u32)>> {
+        Ok(None)
     }
 
     fn stop(&mut self) -> Result<()>;

@@ -1,13 +1,16 @@
-//! A QEMU whose memory is a file on the mount: it is stopped for as long as saving the state of its devices takes.
+//! A QEMU. If its memory is a file on the mount it is stopped for as long as saving the state of its devices takes; else its
+//! memory is saved while it runs, and it is stopped for what is left.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::super::qmp::Monitor;
+use super::qemu_memory::{MemoryPlace, choose, save_whole};
 use super::{ANSWER_WAIT, Control, Health};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::platform::clock::Stopwatch;
 use crate::uffd::Peer;
 
 /// How long the state may take to be saved, while the machine stands still.
@@ -18,6 +21,8 @@ pub struct QemuControl {
     live: PathBuf,
     state: PathBuf,
     monitor: Option<Monitor<'static>>,
+    /// Where the memory of the machine is that was last connected to.
+    memory: MemoryPlace,
     /// The state was saved to its end since the machine was stopped: only then can it simply go on.
     is_saved: bool,
 }
@@ -25,7 +30,7 @@ pub struct QemuControl {
 impl QemuControl {
     pub fn new(path: &Path, live: &Path, state: &str) -> Result<Self> {
         let (path, live, state) = (path.to_owned(), live.to_owned(), live.join(state));
-        let mut control = Self { path, live, state, monitor: None, is_saved: false };
+        let mut control = Self { path, live, state, monitor: None, memory: MemoryPlace::InLive, is_saved: false };
         control.monitor()?;
         Ok(control)
     }
@@ -38,53 +43,43 @@ impl QemuControl {
         Ok(self.monitor.as_mut().expect("it was just made"))
     }
 
-    fn connect(&self) -> Result<Monitor<'static>> {
+    fn connect(&mut self) -> Result<Monitor<'static>> {
         let mut monitor = Monitor::connect(&self.path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end();
-        self.check_memory(&mut monitor)?;
-        // Memory that is a shared file stays out of the state.
-        let shared = json!({"capability": "x-ignore-shared", "state": true});
-        monitor.run("migrate-set-capabilities", json!({"capabilities": [shared]}))?;
+        let memory = MemoryPlace::find(&mut monitor, &self.live)?;
+        if monitor.is_saving()? {
+            // An agent before this one began it, and is gone.
+            monitor.go_on(ANSWER_WAIT)?;
+        }
+        choose(&mut monitor, &memory, &self.live)?;
+        if let (MemoryPlace::Own(backends), true) = (&memory, self.memory != memory) {
+            tracing::info!(
+                monitor = %self.path.display(),
+                backends = backends.join(", "),
+                "the memory is not in {}: all of it is saved each time, while the machine runs",
+                self.live.display()
+            );
+        }
+        self.memory = memory;
         if monitor.run("query-status", Value::Null)?["status"] == "postmigrate" {
             tracing::warn!(monitor = %self.path.display(), "the machine was left stopped by a capture, and goes on");
             monitor.run("cont", Value::Null)?;
         }
         Ok(monitor)
     }
-
-    /// Whether the machine's memory is where epochs are made of it.
-    fn check_memory(&self, monitor: &mut Monitor<'_>) -> Result<()> {
-        let backends = monitor.run("query-memdev", Value::Null)?;
-        let live = std::fs::canonicalize(&self.live)
-            .map_err(|error| Error::io(format!("cannot find {}", self.live.display()), error))?;
-        let mut elsewhere = Vec::new();
-        for backend in backends.as_array().into_iter().flatten() {
-            let id = backend["id"].as_str().unwrap_or_default();
-            let of = json!({"path": format!("/objects/{id}"), "property": "mem-path"});
-            let path = monitor.run("qom-get", of).ok().and_then(|path| path.as_str().map(PathBuf::from));
-            let is_there = path.and_then(|path| path.canonicalize().ok()).is_some_and(|path| path.starts_with(&live));
-            if !is_there || backend["share"] != true {
-                elsewhere.push(id.to_owned());
-            }
-        }
-        let is_none = backends.as_array().is_none_or(Vec::is_empty);
-        if !is_none && elsewhere.is_empty() {
-            return Ok(());
-        }
-        let what =
-            if is_none { "its memory".to_owned() } else { format!("its memory backend {}", elsewhere.join(", ")) };
-        Err(Error::usage(format!(
-            "the machine behind {} cannot be protected in place: {what} is no shared file in {}",
-            self.path.display(),
-            live.display()
-        ))
-        .hint(format!(
-            "start it with -machine memory-backend=ram -object memory-backend-file,id=ram,size=SIZE,share=on,mem-path={}",
-            live.join("memory").display()
-        )))
-    }
 }
 
 impl Control for QemuControl {
+    fn how(&self) -> &'static str {
+        match self.memory {
+            MemoryPlace::InLive => "memory in place",
+            MemoryPlace::Own(_) => "memory saved whole",
+        }
+    }
+
+    fn has_mapped_live(&self) -> bool {
+        self.memory == MemoryPlace::InLive
+    }
+
     fn health(&mut self) -> Result<Health> {
         let status = self.monitor()?.run("query-status", Value::Null)?;
         Ok(match status["status"].as_str().unwrap_or("unknown") {
@@ -101,6 +96,18 @@ impl Control for QemuControl {
 
     fn prepare(&mut self) -> Result<()> {
         self.monitor().map(|_| ())
+    }
+
+    fn save_running(&mut self, heed: &mut dyn FnMut() -> Result<()>) -> Result<Option<(Stopwatch, u32)>> {
+        self.is_saved = false;
+        let state = self.state.clone();
+        self.monitor()?;
+        if self.memory == MemoryPlace::InLive {
+            return Ok(None);
+        }
+        let saved = save_whole(self.monitor()?, &state, heed)?;
+        self.is_saved = true;
+        Ok(Some(saved))
     }
 
     fn stop(&mut self) -> Result<()> {

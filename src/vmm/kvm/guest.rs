@@ -6,7 +6,7 @@
 //! [`Counter`] keeps pairs in its pages, a count and a word that follows from it, and proves each pair that it touches;
 //! its registers, a vector register, a debug register and a model-specific one are part of what it proves. What its memory
 //! holds follows from its count alone, so that tests can say what every byte of an epoch must be.
-//! [`Load`] writes to pages at a rate and with a locality that are chosen.
+//! [`Load`] writes to pages at a rate and with a locality that are chosen. An idle guest does nothing, and takes no processor.
 
 use super::assembler::Reg::{R8, R9, R10, R11, R12, R13, R14, R15, Rax, Rbp, Rbx, Rcx, Rdi, Rdx, Rsi};
 use super::assembler::{Assembler, Label, When};
@@ -128,6 +128,8 @@ pub struct Load {
 pub enum Guest {
     Counter(Counter),
     Load(Load),
+    /// Its processors are halted.
+    Idle,
 }
 
 /// What the registers of a processor hold at the beginning.
@@ -145,6 +147,10 @@ impl Guest {
             Self::Counter(counter) => counter.assemble(&mut code),
             Self::Load(load) => {
                 load.assemble(&mut code);
+                None
+            }
+            Self::Idle => {
+                halt(&mut code);
                 None
             }
         };
@@ -249,6 +255,11 @@ fn next_random(code: &mut Assembler) {
 fn report(code: &mut Assembler) {
     code.set(Rdx, u64::from(REPORT_PORT));
     code.out_word_dx();
+    halt(code);
+}
+
+/// Stops this processor.
+fn halt(code: &mut Assembler) {
     let again = code.here();
     code.halt();
     code.jump(again);

@@ -11,6 +11,7 @@ use crate::capture::{Base, Capture, Checkpoint, EpochPages, Pace, Protection, Se
 use crate::epoch::{Epoch, EpochStore, Ownership, StreamReader};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::restore::{Prefetch, Prefetcher};
 
 /// The streams of a machine that `epochfs run` protects.
 pub const MEMORY: &str = "memory";
@@ -24,6 +25,8 @@ pub struct Runner {
     // The machine is dropped first: its processors may wait for pages that the capture brings.
     pub machine: Machine,
     pub capture: Capture,
+    /// What it was restored from.
+    restored: Option<Arc<EpochPages>>,
 }
 
 /// Puts itself between the capture and who tells it what is dirty; for tests.
@@ -57,12 +60,19 @@ impl Runner {
             )));
         }
         let made = Machine::restore(&state, tracking, output).map_err(|error| error.context(epoch.name()))?;
-        Self::of(made, Base::Lazy(epoch.number(), Arc::new(pages)), settings, wrap)
+        let pages = Arc::new(pages);
+        let runner = Self::of(made, Base::Lazy(epoch.number(), pages.clone()), settings, wrap)?;
+        Ok(Self { restored: Some(pages), ..runner })
+    }
+
+    /// Has what earlier restores of a restored guest needed brought to it before it asks, and what it asks for recorded.
+    pub fn prefetch(&self, prefetcher: &Prefetcher) -> Option<Arc<Prefetch>> {
+        self.restored.as_ref().map(|pages| pages.prefetch(prefetcher, self.capture.sink()))
     }
 
     fn of(made: Made, base: Base, settings: Settings, wrap: Wrap<'_>) -> Result<Self> {
         let capture = Capture::new(made.memory, wrap(made.tracker), base, settings)?;
-        Ok(Self { machine: made.machine, capture })
+        Ok(Self { machine: made.machine, capture, restored: None })
     }
 }
 
@@ -105,7 +115,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// so does the loss of the machine's ownership.
 pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
     let Orders { time, stop, processors, protection, mut told } = orders;
-    let Runner { machine, capture } = runner;
+    let Runner { machine, capture, .. } = runner;
     let board = machine.board();
     match &protection {
         // A guest at its beginning: what it does is only known to the world once it can be restored from an epoch.

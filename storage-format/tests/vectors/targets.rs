@@ -90,7 +90,7 @@ pub struct Target {
 impl Target {
     /// The file name of its golden vector.
     pub fn file(&self) -> String {
-        if self.name == "epochfs" { "epochfs.json".into() } else { format!("{}.bin", self.name) }
+        if self.name.starts_with("epochfs") { format!("{}.json", self.name) } else { format!("{}.bin", self.name) }
     }
 }
 
@@ -387,6 +387,11 @@ pub fn targets() -> Vec<Target> {
 
     let descriptor = values::descriptor();
     all.push(target("epochfs", Seal::Text, descriptor.encode(), format!("{descriptor:?}"), |bytes| {
+        Ok(Box::new(DescriptorValue(Descriptor::decode(bytes)?)))
+    }));
+
+    let sealed = values::sealed_descriptor();
+    all.push(target("epochfs-sealed", Seal::Text, sealed.encode(), format!("{sealed:?}"), |bytes| {
         Ok(Box::new(DescriptorValue(Descriptor::decode(bytes)?)))
     }));
 

@@ -23,8 +23,12 @@ pub fn record_object() -> ObjectRef {
     ObjectRef::Record { machine: MACHINE.into(), seq: SEQ }
 }
 
+pub fn sealed_descriptor() -> Descriptor {
+    Descriptor { is_sealed: true, ..descriptor() }
+}
+
 pub fn descriptor() -> Descriptor {
-    Descriptor { id: REPOSITORY, created_ns: TIME_NS }
+    Descriptor { id: REPOSITORY, created_ns: TIME_NS, is_sealed: false }
 }
 
 /// A page that does not shrink.

@@ -1,7 +1,6 @@
 //! Those who act: writers that commit, clone and drop; readers that keep epochs open; collectors.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use epochfs::{Error, Kind};
 use epochfs_format::{Attributes, Body, ObjectRef};
 
 use super::reach;
-use super::world::{Killed, Outcome, Reading, World, WorldClock, WorldStore};
+use super::world::{Outcome, Reading, World, WorldClock, WorldStore};
 use crate::support::{Check, Saying, latest, numbered, options};
 
 const WRITERS: usize = 3;
@@ -78,32 +77,16 @@ impl Run {
     }
 
     fn act(&self, actor: usize) {
-        simulate(Some(Seeded::of(self.seed, 100 + actor as u64)));
-        self.world.enter(actor);
-        let mut seeded = Seeded::of(self.seed, 200 + actor as u64);
-        while !self.world.is_over() {
-            let life = AssertUnwindSafe(|| {
-                if actor < WRITERS {
-                    self.write(&mut seeded)
-                } else if actor < WRITERS + READERS {
-                    self.read(actor, &mut seeded)
-                } else {
-                    self.collect()
-                }
-            });
-            match catch_unwind(life) {
-                Ok(Ok(())) => {}
-                Ok(Err(violation)) => self.world.violate(violation),
-                Err(panic) if panic.is::<Killed>() => self.world.revive(),
-                Err(panic) => {
-                    self.world.violate("something panicked".into());
-                    self.world.leave();
-                    resume_unwind(panic);
-                }
+        let life = |seeded: &mut Seeded| {
+            if actor < WRITERS {
+                self.write(seeded)
+            } else if actor < WRITERS + READERS {
+                self.read(actor, seeded)
+            } else {
+                self.collect()
             }
-            self.world.lock().reading.remove(&actor);
-        }
-        self.world.leave();
+        };
+        self.world.live(self.seed, actor, life, || drop(self.world.lock().reading.remove(&actor)));
     }
 
     /// A process that has just begun.

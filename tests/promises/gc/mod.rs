@@ -5,13 +5,13 @@
 mod actors;
 mod overtaken;
 mod reach;
-mod world;
+pub mod world;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use epochfs::gc::Canary;
 
-use crate::support::is_long;
+use crate::support::seeds;
 use world::Outcome;
 
 /// Runs seeds on all processors; returns the first that failed, and sums of what happened.
@@ -50,11 +50,9 @@ fn run_seeds(seeds: std::ops::Range<u64>, canary: Option<Canary>) -> Result<Outc
 
 #[test]
 fn p4_nothing_that_is_needed_is_deleted_and_no_garbage_stays() {
-    let (first, count) = match std::env::var("EPOCHFS_SEED") {
-        Ok(seed) => (seed.parse().unwrap(), 1),
-        Err(_) => (0, if is_long() { 100_000 } else { 1000 }),
-    };
-    let sum = run_seeds(first..first + count, None).unwrap_or_else(|(seed, violation)| {
+    let seeds = seeds(1000, 100_000);
+    let count = seeds.end - seeds.start;
+    let sum = run_seeds(seeds, None).unwrap_or_else(|(seed, violation)| {
         panic!("seed {seed}: {violation}\nEPOCHFS_SEED={seed} runs it alone");
     });
     eprintln!("{sum:?}");

@@ -16,19 +16,21 @@ use crate::support::{Check, Saying};
 /// told.
 pub fn reachable(objects: &MemoryStore, held: &[(Arc<str>, u64)]) -> Check<BTreeMap<String, String>> {
     let repository = Repository::open(Arc::new(objects.clone())).saying("opening")?;
+    // As whoever has the key sees them.
+    let store = &**repository.objects().store();
     let mut needed = BTreeMap::new();
     let mut seen = HashSet::new();
     for machine in machines(repository.objects()).saying("listing")? {
         let Some(head) = repository.log_head(&machine).saying(&machine)? else { continue };
         let state = repository.state(&head, &mut |_, _| {}).saying(&machine)?;
         for record in state.epochs.values() {
-            add(objects, record, &mut needed, &mut seen)?;
+            add(store, record, &mut needed, &mut seen)?;
         }
     }
     for (machine, epoch) in held {
         let (record, _) =
             repository.objects().record(machine, *epoch).saying(machine)?.ok_or("a held record is gone")?;
-        add(objects, &record, &mut needed, &mut seen).saying("held by a reader")?;
+        add(store, &record, &mut needed, &mut seen).saying("held by a reader")?;
     }
     Ok(needed)
 }
@@ -39,7 +41,7 @@ pub fn packs(objects: &MemoryStore) -> BTreeSet<String> {
 }
 
 fn add(
-    objects: &MemoryStore,
+    objects: &dyn Store,
     record: &Record,
     needed: &mut BTreeMap<String, String>,
     seen: &mut HashSet<Place>,
@@ -58,12 +60,12 @@ fn add(
     Ok(())
 }
 
-fn read(objects: &MemoryStore, place: &Place) -> Check<Vec<u8>> {
+fn read(objects: &dyn Store, place: &Place) -> Check<Vec<u8>> {
     let range = u64::from(place.offset)..u64::from(place.offset) + u64::from(place.len);
     Ok(objects.get_range(&object_key(&place.object), range).map_err(|error| error.to_string())?.to_vec())
 }
 
-fn need(objects: &MemoryStore, object: &ObjectRef, by: &str, needed: &mut BTreeMap<String, String>) -> Check {
+fn need(objects: &dyn Store, object: &ObjectRef, by: &str, needed: &mut BTreeMap<String, String>) -> Check {
     let key = object_key(object);
     if objects.len(&key).saying(&key)?.is_none() {
         return Err(format!("{key} is missing"));
@@ -73,7 +75,7 @@ fn need(objects: &MemoryStore, object: &ObjectRef, by: &str, needed: &mut BTreeM
 }
 
 fn add_node(
-    objects: &MemoryStore,
+    objects: &dyn Store,
     place: &Place,
     level: u8,
     by: &str,

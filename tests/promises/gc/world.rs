@@ -1,19 +1,20 @@
 //! The world of the simulation: one store, one clock, and a scheduler by which one actor runs at a time.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::panic::resume_unwind;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use epochfs::platform::clock::Clock;
-use epochfs::platform::random::Seeded;
+use epochfs::platform::random::{Seeded, simulate};
 use epochfs::platform::store::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail};
 use epochfs::{Error, Kind, Result};
 
 use super::reach;
+use crate::support::Check;
 use crate::support::memory::MemoryStore;
 
 /// What happened in a run.
@@ -52,7 +53,7 @@ impl Outcome {
 }
 
 /// Ends an actor in the middle of a call.
-pub struct Killed;
+struct Killed;
 
 /// What a request does long after it was answered.
 enum Late {
@@ -79,10 +80,14 @@ pub struct State {
     pub outcome: Outcome,
     /// By reader.
     pub reading: BTreeMap<usize, Reading>,
+    /// When objects were put.
+    born: BTreeMap<String, Duration>,
 }
 
 pub struct World {
     pub objects: MemoryStore,
+    /// Listings may lack what was put a moment ago.
+    lists_lag: bool,
     state: Mutex<State>,
     wakes: Vec<Condvar>,
     calls_max: u64,
@@ -96,6 +101,15 @@ thread_local! {
 
 impl World {
     pub fn new(seed: u64, actors: usize, calls_max: u64) -> Arc<Self> {
+        Self::of(MemoryStore::default(), false, seed, actors, calls_max)
+    }
+
+    /// One whose listings lag behind.
+    pub fn lagging(objects: MemoryStore, seed: u64, actors: usize, calls_max: u64) -> Arc<Self> {
+        Self::of(objects, true, seed, actors, calls_max)
+    }
+
+    fn of(objects: MemoryStore, lists_lag: bool, seed: u64, actors: usize, calls_max: u64) -> Arc<Self> {
         let state = State {
             rng: Seeded::of(seed, 1),
             now: Duration::from_secs(1000),
@@ -105,9 +119,11 @@ impl World {
             violation: None,
             outcome: Outcome::default(),
             reading: BTreeMap::new(),
+            born: BTreeMap::new(),
         };
         Arc::new(Self {
-            objects: MemoryStore::default(),
+            objects,
+            lists_lag,
             state: Mutex::new(state),
             wakes: (0..actors).map(|_| Condvar::new()).collect(),
             calls_max,
@@ -118,21 +134,38 @@ impl World {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Lives as this actor of a seed's, one life after the other, until all is over. `each` is told when one has ended.
+    pub fn live(&self, seed: u64, actor: usize, life: impl Fn(&mut Seeded) -> Check, each: impl Fn()) {
+        simulate(Some(Seeded::of(seed, 100 + actor as u64)));
+        self.enter(actor);
+        let mut seeded = Seeded::of(seed, 200 + actor as u64);
+        while !self.is_over() {
+            match catch_unwind(AssertUnwindSafe(|| life(&mut seeded))) {
+                Ok(Ok(())) => {}
+                Ok(Err(violation)) => self.violate(violation),
+                // Is alive again, as another process.
+                Err(panic) if panic.is::<Killed>() => IS_DEAD.set(false),
+                Err(panic) => {
+                    self.violate("something panicked".into());
+                    self.leave();
+                    resume_unwind(panic);
+                }
+            }
+            each();
+        }
+        self.leave();
+    }
+
     /// Becomes this actor, and waits for its first turn.
-    pub fn enter(&self, actor: usize) {
+    fn enter(&self, actor: usize) {
         ACTOR.set(Some(actor));
         IS_DEAD.set(false);
         let state = self.lock();
         drop(self.wait_for_turn(state, actor));
     }
 
-    /// Is alive again, as another process.
-    pub fn revive(&self) {
-        IS_DEAD.set(false);
-    }
-
     /// Ends this actor.
-    pub fn leave(&self) {
+    fn leave(&self) {
         let Some(actor) = ACTOR.replace(None) else { return };
         let mut state = self.lock();
         state.wake_at[actor] = None;
@@ -144,7 +177,7 @@ impl World {
         state.violation.is_some() || state.outcome.calls >= self.calls_max
     }
 
-    pub fn violate(&self, violation: String) {
+    fn violate(&self, violation: String) {
         self.lock().violation.get_or_insert(violation);
     }
 
@@ -208,6 +241,20 @@ impl World {
         }
     }
 
+    /// From when on what is put is missing in a listing that is made now.
+    fn hides_from(&self) -> Option<Duration> {
+        if !self.lists_lag || !self.draw(300) {
+            return None;
+        }
+        let mut state = self.lock();
+        let lag = Duration::from_millis(state.rng.below(LAG_MS_MAX));
+        Some(state.now.saturating_sub(lag))
+    }
+
+    fn is_hidden(&self, key: &str, from: Option<Duration>) -> bool {
+        from.is_some_and(|from| self.lock().born.get(key).is_some_and(|born| *born >= from))
+    }
+
     fn draw(&self, per_mille: u32) -> bool {
         ACTOR.get().is_some() && self.lock().rng.chance(per_mille)
     }
@@ -244,6 +291,9 @@ impl World {
         }
     }
 }
+
+/// How far a listing may lag behind.
+const LAG_MS_MAX: u64 = 10_000;
 
 /// The world's clock, for a lease or a collector.
 pub struct WorldClock(pub Arc<World>);
@@ -323,6 +373,11 @@ impl Store for WorldStore {
             return Err(Self::unanswered(key));
         }
         let put = self.0.objects.put_if_absent(key, parts)?;
+        if self.0.lists_lag && put == Put::Created {
+            let mut state = self.0.lock();
+            let now = state.now;
+            state.born.insert(key.to_owned(), now);
+        }
         if self.0.draw(4) {
             return Err(Self::unanswered(key));
         }
@@ -335,12 +390,27 @@ impl Store for WorldStore {
 
     fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
         self.begin("list", prefix)?;
-        self.0.objects.list(prefix, after, each)
+        let hidden = self.0.hides_from();
+        self.0.objects.list(prefix, after, &mut |info| match self.0.is_hidden(&info.key, hidden) {
+            true => Ok(true),
+            false => each(info),
+        })
     }
 
     fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
         self.begin("list", prefix)?;
-        self.0.objects.list_dirs(prefix)
+        let hidden = self.0.hides_from();
+        let mut dirs = self.0.objects.list_dirs(prefix)?;
+        if hidden.is_some() {
+            let mut seen = BTreeSet::new();
+            self.0.objects.list(prefix, None, &mut |info| {
+                let rest = info.key.strip_prefix(prefix).filter(|_| !self.0.is_hidden(&info.key, hidden));
+                seen.extend(rest.and_then(|rest| rest.split('/').next()).map(str::to_owned));
+                Ok(true)
+            })?;
+            dirs.retain(|dir| seen.contains(dir));
+        }
+        Ok(dirs)
     }
 
     fn delete(&self, key: &str) -> Result<()> {

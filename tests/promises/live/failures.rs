@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use epochfs::Kind;
-use epochfs::epoch::live::{LiveCommit, ROOT, Refusal};
+use epochfs::epoch::live::{LiveCommit, ROOT, Refusal, SetAttributes};
 use epochfs::platform::files::{Files, SimFiles};
 use epochfs::platform::store::FaultyStore;
 use epochfs::platform::store::faulty::Rates;
@@ -47,6 +47,34 @@ fn p6_a_failed_commit_loses_no_dirty_page() {
     assert_eq!(held[&b"disk0"[..]], [2; PAGE]);
     assert_eq!(daemon.read(b"memory").unwrap(), wanted);
     assert_eq!(daemon.live.status().dirty_pages, 0);
+}
+
+/// As monitors do that save all memory: what did not change takes no room of the spool, and none in the epoch.
+#[test]
+fn a_file_that_is_written_anew_takes_room_for_what_changed() {
+    let files = machine();
+    let daemon = Daemon::start(open_store(files.clone()).unwrap(), files.clone(), 1).unwrap();
+    let mut bytes: Vec<u8> = (0..600 * PAGE).map(|at| (at / PAGE % 251) as u8 + 1).collect();
+    daemon.write(b"vmstate", 0, &bytes).unwrap();
+    daemon.commit().unwrap();
+    let id = daemon.live.lookup(ROOT, b"vmstate").unwrap().0;
+    let empty = SetAttributes { length: Some(0), ..SetAttributes::default() };
+    daemon.live.set_attributes(id, &empty).unwrap();
+    // Told that all is zeros, the journal must be told that it is not.
+    daemon.live.sync().unwrap();
+    bytes[7 * PAGE] ^= 1;
+    bytes[8 * PAGE..9 * PAGE].fill(0);
+    bytes[599 * PAGE + 9] ^= 1;
+    for (number, piece) in bytes.chunks(16 * PAGE).enumerate() {
+        daemon.write(b"vmstate", (number * 16 * PAGE) as u64, piece).unwrap();
+    }
+    assert_eq!(daemon.live.status().dirty_pages, 2);
+    daemon.live.sync().unwrap();
+    drop(daemon);
+    let daemon = Daemon::start(open_store(files.clone()).unwrap(), files.clone(), 1).unwrap();
+    assert_eq!((daemon.read(b"vmstate").unwrap() == bytes, daemon.live.status().dirty_pages), (true, 2));
+    let epoch = daemon.commit().unwrap();
+    assert!(epoch_files(&daemon.store, epoch).unwrap()[&b"vmstate"[..]] == bytes);
 }
 
 /// Moments behind one that failed are still complete moments.

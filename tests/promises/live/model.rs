@@ -130,9 +130,44 @@ impl World {
                 live.close().saying("close")?;
                 self.restart()?;
             }
+            (97..=98, Some(id)) => self.write_anew(name, id, dice)?,
             _ => self.collect()?,
         }
         self.check(dice)
+    }
+
+    /// Empties a file and writes it again, as monitors do that save memory: most of it is what it was.
+    fn write_anew(&mut self, name: &[u8], id: u64, dice: &mut Seeded) -> Check {
+        let live = self.daemon.live.clone();
+        let set = SetAttributes { length: Some(0), ..SetAttributes::default() };
+        live.set_attributes(id, &set).map_err(refused)?;
+        let mut bytes = std::mem::take(self.oracle.get_mut(name).expect("it exists"));
+        if dice.chance(300) && !bytes.is_empty() {
+            let at = dice.below(bytes.len() as u64) as usize;
+            bytes[at] ^= 0x55;
+        }
+        let mut at = 0;
+        while at < bytes.len() {
+            let len = ((1 + dice.below(5)) as usize * PAGE).min(bytes.len() - at);
+            if dice.chance(200) {
+                live.sync().saying("sync")?;
+            }
+            // Some pages are written again later, and some are left out.
+            if dice.chance(900) {
+                self.daemon.write(name, at as u64, &bytes[at..at + len]).map_err(refused)?;
+                let now = self.oracle.get_mut(name).expect("it exists");
+                now.resize(now.len().max(at + len), 0);
+                now[at..at + len].copy_from_slice(&bytes[at..at + len]);
+            }
+            at += if dice.chance(800) { len } else { PAGE };
+            if dice.chance(50) {
+                live.sync().saying("sync")?;
+                self.collect()?;
+                self.restart()?;
+                return Ok(());
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, dice: &mut Seeded) -> Check {

@@ -6,6 +6,7 @@ pub mod program;
 pub mod warnings;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use epochfs::epoch::{CommitOptions, Committed, Epoch, EpochName, EpochStore, Ranges, Source, Which};
@@ -43,6 +44,16 @@ impl<T, E: std::fmt::Display> Saying<T> for Result<T, E> {
 }
 
 pub use crate::asked::is_long;
+
+/// Which seeds of a simulation run: the first of them, so many, unless `EPOCHFS_SEED` names one, or some as in `1000-20000`.
+pub fn seeds(short: u64, long: u64) -> Range<u64> {
+    let Ok(named) = std::env::var("EPOCHFS_SEED") else { return 0..if is_long() { long } else { short } };
+    let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("EPOCHFS_SEED={named} names no seeds"));
+    match named.split_once('-') {
+        Some((first, end)) => number(first)..number(end),
+        None => number(&named)..number(&named) + 1,
+    }
+}
 
 pub fn numbered(machine: &str, epoch: u64) -> EpochName {
     EpochName { machine: machine.into(), which: Some(Which::Number(epoch)) }

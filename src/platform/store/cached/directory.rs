@@ -122,13 +122,27 @@ impl Cache {
 
     /// Bytes of an object, if they are here and sound.
     pub fn read(&self, key: &str, range: &Range<u64>) -> Option<Bytes> {
-        let found = self.look(key, |file, known| known.read(file, range));
+        self.count(range.end - range.start, || self.look(key, |file, known| known.read(file, range)))
+    }
+
+    /// As many of these bytes as the object has, where it is known how many it has.
+    pub fn read_within(&self, key: &str, range: &Range<u64>) -> Option<Bytes> {
+        self.count(range.end - range.start, || {
+            self.look(key, |file, known| {
+                let end = if known.object_len > 0 { range.end.min(known.object_len) } else { range.end };
+                if range.start < end { known.read(file, &(range.start..end)) } else { Ok(None) }
+            })
+        })
+    }
+
+    fn count(&self, len: u64, find: impl FnOnce() -> Option<Bytes>) -> Option<Bytes> {
+        let found = find();
         let (times, bytes) = match &found {
             Some(_) => (&self.counts.hits, &self.counts.hit_bytes),
             None => (&self.counts.misses, &self.counts.missed_bytes),
         };
         times.fetch_add(1, Relaxed);
-        bytes.fetch_add(range.end - range.start, Relaxed);
+        bytes.fetch_add(len, Relaxed);
         found
     }
 

@@ -4,6 +4,7 @@
 
 mod directory;
 mod frame;
+mod kept;
 #[cfg(test)]
 mod tests;
 
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 pub use self::directory::{Cache, CacheTotals};
+pub use self::kept::KeptStore;
 use super::{Counters, ObjectInfo, ObjectWriter, Put, Reach, Store, Tail, TrafficTotals};
 use crate::error::Result;
 
@@ -88,6 +90,20 @@ impl Store for CachedStore {
         }
         let bytes = self.inner.get_range(key, range.clone())?;
         self.cache.keep(key, range.start, &bytes, None);
+        Ok(bytes)
+    }
+
+    fn get_within(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        if range.is_empty() || !is_immutable(key) {
+            return self.inner.get_within(key, range);
+        }
+        if let Some(bytes) = self.cache.read_within(key, &range) {
+            return Ok(bytes);
+        }
+        let bytes = self.inner.get_within(key, range.clone())?;
+        // Where it ends is known if it ends within.
+        let end = range.start + bytes.len() as u64;
+        self.cache.keep(key, range.start, &bytes, (end < range.end && !bytes.is_empty()).then_some(end));
         Ok(bytes)
     }
 

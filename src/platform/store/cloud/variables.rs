@@ -24,6 +24,11 @@ impl Variables {
         self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
+    /// Whether a variable is set, and to no word for false.
+    pub fn is_true(&self, name: &str) -> bool {
+        self.get(name).is_some_and(|value| !["0", "f", "false", "n", "no", "off"].contains(&&*value.to_lowercase()))
+    }
+
     /// Tells a builder each variable that it knows: `AWS_REGION` is its setting `aws_region`.
     pub(super) fn configure<B, K: FromStr>(&self, builder: B, prefix: &str, with: impl Fn(B, K, String) -> B) -> B {
         let ours = self.0.iter().filter(|(name, value)| name.starts_with(prefix) && !value.is_empty());

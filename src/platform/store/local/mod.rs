@@ -224,6 +224,20 @@ impl Store for LocalStore {
         })
     }
 
+    fn get_within(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.read(key, Keep::WhileNamed, |handle| {
+            self.take_range(handle, range.start.min(handle.len)..range.end.min(handle.len))
+        })
+    }
+
+    fn read_within(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<usize> {
+        self.read(key, Keep::Yes, |handle| {
+            let len = handle.len.saturating_sub(start).min(buffer.len() as u64) as usize;
+            self.fill(handle, start, &mut buffer[..len])?;
+            Ok(len)
+        })
+    }
+
     fn will_need(&self, key: &str, range: Range<u64>) {
         // Whoever reads it finds out what is wrong.
         if let Ok(handle) = self.kept_object(key, false) {

@@ -90,8 +90,9 @@ impl Flights {
             };
             match &flight.progress {
                 Progress::Landed(bytes) => {
-                    let start = (range.start - flight.range.start) as usize;
-                    return Demand::Here(bytes.slice(start..start + (range.end - range.start) as usize));
+                    // The object may end within what was fetched.
+                    let within = |at: u64| ((at - flight.range.start) as usize).min(bytes.len());
+                    return Demand::Here(bytes.slice(within(range.start)..within(range.end)));
                 }
                 Progress::Waiting if flight.range == *range => {
                     flight.progress = Progress::Running;

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use futures_util::future::{Either, select};
+use futures_util::stream::FuturesUnordered;
 use object_store::path::Path;
 use object_store::{
     Error as RemoteError, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload,
@@ -41,11 +41,16 @@ const LIST_PAGE: usize = 1000;
 /// So many reads ahead are on their way at once.
 const AHEAD_MAX: usize = 48;
 
-/// A read without an answer after so long, and so much longer for each MiB, is asked for a second time: the first may have
-/// met a server that is just failing. Not more than a few at once, so that a slow service is not made slower.
-const SECOND_TRY_AFTER: Duration = Duration::from_secs(1);
-const SECOND_TRY_MIB: Duration = Duration::from_millis(500);
-const SECOND_TRIES_MAX: usize = 4;
+/// What has no answer after so long, and so much longer for each MiB, is asked once more, and a last time when three times as
+/// long has passed: a try may have met a server that is just failing, or a connection that leads nowhere any more. Not more than
+/// a few at once, so that a slow service is not made slower.
+const NEXT_TRY_AFTER: Duration = Duration::from_secs(1);
+const NEXT_TRY_MIB: Duration = Duration::from_millis(500);
+const NEXT_TRIES_MAX: usize = 4;
+const TRIES: u32 = 3;
+
+/// A put of at most so much is tried so, too.
+const PUT_AGAIN_LEN_MAX: usize = 1 << 20;
 
 /// How long callers wait unless they say otherwise.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(30);
@@ -82,7 +87,7 @@ struct Shared {
     traffic: Option<Arc<Traffic>>,
     flights: Flights,
     ahead: Semaphore,
-    second_tries: Semaphore,
+    next_tries: Semaphore,
 }
 
 /// The runtime, which one of its own tasks may be the last to let go of.
@@ -131,7 +136,7 @@ impl RemoteStore {
             traffic,
             flights: Flights::default(),
             ahead: Semaphore::new(AHEAD_MAX),
-            second_tries: Semaphore::new(SECOND_TRIES_MAX),
+            next_tries: Semaphore::new(NEXT_TRIES_MAX),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -191,25 +196,38 @@ impl Shared {
         Ok((result.bytes().await?, range, object_len))
     }
 
-    /// The same; a second time where the first takes too long.
+    /// The same, asked again where it takes too long.
     async fn get(&self, path: &Path, range: Option<GetRange>) -> RemoteResult<(Bytes, Range<u64>, u64)> {
-        let mib = match &range {
-            Some(GetRange::Bounded(range)) => (range.end - range.start) >> 20,
+        let len = match &range {
+            Some(GetRange::Bounded(range)) => range.end - range.start,
             Some(_) => 0,
             None => return self.get_once(path, None).await,
         };
-        let after = SECOND_TRY_AFTER + SECOND_TRY_MIB * u32::try_from(mib).unwrap_or(u32::MAX);
-        let mut first = Box::pin(self.get_once(path, range.clone()));
-        if let Ok(result) = timeout(after, &mut first).await {
-            return result;
+        self.asked_again(path.as_ref(), len, || self.get_once(path, range.clone())).await
+    }
+
+    /// Asks, and once more beside it where there is no answer for long; the first that says something is heard. A try that fails
+    /// because of the way leaves it to the others.
+    async fn asked_again<T, F>(&self, key: &str, len: u64, ask: impl Fn() -> F) -> RemoteResult<T>
+    where
+        F: Future<Output = RemoteResult<T>>,
+    {
+        let mib = u32::try_from(len >> 20).unwrap_or(u32::MAX);
+        let mut after = NEXT_TRY_AFTER.saturating_add(NEXT_TRY_MIB.saturating_mul(mib));
+        let mut tries = FuturesUnordered::from_iter([ask()]);
+        let mut permits = Vec::new();
+        let mut last = None;
+        for _ in 1..TRIES {
+            match timeout(after, first_said(&mut tries, &mut last)).await {
+                Ok(said) => return said,
+                Err(_) => after *= 2,
+            }
+            let Ok(permit) = self.next_tries.try_acquire() else { break };
+            permits.push(permit);
+            tracing::debug!(key, "an answer takes long: asking again");
+            tries.push(ask());
         }
-        let Ok(_permit) = self.second_tries.try_acquire() else { return first.await };
-        tracing::debug!(key = %path, "a read takes long: asking again");
-        match select(first, Box::pin(self.get_once(path, range))).await {
-            Either::Left((result @ Ok(_), _)) | Either::Right((result @ Ok(_), _)) => result,
-            Either::Left((Err(_), other)) => other.await,
-            Either::Right((Err(_), other)) => other.await,
-        }
+        first_said(&mut tries, &mut last).await
     }
 
     /// Bytes of an object, which must be as many as it said.
@@ -246,7 +264,7 @@ impl Shared {
         self.error("read", key, error).kind() == Kind::Unavailable
     }
 
-    /// Fetches a part of an object that is not empty.
+    /// Fetches a part of an object that is not empty, as far as the object goes.
     async fn fetch(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
         let path = self.path(key)?;
         let (bytes, got, object_len) = match self.body(key, &path, Some(GetRange::Bounded(range.clone()))).await {
@@ -257,14 +275,14 @@ impl Shared {
                 // A service reports a range that begins after the end in words of its own. The length tells.
                 if told.kind() == Kind::Io
                     && let Some(len) = self.len(key).await?
+                    && range.start >= len
                 {
-                    check_range(key, || self.url.clone(), &range, len)?;
+                    return Ok(Bytes::new());
                 }
                 return Err(told);
             }
         };
-        check_range(key, || self.url.clone(), &range, object_len)?;
-        if got != range {
+        if got != (range.start..range.end.min(object_len)) {
             return Err(Error::new(Kind::Io, format!("{} answered with {got:?} of {key} for {range:?}", self.url)));
         }
         Ok(bytes)
@@ -272,7 +290,7 @@ impl Shared {
 
     async fn len(&self, key: &str) -> Result<Option<u64>> {
         let path = self.path(key)?;
-        match timeout(self.patience.answer, self.remote.head(&path)).await {
+        match timeout(self.patience.answer, self.asked_again(key, 0, || self.remote.head(&path))).await {
             Ok(Ok(meta)) => Ok(Some(meta.size)),
             Ok(Err(RemoteError::NotFound { .. })) => Ok(None),
             Ok(Err(error)) => Err(self.error("look at", key, &error)),
@@ -288,8 +306,16 @@ impl Shared {
     async fn put(&self, key: &str, payload: PutPayload, mode: PutMode) -> Result<Put> {
         let path = self.path(key)?;
         let len = payload.content_length() as u64;
+        let once = || self.remote.put_opts(&path, payload.clone(), mode.clone().into());
+        // One that replaces is not repeated beside itself: it could arrive after another.
+        let is_asked_again = matches!(mode, PutMode::Create) && payload.content_length() <= PUT_AGAIN_LEN_MAX;
         loop {
-            let put = self.remote.put_opts(&path, payload.clone(), mode.clone().into());
+            let put = async {
+                match is_asked_again {
+                    true => self.asked_again(key, len, once).await,
+                    false => once().await,
+                }
+            };
             let put = match timeout(self.patience.answer, put).await {
                 Ok(Ok(_)) => Put::Created,
                 // Some services also say so of a key that two are just writing, and of which nobody is yet.
@@ -307,6 +333,25 @@ impl Shared {
             return Ok(put);
         }
     }
+}
+
+/// The first answer that says something of the object, whether it is there or not; or the last failure, when no try is left.
+async fn first_said<T, F>(tries: &mut FuturesUnordered<F>, last: &mut Option<RemoteError>) -> RemoteResult<T>
+where
+    F: Future<Output = RemoteResult<T>>,
+{
+    while let Some(answer) = tries.next().await {
+        match answer {
+            Err(error) if !is_about_object(&error) => *last = Some(error),
+            said => return said,
+        }
+    }
+    Err(last.take().expect("there was a try, and it failed"))
+}
+
+/// Whether an error is the service's word on an object.
+fn is_about_object(error: &RemoteError) -> bool {
+    matches!(error, RemoteError::NotFound { .. } | RemoteError::AlreadyExists { .. } | RemoteError::Precondition { .. })
 }
 
 enum GetError {
@@ -357,6 +402,21 @@ impl Store for RemoteStore {
             let len = shared.wait(shared.len_of(key))??;
             shared.counters.get(0);
             return check_range(key, || shared.url.clone(), &range, len).map(|()| Bytes::new());
+        }
+        let bytes = self.get_within(key, range.clone())?;
+        if (bytes.len() as u64) < range.end - range.start {
+            // How long it is need not be asked where it ends within the range.
+            let len =
+                if bytes.is_empty() { shared.wait(shared.len_of(key))?? } else { range.start + bytes.len() as u64 };
+            check_range(key, || shared.url.clone(), &range, len)?;
+        }
+        Ok(bytes)
+    }
+
+    fn get_within(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let shared = &self.shared;
+        if range.is_empty() {
+            return shared.wait(shared.len_of(key))?.map(|_| Bytes::new());
         }
         if range.end - range.start > AHEAD_LEN_MAX {
             return shared.wait(shared.fetch(key, range))?;
@@ -437,18 +497,30 @@ impl Store for RemoteStore {
         shared.counters.list();
         // The service skips what it can; where `after` is no key, the check below does.
         let offset = after.and_then(|after| Path::parse(after).ok()).filter(|offset| Some(offset.as_ref()) == after);
-        let stream = match &offset {
-            Some(offset) => shared.remote.list_with_offset(path.as_ref(), offset),
-            None => shared.remote.list(path.as_ref()),
-        };
         // In pages, so that `each` runs outside of the runtime and may use this store.
-        let mut pages = stream.ready_chunks(LIST_PAGE);
+        let first_page = || {
+            let stream = match &offset {
+                Some(offset) => shared.remote.list_with_offset(path.as_ref(), offset),
+                None => shared.remote.list(path.as_ref()),
+            };
+            let mut pages = stream.ready_chunks(LIST_PAGE);
+            async move {
+                let mut first = pages.next().await;
+                // A page that begins with a failure says nothing.
+                if let Some(metas) = first.as_mut().filter(|metas| metas.first().is_some_and(|meta| meta.is_err())) {
+                    metas.swap_remove(0)?;
+                }
+                Ok((first, pages))
+            }
+        };
+        let first = shared.asked_again(prefix, 0, first_page);
+        let first = shared.wait(async { timeout(shared.patience.answer, first).await })?;
+        let no_answer = || shared.no_answer("list", prefix, shared.patience.answer);
+        let (mut page, mut pages) =
+            first.map_err(|_| no_answer())?.map_err(|error| shared.error("list", prefix, &error))?;
         let mut last: Option<String> = None;
-        loop {
-            let page = shared.wait(async { timeout(shared.patience.answer, pages.next()).await })?;
-            let Ok(page) = page else { return Err(shared.no_answer("list", prefix, shared.patience.answer)) };
-            let Some(page) = page else { return Ok(()) };
-            for meta in page {
+        while let Some(metas) = page {
+            for meta in metas {
                 let ObjectMeta { location, size, .. } = meta.map_err(|error| shared.error("list", prefix, &error))?;
                 let key = location.to_string();
                 if after.is_some_and(|after| key.as_str() <= after) || !key.starts_with(prefix) {
@@ -463,14 +535,17 @@ impl Store for RemoteStore {
                     return Ok(());
                 }
             }
+            let next = shared.wait(async { timeout(shared.patience.answer, pages.next()).await })?;
+            page = next.map_err(|_| no_answer())?;
         }
+        Ok(())
     }
 
     fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
         let shared = &self.shared;
         let path = shared.prefix(prefix)?;
         shared.counters.list();
-        let listed = shared.remote.list_with_delimiter(path.as_ref());
+        let listed = shared.asked_again(prefix, 0, || shared.remote.list_with_delimiter(path.as_ref()));
         let listed = shared.wait(shared.answer("list", prefix, shared.patience.answer, listed))??;
         let name = |dir: &Path| dir.as_ref().strip_prefix(prefix).map(str::to_owned);
         let mut names: Vec<String> = listed.common_prefixes.iter().filter_map(name).collect();

@@ -92,15 +92,43 @@ pub fn has_ceph(test: &str) -> bool {
 
 /// The Ceph that the tests of this process share. It goes with the last of them.
 pub fn ceph(test: &str) -> Option<Arc<Server>> {
-    static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
+    static SHARED: Shared = Mutex::new(Weak::new());
+    shared(&SHARED, test, &["--tls"])
+}
+
+/// The same, without TLS.
+pub fn plain_ceph(test: &str) -> Option<Arc<Server>> {
+    static SHARED: Shared = Mutex::new(Weak::new());
+    shared(&SHARED, test, &[])
+}
+
+type Shared = Mutex<Weak<Server>>;
+
+fn shared(shared: &Shared, test: &str, options: &[&str]) -> Option<Arc<Server>> {
     if !has_ceph(test) {
         return None;
     }
-    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(server) = shared.upgrade() {
         return Some(server);
     }
-    let server = Arc::new(Server::up("ceph", &["--tls"]));
+    let server = Arc::new(Server::up("ceph", options));
     *shared = Arc::downgrade(&server);
     Some(server)
+}
+
+/// A program that scripts/setup puts into the cache.
+pub fn cached(variable: &str, path: &str) -> String {
+    let home = std::env::var("HOME").unwrap_or_default();
+    let cache = std::env::var("EPOCHFS_CACHE").unwrap_or_else(|_| format!("{home}/.cache/epochfs"));
+    std::env::var(variable).unwrap_or_else(|_| format!("{cache}/{path}"))
+}
+
+/// A SeaweedFS, if it is installed; says so loudly if it is not.
+pub fn seaweedfs(test: &str) -> Option<Server> {
+    if !has(&cached("WEED", "seaweedfs/bin/weed")) {
+        skip(test, "SeaweedFS is not installed: run scripts/setup");
+        return None;
+    }
+    Some(Server::up("seaweedfs", &[]))
 }

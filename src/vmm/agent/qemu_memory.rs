@@ -1,0 +1,229 @@
+//! Where the memory of a QEMU's machine is: in files of its live, in place; or its own, and then all of it goes into the file
+//! of the state, at places that stay the same ("mapped-ram"). That is begun while the machine runs: what it writes meanwhile
+//! goes there again, in rounds, and at last with the machine stopped.
+
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::super::qmp::{Monitor, file_channel};
+use crate::error::{Error, Kind, Result};
+use crate::platform::clock::Stopwatch;
+
+/// Where it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MemoryPlace {
+    InLive,
+    /// These backends are elsewhere.
+    Own(Vec<String>),
+}
+
+impl MemoryPlace {
+    pub fn find(monitor: &mut Monitor<'_>, live: &Path) -> Result<Self> {
+        let backends = monitor.run("query-memdev", Value::Null)?;
+        let live =
+            std::fs::canonicalize(live).map_err(|error| Error::io(format!("cannot find {}", live.display()), error))?;
+        let mut own = Vec::new();
+        let backends = backends.as_array().map(Vec::as_slice).unwrap_or_default();
+        for backend in backends {
+            let id = backend["id"].as_str().unwrap_or_default();
+            let of = json!({"path": format!("/objects/{id}"), "property": "mem-path"});
+            let path = monitor.run("qom-get", of).ok().and_then(|path| path.as_str().map(PathBuf::from));
+            let is_there = path.and_then(|path| path.canonicalize().ok()).is_some_and(|path| path.starts_with(&live));
+            if !is_there || backend["share"] != true {
+                own.push(id.to_owned());
+            }
+        }
+        Ok(if own.is_empty() && !backends.is_empty() { Self::InLive } else { Self::Own(own) })
+    }
+}
+
+/// Threads that write pages: with one, each page is a write of its own.
+const CHANNELS: u32 = 2;
+
+/// The machine is stopped when what is left takes no longer than this, as far as QEMU can tell.
+const PAUSE_WANTED_MS: u32 = 5;
+
+/// So many rounds are made at most, and another one only while each has less to do than this part of the one before.
+const ROUNDS_MAX: u64 = 12;
+const SHRINKS: f64 = 0.8;
+
+/// How long memory may be saved while the machine runs, and after it was stopped.
+const RUNNING_WAIT: Duration = Duration::from_secs(600);
+const STOPPED_WAIT: Duration = Duration::from_secs(30);
+
+const NAP: Duration = Duration::from_millis(1);
+
+/// How often it is said that this still goes on.
+const HEED_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Has the next migrations leave out memory that is in files others see, or save all of it in its place.
+pub fn choose(monitor: &mut Monitor<'_>, place: &MemoryPlace, live: &Path) -> Result<()> {
+    let is_own = matches!(place, MemoryPlace::Own(_));
+    let known = monitor.run("query-migrate-capabilities", Value::Null)?;
+    let is_set = |name: &str| {
+        let known = known.as_array().and_then(|all| all.iter().find(|known| known["capability"] == name));
+        known.map(|known| known["state"] == true)
+    };
+    if is_own && is_set("mapped-ram").is_none() {
+        return Err(Error::usage(format!(
+            "the memory is no shared file in {}, and this QEMU cannot save it with each page in its place",
+            live.display()
+        ))
+        .hint(format!(
+            "use QEMU 9.0 or newer; or start it with -machine memory-backend=ram -object \
+             memory-backend-file,id=ram,size=SIZE,share=on,mem-path={}",
+            live.join("memory").display()
+        )));
+    }
+    let wanted = [("x-ignore-shared", !is_own), ("mapped-ram", is_own), ("multifd", is_own)];
+    // What is to be off first: some exclude each other.
+    for state in [false, true] {
+        let changes: Vec<Value> = wanted
+            .iter()
+            .filter(|(name, wanted)| *wanted == state && (state || is_set(name) == Some(true)))
+            .map(|(name, state)| json!({"capability": name, "state": state}))
+            .collect();
+        if !changes.is_empty() {
+            monitor.run("migrate-set-capabilities", json!({"capabilities": changes}))?;
+        }
+    }
+    if is_own {
+        let parameters = json!({"max-bandwidth": 0, "downtime-limit": PAUSE_WANTED_MS, "multifd-channels": CHANNELS});
+        monitor.run("migrate-set-parameters", parameters)?;
+    }
+    Ok(())
+}
+
+/// Saves memory and state of a machine that runs, and returns when it is stopped and all is saved: since when it stands still, at
+/// the most. `heed` is called while this goes on.
+pub fn save_whole(
+    monitor: &mut Monitor<'_>,
+    path: &Path,
+    heed: &mut dyn FnMut() -> Result<()>,
+) -> Result<(Stopwatch, u32)> {
+    // QEMU opens the file once more for each of its threads, and does not survive that this fails: so it is given an open one.
+    let failed = |error| Error::io(format!("cannot open {} to save the memory there", path.display()), error);
+    let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path).map_err(failed)?;
+    let set = monitor.give(&file)?;
+    let saved = monitor
+        .run("migrate", file_channel(Path::new(&format!("/dev/fdset/{set}")))?)
+        .and_then(|_| follow(monitor, heed));
+    if saved.is_err() {
+        // It runs, or whoever lets it go on waits for the end of this.
+        let _ = monitor.run("migrate_cancel", Value::Null);
+    }
+    // One that stays is closed with the connection.
+    let _ = monitor.run("remove-fd", json!({"fdset-id": set}));
+    let of = |file: std::fs::Metadata| (file.dev(), file.ino());
+    match (saved, file.metadata().map(of), std::fs::metadata(path).map(of)) {
+        (Ok(_), Ok(saved), named) if named.as_ref().ok() != Some(&saved) => {
+            Err(Error::conflict(format!("{} was removed or replaced while the memory was saved there", path.display()))
+                .hint("nothing else may write to it while the machine is protected"))
+        }
+        (saved, ..) => saved,
+    }
+}
+
+fn follow(monitor: &mut Monitor<'_>, heed: &mut dyn FnMut() -> Result<()>) -> Result<(Stopwatch, u32)> {
+    let begun = Stopwatch::start();
+    let (mut stopped, mut heeded) = (Stopwatch::start(), Stopwatch::start());
+    let mut is_running = true;
+    let mut rounds = Rounds::default();
+    loop {
+        if is_running {
+            // It runs when the question is asked, if the answer is that it runs.
+            let asked = Stopwatch::start();
+            is_running = monitor.run("query-status", Value::Null)?["status"] == "running";
+            if is_running {
+                stopped = asked;
+            }
+        }
+        let migration = monitor.run("query-migrate", Value::Null)?;
+        match migration["status"].as_str() {
+            Some("completed") => return Ok((stopped, rounds.count())),
+            Some(status @ ("failed" | "cancelled")) => {
+                let why = migration["error-desc"].as_str().unwrap_or("QEMU gives no reason");
+                return Err(Error::new(Kind::Io, format!("the memory could not be saved: migration {status}: {why}")));
+            }
+            _ => {}
+        }
+        let is_over = rounds.see(&migration["ram"]);
+        if is_running && (is_over || begun.elapsed() > RUNNING_WAIT) {
+            stopped = Stopwatch::start();
+            monitor.run("stop", Value::Null)?;
+            is_running = false;
+        }
+        if !is_running && stopped.elapsed() > STOPPED_WAIT {
+            return Err(Error::new(
+                Kind::Io,
+                format!("QEMU did not save the rest of the memory within {} s", STOPPED_WAIT.as_secs()),
+            ));
+        }
+        if heeded.elapsed() > HEED_INTERVAL {
+            heed()?;
+            heeded = Stopwatch::start();
+        }
+        std::thread::sleep(NAP);
+    }
+}
+
+/// The rounds of a migration, as far as they were seen.
+#[derive(Default)]
+struct Rounds {
+    number: u64,
+    /// The most that was seen to be left in this round, and in the one before.
+    left: f64,
+    before: Option<f64>,
+}
+
+impl Rounds {
+    fn count(&self) -> u32 {
+        u32::try_from(self.number).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// Whether another round would not have less to do.
+    fn see(&mut self, ram: &Value) -> bool {
+        let (Some(number), Some(left)) = (ram["dirty-sync-count"].as_u64(), ram["remaining"].as_f64()) else {
+            return false;
+        };
+        if number == self.number {
+            self.left = self.left.max(left);
+            return false;
+        }
+        // What was asked about too late says nothing.
+        let before = self.before.replace(self.left).filter(|_| number > 3);
+        let is_less = before.is_none_or(|before| before <= 0.0 || self.left < before * SHRINKS);
+        (self.number, self.left) = (number, left);
+        !is_less || number > ROUNDS_MAX
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_go_on_while_they_shrink() {
+        let seen = |rounds: &mut Rounds, number: u64, left: u64| {
+            rounds.see(&json!({"dirty-sync-count": number, "remaining": left}))
+        };
+        let mut rounds = Rounds::default();
+        assert!(!rounds.see(&Value::Null));
+        for (number, left) in [(1, 1000), (1, 500), (2, 300), (2, 10), (3, 100), (4, 30), (5, 20), (6, 0)] {
+            assert!(!seen(&mut rounds, number, left), "{number} {left}");
+        }
+        let mut rounds = Rounds::default();
+        let ends = |left: &[u64]| {
+            let mut rounds = Rounds::default();
+            (1..).zip(left).position(|(number, left)| seen(&mut rounds, number, *left)).map(|at| at + 1)
+        };
+        assert_eq!(ends(&[1000, 300, 290, 290, 290, 290]), Some(4));
+        assert_eq!(ends(&[1000, 300, 200, 100, 60, 40, 30]), None);
+        assert!(!seen(&mut rounds, 12, 1000), "it is not known what was before");
+        assert!(seen(&mut rounds, 13, 10));
+    }
+}
