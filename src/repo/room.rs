@@ -1,6 +1,8 @@
 //! Room that a collector always has: commits stop before the disk is full, and a reserve is kept for when something else
 //! fills it.
 
+use std::time::Duration;
+
 use epochfs_format::RESERVE_KEY;
 
 use super::repository::Repository;
@@ -15,6 +17,10 @@ const SMALL_DISK: u64 = 1 << 30;
 
 /// The reserve takes so much, or a 64th of a smaller disk.
 const RESERVE: u64 = 4 << 20;
+
+/// How often, and how long after each other, what gives room back is tried again once the reserve was given up.
+const RETRIES: u32 = 5;
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 fn part_of(room: &Room, at_most: u64) -> u64 {
     at_most.min(room.total / 64)
@@ -52,7 +58,8 @@ impl Repository {
         let store = self.objects().store();
         let Some(room) = store.room() else { return };
         let len = part_of(&room, RESERVE);
-        let is_low = room.free < (4 * low_water(&room)).max(room.total.min(SMALL_DISK) / 4);
+        // A small disk is full before it was ever seen to be low: what else lies there comes and goes.
+        let is_low = room.total < SMALL_DISK || room.free < (4 * low_water(&room)).max(SMALL_DISK / 4);
         if !is_low || room.free < 2 * len || !matches!(store.len(RESERVE_KEY), Ok(None)) {
             return;
         }
@@ -75,6 +82,13 @@ impl Repository {
                 }
                 tracing::info!("the disk is full: the reserve is used");
                 store.delete(RESERVE_KEY)?;
+                // Who allocates more than there is (a file system that tries, a database's log) takes all for a moment.
+                for _ in 0..RETRIES {
+                    match work() {
+                        Err(error) if error.kind() == Kind::NoSpace => std::thread::sleep(RETRY_PAUSE),
+                        result => return result,
+                    }
+                }
                 work()
             }
             result => result,
