@@ -147,6 +147,8 @@ impl<'a> Monitor<'a> {
     pub fn wait_incoming(&mut self, wait: Duration) -> Result<()> {
         let since = Stopwatch::start();
         while self.run("query-status", Value::Null)?["status"] == "inmigrate" {
+            // However quickly it answers.
+            (self.check)()?;
             let migration = self.run("query-migrate", Value::Null)?;
             if let Some(status @ ("failed" | "cancelled")) = migration["status"].as_str() {
                 let why = migration["error-desc"].as_str().unwrap_or("QEMU gives no reason");
