@@ -24,6 +24,9 @@ use crate::ops::failover::{
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lock::lock;
 
+/// How often this host's own heartbeat is looked for.
+const LOOKS_FOR_OWN: u32 = 5;
+
 /// Which machines, and by which rules.
 #[derive(clap::Args)]
 pub struct Which {
@@ -159,7 +162,14 @@ fn prepare(here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
         match which.here {
             // Nobody else is planned for, so that nobody need be found to live: whoever owns a machine is watched for that.
             true => {
-                hosts.look(Duration::MAX)?;
+                // A listing during which this host's newest heartbeat takes the place of the one before may show neither.
+                let is_own = |host: &HostSeen| host.id == own && host.said.is_some();
+                for _ in 0..LOOKS_FOR_OWN {
+                    hosts.look(Duration::MAX)?;
+                    if hosts.seen().iter().any(is_own) {
+                        break;
+                    }
+                }
                 hosts.seen()
             }
             false => watch(&mut hosts, None)?,

@@ -16,6 +16,9 @@ use crate::ha::plan::{HostState, Running, location_of};
 use crate::platform::clock::Clock;
 use crate::platform::store::{Store, keys_below};
 
+/// How many heartbeats are tried to be read, from the one that was listed on.
+const NEXT_TRIED: u64 = 3;
+
 /// A host as it was seen.
 #[derive(Clone, Debug)]
 pub struct HostSeen {
@@ -224,19 +227,27 @@ impl Hosts {
     }
 
     fn read_heartbeat(&mut self, host: &[u8; 16], number: u64) -> Result<()> {
-        match self.store.get(&heartbeat_key(host, number)) {
-            Ok(bytes) => match Heartbeat::decode(&bytes, &self.repository) {
-                Ok(said) if said.host == *host && said.number == number => {
-                    self.said.insert(*host, said);
+        // Where the store is slow, one may be deleted for the next before it is read.
+        for number in number..number.saturating_add(NEXT_TRIED) {
+            match self.store.get(&heartbeat_key(host, number)) {
+                Ok(bytes) => {
+                    match Heartbeat::decode(&bytes, &self.repository) {
+                        Ok(said) if said.host == *host && said.number == number => {
+                            self.said.insert(*host, said);
+                        }
+                        // It lives all the same.
+                        Ok(_) => tracing::warn!("heartbeat {number} of host {} is another's", hex(host)),
+                        Err(error) => tracing::warn!("heartbeat {number} of host {}: {error}", hex(host)),
+                    }
+                    return Ok(());
                 }
-                // It lives all the same.
-                Ok(_) => tracing::warn!("heartbeat {number} of host {} is another's", hex(host)),
-                Err(error) => tracing::warn!("heartbeat {number} of host {}: {error}", hex(host)),
-            },
-            Err(error) if error.kind() == Kind::Damaged => tracing::warn!("{error}"),
-            // A newer one is there already.
-            Err(error) if error.kind() == Kind::NotFound => {}
-            Err(error) => return Err(error),
+                Err(error) if error.kind() == Kind::Damaged => {
+                    tracing::warn!("{error}");
+                    return Ok(());
+                }
+                Err(error) if error.kind() == Kind::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }
@@ -318,4 +329,29 @@ impl LastLook {
 /// A location for people.
 pub fn label(location: &str) -> &str {
     if location.is_empty() { "-" } else { location }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::platform::clock::BootClock;
+    use crate::platform::files::SimFiles;
+    use crate::platform::store::LocalStore;
+
+    #[test]
+    fn a_heartbeat_that_was_deleted_for_the_next_is_read_from_that() {
+        let store: Arc<dyn Store> =
+            Arc::new(LocalStore::create(Path::new("/one"), Arc::new(SimFiles::new(0))).unwrap());
+        let (repository, host) = ([1; 16], [7; 16]);
+        let mut hosts = Hosts::new(store.clone(), repository, Arc::new(BootClock));
+        hosts.read_heartbeat(&host, 5).unwrap();
+        assert!(hosts.said.is_empty(), "there is none");
+        let said = Heartbeat { repository, host, number: 6, ..Heartbeat::default() };
+        store.put_if_absent(&heartbeat_key(&host, 6), &[&said.encode()]).unwrap();
+        // As it was listed, a moment ago.
+        hosts.read_heartbeat(&host, 5).unwrap();
+        assert_eq!(hosts.said[&host].number, 6);
+    }
 }
