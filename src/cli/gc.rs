@@ -93,10 +93,11 @@ struct Run {
 
 fn text_of(plan: &Plan) -> String {
     let mut text = format!(
-        "{} packs with {}, of which {} with {} are garbage\n{} epochs of {} machines marked, {} of them by walking {} pages\n",
+        "{} packs with {}; {} of them, and the blocks in {} records, are garbage with {}\n{} epochs of {} machines marked, {} of them by walking {} pages\n",
         plan.packs,
         size(plan.bytes),
         plan.garbage_packs,
+        plan.garbage_records,
         size(plan.garbage_bytes),
         plan.epochs,
         plan.machines,
@@ -295,8 +296,9 @@ fn collect(context: &Context, run: &Run) -> Result<ExitCode> {
             return format!("{} readers have yet to say what they hold: run again\n", waiting_for.len());
         }
         format!(
-            "{} packs deleted, {} given back; {} were condemned and found in use\n",
+            "{} packs deleted, {} records emptied, {} given back; {} were condemned and found in use\n",
             collected.deleted,
+            collected.emptied,
             size(collected.deleted_bytes),
             collected.kept
         )

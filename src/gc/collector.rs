@@ -1,8 +1,10 @@
 //! The collector: looks at what step is due, and takes it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use epochfs_format::{CONDEMNED_MAX, GcBody, ObjectRef, hex, pack_key};
@@ -49,7 +51,9 @@ impl Default for CollectorSettings {
 pub struct Plan {
     pub packs: u64,
     pub bytes: u64,
+    /// What no epoch needs: packs, and blocks that lie in records, by how many records.
     pub garbage_packs: u64,
+    pub garbage_records: u64,
     pub garbage_bytes: u64,
     /// Packs that no record names, too young to be taken for what a dead writer left.
     pub young_packs: u64,
@@ -59,7 +63,7 @@ pub struct Plan {
     pub epochs_walked: u64,
     pub pages_walked: u64,
     #[serde(skip)]
-    garbage: Vec<[u8; 16]>,
+    garbage: Vec<ObjectRef>,
 }
 
 /// What was given back.
@@ -69,6 +73,8 @@ pub struct Collected {
     /// Condemned and then found in use.
     pub kept: u64,
     pub deleted: u64,
+    /// Records of which the blocks went.
+    pub emptied: u64,
     pub deleted_bytes: u64,
 }
 
@@ -145,7 +151,7 @@ impl Collector {
         let mut orphans = std::mem::take(&mut self.memory.orphans.first_seen_ns);
         for (id, len) in packs {
             plan.bytes += len;
-            if marked.live.contains(&id) {
+            if marked.live.contains(&ObjectRef::Pack(id)) {
                 continue;
             }
             if !marked.written.contains(&id) {
@@ -160,7 +166,12 @@ impl Collector {
             }
             plan.garbage_packs += 1;
             plan.garbage_bytes += len;
-            plan.garbage.push(id);
+            plan.garbage.push(ObjectRef::Pack(id));
+        }
+        for (record, len) in self.memory.carrying().filter(|(record, _)| !marked.live.contains(record)) {
+            plan.garbage_records += 1;
+            plan.garbage_bytes += len;
+            plan.garbage.push(record);
         }
         self.memory.settle(done, &|id| is_there.contains(id));
         Ok(plan)
@@ -228,14 +239,14 @@ impl Collector {
 
     /// Records that these objects must not be referred to any more.
     fn condemn(&mut self, seq: u64, plan: Plan) -> Result<Step> {
-        let mut objects: Vec<ObjectRef> = plan.garbage.into_iter().map(ObjectRef::Pack).collect();
+        let mut objects = plan.garbage;
         if objects.is_empty() {
             return Ok(Step::Clean);
         }
         objects.truncate(CONDEMNED_MAX);
         objects.sort();
         if self.settings.canary == Some(Canary::DeletedBeforeCondemned) {
-            objects.iter().try_for_each(|object| self.delete_object(object).map(|_| ()))?;
+            objects.iter().try_for_each(|object| self.take_away(object).map(|_| ()))?;
         }
         let count = objects.len() as u64;
         self.append(seq, GcBody::Condemn { objects }, Step::Condemned(count))
@@ -298,41 +309,62 @@ impl Collector {
                 tracing::warn!("{:?} came late: nothing of this collection is deleted", marked.behind);
                 kept = all;
             } else {
-                kept.extend(all.into_iter().filter(|object| match object {
-                    ObjectRef::Pack(id) => marked.live.contains(id),
-                    ObjectRef::Record { .. } => true,
-                }));
+                kept.extend(all.into_iter().filter(|object| marked.live.contains(object)));
             }
         }
         let count = kept.len() as u64;
         self.append(condemned + 2, GcBody::Delete { condemned, kept }, Step::Decided { kept: count })
     }
 
-    /// Deletes what was settled. Doing it twice, or late, harms nobody: no name is used again.
+    /// Deletes what was settled. Doing it twice, or late, harms nobody: no name is used again, and no record has blocks again.
     fn delete(&mut self, condemned: u64, kept: Vec<ObjectRef>) -> Result<Step> {
         let all = self.store.repository().collector_log().condemned(condemned)?;
         self.look_for_lengths()?;
         let mut collected = Collected { condemned: all.len() as u64, kept: kept.len() as u64, ..Collected::default() };
         let kept: HashSet<ObjectRef> = kept.into_iter().collect();
-        for object in all.iter().filter(|object| !kept.contains(object)) {
-            collected.deleted_bytes += self.delete_object(object)?;
-            collected.deleted += 1;
+        let gone: Vec<&ObjectRef> = all.iter().filter(|object| !kept.contains(object)).collect();
+        collected.deleted_bytes = self.take_all_away(&gone)?;
+        for object in gone {
+            match object {
+                ObjectRef::Pack(_) => collected.deleted += 1,
+                ObjectRef::Record { machine, seq } => {
+                    collected.emptied += 1;
+                    self.memory.note_empty(machine, *seq);
+                }
+            }
+        }
+        if collected.emptied > 0 {
+            self.memory.save_histories();
         }
         self.append(condemned + 3, GcBody::Done { condemned }, Step::Done(collected))
     }
 
-    fn delete_object(&self, object: &ObjectRef) -> Result<u64> {
-        let store = self.store.repository().objects().store();
+    /// Takes objects away, several at once from a store that is far away. Returns how many bytes that gave back.
+    fn take_all_away(&self, objects: &[&ObjectRef]) -> Result<u64> {
+        let take = |objects: &[&ObjectRef]| objects.iter().map(|object| self.take_away(object)).sum::<Result<u64>>();
+        if !self.store.repository().objects().store().is_remote() {
+            return take(objects);
+        }
+        let each = objects.len().div_ceil(AT_ONCE).max(1);
+        let taken: Vec<Result<u64>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = objects.chunks(each).map(|chunk| scope.spawn(move || take(chunk))).collect();
+            let joined = |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+            threads.into_iter().map(joined).collect()
+        });
+        taken.into_iter().sum()
+    }
+
+    /// Deletes a pack, or the blocks in a record, for a log's numbers must never become free. Returns how many bytes that
+    /// gave back.
+    fn take_away(&self, object: &ObjectRef) -> Result<u64> {
+        let objects = self.store.repository().objects();
         match object {
             ObjectRef::Pack(id) => {
                 let len = self.len_of(id)?;
-                store.delete(&pack_key(id))?;
+                objects.store().delete(&pack_key(id))?;
                 Ok(len)
             }
-            // A log's numbers must never become free.
-            ObjectRef::Record { machine, seq } => {
-                Err(Error::damaged(format!("record {seq} of {machine} is condemned, and records are never deleted")))
-            }
+            ObjectRef::Record { machine, seq } => objects.empty_record(machine, *seq),
         }
     }
 
@@ -355,6 +387,7 @@ impl Collector {
                     sum.condemned += collected.condemned;
                     sum.kept += collected.kept;
                     sum.deleted += collected.deleted;
+                    sum.emptied += collected.emptied;
                     sum.deleted_bytes += collected.deleted_bytes;
                     // What was kept is in use. More is left only if there was more than one record condemns.
                     if is_own && collected.condemned < CONDEMNED_MAX as u64 {
@@ -378,12 +411,17 @@ impl Collector {
     }
 }
 
+/// How many objects of a store that is far away are taken away at once.
+const AT_ONCE: usize = 8;
+
 /// How often leases are looked at.
 const POLL: Duration = Duration::from_secs(2);
 
 fn forget_a_root(marked: &mut Marked) {
-    if let Some(id) = marked.live.iter().max().copied() {
-        marked.live.remove(&id);
-        marked.written.insert(id);
+    if let Some(object) = marked.live.iter().max().cloned() {
+        marked.live.remove(&object);
+        if let ObjectRef::Pack(id) = object {
+            marked.written.insert(id);
+        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use epochfs_format::ObjectRef;
+
 use super::collector::Collector;
 use crate::epoch::{EpochName, Moves, Survey};
 use crate::error::Result;
@@ -32,7 +34,7 @@ impl Collector {
         let survey = Survey::of(&epoch)?;
         let marked = self.mark_without(machine, epoch.number(), progress)?;
         self.look_for_lengths()?;
-        let moves = survey.choose(&|id| self.len_of(id), &|id| marked.live.contains(id))?;
+        let moves = survey.choose(&|id| self.len_of(id), &|id| marked.live.contains(&ObjectRef::Pack(*id)))?;
         let (objects, bytes) = (survey.used.len() as u64, survey.used.values().sum());
         let moved = survey.used.iter().filter(|(object, _)| moves.is_from(object));
         let (moved_objects, moved_bytes) = moved.fold((0, 0), |(count, sum), (_, used)| (count + 1, sum + used));

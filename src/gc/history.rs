@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use epochfs_format::{Body, Record};
+use epochfs_format::{Body, ObjectRef, Record};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -16,14 +16,14 @@ pub struct Entry {
     pub dropped_at: Option<u64>,
     /// The machine and epoch that it was cloned from.
     pub origin: Option<(String, u64)>,
-    /// What it was compared with, and the packs that it has beyond that one, by their numbers in the history's list.
+    /// What it was compared with, and the objects that it needs beyond that one, by their numbers in the history's list.
     pub marked: Option<Mark>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
     pub beyond: Option<(String, u64)>,
-    pub packs: Vec<u32>,
+    pub objects: Vec<u32>,
 }
 
 /// Where a log began to heed a condemnation.
@@ -49,10 +49,44 @@ pub struct History {
     term_base: u64,
     /// The two newest epochs that were committed, dropped or not.
     newest: Vec<u64>,
-    /// Packs that marks name.
-    pub packs: Vec<[u8; 16]>,
+    /// Objects that marks name.
+    #[serde(with = "named")]
+    pub objects: Vec<ObjectRef>,
     /// Packs that commits say they wrote: none of these belongs to a commit on its way.
     pub written: BTreeSet<[u8; 16]>,
+    /// Commits with blocks in their records, and how many bytes of them.
+    pub carrying: BTreeMap<u64, u32>,
+}
+
+/// Objects as they are written down.
+mod named {
+    use epochfs_format::ObjectRef;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Named {
+        Pack([u8; 16]),
+        Record(String, u64),
+    }
+
+    pub fn serialize<S: Serializer>(objects: &[ObjectRef], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(objects.iter().map(|object| match object {
+            ObjectRef::Pack(id) => Named::Pack(*id),
+            ObjectRef::Record { machine, seq } => Named::Record(machine.to_string(), *seq),
+        }))
+    }
+
+    pub fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<Vec<ObjectRef>, D::Error> {
+        let named = Vec::<Named>::deserialize(from)?;
+        Ok(named
+            .into_iter()
+            .map(|named| match named {
+                Named::Pack(id) => ObjectRef::Pack(id),
+                Named::Record(machine, seq) => ObjectRef::Record { machine: machine.into(), seq },
+            })
+            .collect())
+    }
 }
 
 impl History {
@@ -82,6 +116,10 @@ impl History {
                 return Err(Error::damaged(format!("record {seq} of {machine} does not follow the record before it")));
             }
             self.apply(&record);
+            if matches!(record.body, Body::Commit(_)) {
+                let carried = objects.blocks_len(&machine, seq)?;
+                self.carrying.extend((carried > 0).then_some((seq, carried)));
+            }
             (self.seq, self.digest) = (seq, digest);
         }
         Ok(())
@@ -148,31 +186,31 @@ impl History {
         self.epochs.retain(|epoch, entry| entry.dropped_at.is_none() || bases.contains(epoch));
     }
 
-    /// Forgets packs that are not there any more.
+    /// Forgets packs that are not there any more, and what no mark names any more.
     pub fn keep_packs(&mut self, is_there: &dyn Fn(&[u8; 16]) -> bool) {
         self.written.retain(|id| is_there(id));
-        let mut used = vec![false; self.packs.len()];
+        let mut used = vec![false; self.objects.len()];
         for mark in self.epochs.values().filter_map(|entry| entry.marked.as_ref()) {
-            mark.packs.iter().for_each(|at| used[*at as usize] = true);
+            mark.objects.iter().for_each(|at| used[*at as usize] = true);
         }
         if used.iter().filter(|used| !**used).count() * 2 < used.len() {
             return;
         }
         let mut moved = vec![0; used.len()];
         let mut kept = Vec::new();
-        for (at, id) in self.packs.iter().enumerate().filter(|(at, _)| used[*at]) {
+        for (at, object) in self.objects.iter().enumerate().filter(|(at, _)| used[*at]) {
             moved[at] = kept.len() as u32;
-            kept.push(*id);
+            kept.push(object.clone());
         }
-        self.packs = kept;
+        self.objects = kept;
         for mark in self.epochs.values_mut().filter_map(|entry| entry.marked.as_mut()) {
-            mark.packs.iter_mut().for_each(|at| *at = moved[*at as usize]);
+            mark.objects.iter_mut().for_each(|at| *at = moved[*at as usize]);
         }
     }
 
     /// Whether the numbers that marks are made of fit: what was read from a file may be anything.
     pub fn is_sound(&self) -> bool {
         let marks = self.epochs.values().filter_map(|entry| entry.marked.as_ref());
-        marks.flat_map(|mark| &mark.packs).all(|at| (*at as usize) < self.packs.len())
+        marks.flat_map(|mark| &mark.objects).all(|at| (*at as usize) < self.objects.len())
     }
 }

@@ -1,10 +1,10 @@
-//! Marking: which packs anything needs. What did not change since the last run is remembered, not walked again.
+//! Marking: which objects anything needs. What did not change since the last run is remembered, not walked again.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use epochfs_format::{TRACE_LEN_MAX, Trace, encode_component, hex};
+use epochfs_format::{ObjectRef, TRACE_LEN_MAX, Trace, encode_component, hex};
 use serde::{Deserialize, Serialize};
 
 use super::history::{Entry, History, Mark};
@@ -17,7 +17,7 @@ use crate::repo::machines;
 /// What a marking found.
 #[derive(Clone, Debug, Default)]
 pub struct Marked {
-    pub live: HashSet<[u8; 16]>,
+    pub live: HashSet<ObjectRef>,
     /// Packs that some commit says it wrote.
     pub written: HashSet<[u8; 16]>,
     pub machines: u64,
@@ -73,6 +73,21 @@ impl Memory {
         self.save_histories();
         if let Some(directory) = &self.directory {
             save(&directory.join("orphans"), &self.orphans);
+        }
+    }
+
+    /// Records with blocks that lie in them, and how many bytes.
+    pub fn carrying(&self) -> impl Iterator<Item = (ObjectRef, u64)> + '_ {
+        self.histories.iter().flat_map(|(machine, history)| {
+            let carried = history.carrying.iter();
+            carried.map(|(seq, len)| (ObjectRef::Record { machine: machine.clone(), seq: *seq }, u64::from(*len)))
+        })
+    }
+
+    /// A record has no blocks any more.
+    pub fn note_empty(&mut self, machine: &Arc<str>, seq: u64) {
+        if let Some(history) = self.histories.get_mut(machine) {
+            history.carrying.remove(&seq);
         }
     }
 
@@ -205,7 +220,7 @@ fn mark_machine(
     marked: &mut Marked,
     progress: &mut dyn FnMut(u64),
 ) -> std::result::Result<(), (u64, Error)> {
-    let mut numbers: HashMap<[u8; 16], u32> = history.packs.iter().copied().zip(0..).collect();
+    let mut numbers: HashMap<ObjectRef, u32> = history.objects.iter().cloned().zip(0..).collect();
     let machine: Arc<str> = history.machine.as_str().into();
     let mut before: Option<u64> = None;
     // The epoch before is usually the one that was walked last.
@@ -219,21 +234,22 @@ fn mark_machine(
         let beyond = in_origin.or_else(|| Some((history.machine.clone(), before?)));
         before = Some(*epoch);
         if entry.marked.as_ref().is_none_or(|mark| mark.beyond != beyond) {
-            let (packs, pages) = walk(store, &machine, *epoch, &beyond, &mut last).map_err(|error| (*epoch, error))?;
+            let (objects, pages) =
+                walk(store, &machine, *epoch, &beyond, &mut last).map_err(|error| (*epoch, error))?;
             marked.epochs_walked += 1;
             marked.pages_walked += pages;
-            let mut at_numbers = Vec::with_capacity(packs.len());
-            for id in packs {
-                at_numbers.push(*numbers.entry(id).or_insert_with(|| {
-                    history.packs.push(id);
-                    history.packs.len() as u32 - 1
+            let mut at_numbers = Vec::with_capacity(objects.len());
+            for object in objects {
+                at_numbers.push(*numbers.entry(object).or_insert_with_key(|object| {
+                    history.objects.push(object.clone());
+                    history.objects.len() as u32 - 1
                 }));
             }
             let entry = history.epochs.get_mut(epoch).expect("it was just looked at");
-            entry.marked = Some(Mark { beyond, packs: at_numbers });
+            entry.marked = Some(Mark { beyond, objects: at_numbers });
         }
         let mark = history.epochs[epoch].marked.as_ref().expect("it is marked");
-        marked.live.extend(mark.packs.iter().map(|at| history.packs[*at as usize]));
+        marked.live.extend(mark.objects.iter().map(|at| history.objects[*at as usize].clone()));
         progress(done as u64 + 1);
     }
     Ok(())
@@ -243,14 +259,14 @@ fn is_gone(store: &EpochStore, machine: &Arc<str>, epoch: u64) -> bool {
     store.repository().epoch_record(machine, epoch).is_err_and(|error| error.kind() == Kind::NotFound)
 }
 
-/// The packs that an epoch has beyond another one, and how many pages were looked at.
+/// The objects that an epoch needs beyond another one, and how many pages were looked at.
 fn walk(
     store: &EpochStore,
     machine: &Arc<str>,
     epoch: u64,
     beyond: &Option<(String, u64)>,
     last: &mut Option<((String, u64), Roots)>,
-) -> Result<(BTreeSet<[u8; 16]>, u64)> {
+) -> Result<(BTreeSet<ObjectRef>, u64)> {
     let load = |machine: &Arc<str>, epoch: u64| -> Result<Roots> {
         let record = store.repository().objects().record(machine, epoch)?;
         let (record, _) = record.ok_or_else(|| Error::damaged(format!("record {epoch} of {machine} is missing")))?;
@@ -266,7 +282,7 @@ fn walk(
     let mut walk = Walk::new(store.nodes());
     walk.add(&roots, before.as_ref())?;
     *last = Some(((machine.to_string(), epoch), roots));
-    Ok((walk.packs, walk.pages))
+    Ok((walk.objects, walk.pages))
 }
 
 /// The packs in which traces have pages once more. A trace is a hint: one that cannot be read needs nothing.
@@ -275,7 +291,7 @@ fn mark_traces(store: &EpochStore, marked: &mut Marked) -> Result<()> {
     for key in keys_below(&**objects.store(), "traces/")? {
         let bytes = get_small(&**objects.store(), &key, TRACE_LEN_MAX).ok();
         let trace = bytes.and_then(|bytes| Trace::decode(&bytes, objects.repository()).ok());
-        marked.live.extend(trace.iter().flat_map(|trace| &trace.windows));
+        marked.live.extend(trace.iter().flat_map(|trace| &trace.windows).map(|id| ObjectRef::Pack(*id)));
     }
     Ok(())
 }

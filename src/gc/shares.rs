@@ -1,7 +1,7 @@
-//! Who needs what: the packs that would be garbage if a machine or an epoch went.
+//! Who needs what: the packs, and blocks that lie in records, that would be garbage if a machine or an epoch went.
 //!
-//! An epoch's tree is compared with that of the epoch before, as marking does, and how many references it has to each pack
-//! is counted on from there. So each epoch costs what it changed, and memory holds a few numbers for each pack.
+//! An epoch's tree is compared with that of the epoch before, as marking does, and how many references it has to each
+//! object is counted on from there. So each epoch costs what it changed, and memory holds a few numbers for each object.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -12,14 +12,13 @@ use super::walk::Roots;
 use crate::epoch::{EpochStore, Nodes, Stored, child, commit_of};
 use crate::error::Result;
 
-type PackId = [u8; 16];
-
 /// What a repository's machines need.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Shares {
     pub machines: Vec<MachineShare>,
-    /// All packs, and those that several machines need.
+    /// All packs.
     pub pack_bytes: u64,
+    /// What several machines need.
     pub shared_bytes: u64,
 }
 
@@ -27,9 +26,9 @@ pub struct Shares {
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct MachineShare {
     pub machine: String,
-    /// The packs that its epochs need.
+    /// The packs and the blocks in records that its epochs need.
     pub needed_bytes: u64,
-    /// Those that nobody else needs: what a collection would give back if the machine went.
+    /// What of that nobody else needs: what a collection would give back if the machine went.
     pub freed_bytes: u64,
     pub epochs: Vec<EpochShare>,
 }
@@ -41,7 +40,7 @@ pub struct EpochShare {
     pub freed_bytes: u64,
 }
 
-/// Who needs a pack: one machine or several, one epoch or several.
+/// Who needs an object: one machine or several, one epoch or several.
 #[derive(Clone, Copy)]
 struct Use {
     machine: Option<u32>,
@@ -50,8 +49,8 @@ struct Use {
 
 /// Finds out who needs what. `progress` is told how many epochs are done.
 pub fn shares(store: &EpochStore, progress: &mut dyn FnMut(u64)) -> Result<Shares> {
-    let mut lengths: HashMap<PackId, u64> = HashMap::new();
-    store.repository().objects().packs(&mut |id, len| lengths.extend([(id, len)]))?;
+    let mut lengths: HashMap<ObjectRef, u64> = HashMap::new();
+    store.repository().objects().packs(&mut |id, len| lengths.extend([(ObjectRef::Pack(id), len)]))?;
     let (mut shares, mut uses, mut done) = (Shares::default(), HashMap::new(), 0);
     for machine in store.repository().machines()? {
         let number = shares.machines.len() as u32;
@@ -75,18 +74,18 @@ pub fn shares(store: &EpochStore, progress: &mut dyn FnMut(u64)) -> Result<Share
             progress(done);
         }
         let mut needed = BTreeSet::new();
-        for (id, from, to) in counted.finish(epochs.len()) {
-            note_use(&mut uses, id, number, &epochs[from..to]);
-            needed.insert(id);
+        for (object, from, to) in counted.finish(epochs.len()) {
+            note_use(&mut uses, &object, number, &epochs[from..to]);
+            needed.insert(object);
         }
-        for id in needed {
-            of_machine.needed_bytes += length(store, &mut lengths, id)?;
+        for object in &needed {
+            of_machine.needed_bytes += length(store, &mut lengths, object)?;
         }
         of_machine.epochs = epochs.iter().map(|epoch| EpochShare { epoch: *epoch, freed_bytes: 0 }).collect();
         shares.machines.push(of_machine);
     }
-    for (id, used) in uses {
-        let len = length(store, &mut lengths, id)?;
+    for (object, used) in uses {
+        let len = length(store, &mut lengths, &object)?;
         match used.machine {
             None => shares.shared_bytes += len,
             Some(machine) => shares.machines[machine as usize].freed_bytes += len,
@@ -98,31 +97,37 @@ pub fn shares(store: &EpochStore, progress: &mut dyn FnMut(u64)) -> Result<Share
             }
         }
     }
-    shares.pack_bytes = lengths.values().sum();
+    let packs = lengths.iter().filter(|(object, _)| matches!(object, ObjectRef::Pack(_)));
+    shares.pack_bytes = packs.map(|(_, len)| len).sum();
     Ok(shares)
 }
 
-/// A pack that was written since the packs were listed is asked for.
-fn length(store: &EpochStore, lengths: &mut HashMap<PackId, u64>, id: PackId) -> Result<u64> {
-    if let Some(len) = lengths.get(&id) {
+/// How much would be given back with an object.
+fn length(store: &EpochStore, lengths: &mut HashMap<ObjectRef, u64>, object: &ObjectRef) -> Result<u64> {
+    if let Some(len) = lengths.get(object) {
         return Ok(*len);
     }
-    let len = store.repository().objects().store().len(&pack_key(&id))?.unwrap_or(0);
-    lengths.insert(id, len);
+    let objects = store.repository().objects();
+    let len = match object {
+        // Written since packs were listed.
+        ObjectRef::Pack(id) => objects.store().len(&pack_key(id))?.unwrap_or(0),
+        ObjectRef::Record { machine, seq } => u64::from(objects.blocks_len(machine, *seq)?),
+    };
+    lengths.insert(object.clone(), len);
     Ok(len)
 }
 
-/// Notes that these epochs in a row of one machine need a pack.
-fn note_use(uses: &mut HashMap<PackId, Use>, id: PackId, machine: u32, epochs: &[u64]) {
+/// Notes that these epochs in a row of one machine need an object.
+fn note_use(uses: &mut HashMap<ObjectRef, Use>, object: &ObjectRef, machine: u32, epochs: &[u64]) {
     let only = if let [epoch] = epochs { Some((machine, *epoch)) } else { None };
-    let noted = uses.entry(id).and_modify(|noted| {
+    let noted = uses.entry(object.clone()).and_modify(|noted| {
         noted.epoch = None;
         noted.machine = noted.machine.filter(|of| *of == machine);
     });
     noted.or_insert(Use { machine: Some(machine), epoch: only });
 }
 
-/// How many references an epoch has to a pack, and with which epoch in a row they began.
+/// How many references an epoch has to an object, and with which epoch in a row they began.
 #[derive(Clone, Copy, Default)]
 struct Count {
     references: u64,
@@ -132,11 +137,11 @@ struct Count {
 /// Counts from one epoch to the next.
 struct Counted<'a> {
     nodes: &'a Arc<Nodes>,
-    counts: HashMap<PackId, Count>,
+    counts: HashMap<ObjectRef, Count>,
     /// Changes that the current epoch makes.
-    changes: HashMap<PackId, i64>,
-    /// Packs that were needed by these epochs, from one up to but not including the other.
-    ended: Vec<(PackId, usize, usize)>,
+    changes: HashMap<ObjectRef, i64>,
+    /// Objects that were needed by these epochs, from one up to but not including the other.
+    ended: Vec<(ObjectRef, usize, usize)>,
 }
 
 impl<'a> Counted<'a> {
@@ -155,25 +160,25 @@ impl<'a> Counted<'a> {
                 self.change(Some(image), None)?;
             }
         }
-        for (id, change) in self.changes.drain() {
-            let count = self.counts.entry(id).or_default();
+        for (object, change) in self.changes.drain() {
+            let count = self.counts.entry(object.clone()).or_default();
             let was_needed = count.references > 0;
             count.references = count.references.saturating_add_signed(change);
             match (was_needed, count.references > 0) {
                 (false, true) => count.since = at,
-                (true, false) => self.ended.push((id, count.since, at)),
+                (true, false) => self.ended.push((object.clone(), count.since, at)),
                 _ => {}
             }
             if count.references == 0 {
-                self.counts.remove(&id);
+                self.counts.remove(&object);
             }
         }
         Ok(())
     }
 
-    /// All packs, with the epochs that needed them, once the last epoch was counted.
-    fn finish(self, epochs: usize) -> Vec<(PackId, usize, usize)> {
-        let left = self.counts.into_iter().map(|(id, count)| (id, count.since, epochs));
+    /// All objects, with the epochs that needed them, once the last epoch was counted.
+    fn finish(self, epochs: usize) -> Vec<(ObjectRef, usize, usize)> {
+        let left = self.counts.into_iter().map(|(object, count)| (object, count.since, epochs));
         self.ended.into_iter().chain(left).collect()
     }
 
@@ -227,10 +232,10 @@ impl<'a> Counted<'a> {
         Ok(())
     }
 
-    /// Records are not collected.
     fn count(&mut self, object: &ObjectRef, by: i64) {
-        if let ObjectRef::Pack(id) = object {
-            *self.changes.entry(*id).or_default() += by;
+        match self.changes.get_mut(object) {
+            Some(change) => *change += by,
+            None => drop(self.changes.insert(object.clone(), by)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Which packs an epoch refers to beyond another one: what both have at the same place is not even read.
+//! Which objects an epoch refers to beyond another one: what both have at the same place is not even read.
 
 use std::collections::BTreeSet;
 
@@ -24,21 +24,21 @@ impl Roots {
     }
 }
 
-/// Gathers packs.
+/// Gathers objects.
 pub struct Walk<'a> {
     nodes: &'a Nodes,
-    pub packs: BTreeSet<[u8; 16]>,
+    pub objects: BTreeSet<ObjectRef>,
     /// Pages that were looked at.
     pub pages: u64,
-    last: Option<[u8; 16]>,
+    last: Option<ObjectRef>,
 }
 
 impl<'a> Walk<'a> {
     pub fn new(nodes: &'a Nodes) -> Self {
-        Self { nodes, packs: BTreeSet::new(), pages: 0, last: None }
+        Self { nodes, objects: BTreeSet::new(), pages: 0, last: None }
     }
 
-    /// Adds the packs that `epoch` refers to, other than by what `before` has at the same place.
+    /// Adds the objects that `epoch` refers to, other than by what `before` has at the same place.
     pub fn add(&mut self, epoch: &Roots, before: Option<&Roots>) -> Result<()> {
         if let Some(image) = &epoch.image {
             self.add_image(image, before.and_then(|before| before.image.as_ref()))?;
@@ -58,12 +58,9 @@ impl<'a> Walk<'a> {
     }
 
     fn see(&mut self, object: &ObjectRef) {
-        // Records are not collected.
-        if let ObjectRef::Pack(id) = object
-            && self.last != Some(*id)
-        {
-            self.last = Some(*id);
-            self.packs.insert(*id);
+        if self.last.as_ref() != Some(object) {
+            self.last = Some(object.clone());
+            self.objects.insert(object.clone());
         }
     }
 

@@ -1,13 +1,15 @@
 //! Reading objects that hold blocks: single blocks, footers, log records.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use epochfs_format::{
-    Footer, HEADER_LEN, Hash, ObjectRef, PACKS_PREFIX, PAGE_SIZE, PageDecoder, Place, Record, TRAILER_LEN, Trailer,
-    check_header, pack_key, parse_pack_key, record_key,
+    BLOCK_HEADER_LEN, BlockKind, FOOTER_ENTRY_LEN, Footer, FooterBuilder, HEADER_LEN, Hash, ObjectRef, PACKS_PREFIX,
+    PAGE_SIZE, PageDecoder, Place, Record, TRAILER_LEN, Trailer, check_header, encode_header, pack_key, parse_pack_key,
+    record_key,
 };
 
 use super::cache::TwoGenerations;
@@ -49,9 +51,11 @@ pub struct Objects {
     footers: Mutex<TwoGenerations<ObjectRef, Arc<Footer>>>,
     /// The ends of records read lately, which hold the roots of their trees.
     tails: Mutex<TwoGenerations<ObjectRef, Tail>>,
-    /// Packs that the store was asked for, and has, since a collector's work was last heard of: what is kept of a pack on
-    /// this host says nothing about that.
+    /// Objects that the store was asked for, and has as they were, since a collector's work was last heard of: what is kept
+    /// of one on this host says nothing about that.
     existing: Mutex<TwoGenerations<ObjectRef, ()>>,
+    /// How often something was forgotten: what was asked for before may be what was to be forgotten.
+    forgets: AtomicU64,
     /// Decoders that nobody uses just now: making one costs more than a page.
     decoders: Mutex<Vec<PageDecoder>>,
     quarantine: Lists,
@@ -65,6 +69,7 @@ impl Objects {
             footers: Mutex::new(TwoGenerations::new(FOOTER_CACHE_LEN)),
             tails: Mutex::new(TwoGenerations::new(TAIL_CACHE_LEN)),
             existing: Mutex::new(TwoGenerations::new(EXISTING_LEN)),
+            forgets: AtomicU64::new(0),
             decoders: Mutex::new(Vec::new()),
             quarantine: Lists::default(),
         }
@@ -217,6 +222,12 @@ impl Objects {
 
     fn decode_record(&self, object: &ObjectRef, tail: &Tail) -> Result<(Record, Hash)> {
         let ObjectRef::Record { machine, seq } = object else { unreachable!("only records are asked for here") };
+        let (_, block) = self.record_block(object, tail)?;
+        Ok(Record::decode_block(&block, machine, *seq)?)
+    }
+
+    /// The block of the record itself, and what tells where it lies.
+    fn record_block(&self, object: &ObjectRef, tail: &Tail) -> Result<(Trailer, Bytes)> {
         let start = tail.object_len - tail.bytes.len() as u64;
         if start == 0 {
             check_header(&tail.bytes, &self.repository, object)?;
@@ -233,7 +244,36 @@ impl Objects {
         } else {
             self.read_range(object, trailer.record_offset, trailer.record_len)?
         };
-        Ok(Record::decode_block(&block, machine, *seq)?)
+        Ok((trailer, block))
+    }
+
+    /// How many bytes the blocks take that lie in a record which was just read: what emptying it would give back.
+    pub fn blocks_len(&self, machine: &Arc<str>, seq: u64) -> Result<u32> {
+        let object = ObjectRef::Record { machine: machine.clone(), seq };
+        let tail = match lock(&self.tails).get(&object) {
+            Some(tail) => tail,
+            None => self.store.get_tail(&object_key(&object), RECORD_TAIL_LEN)?,
+        };
+        let trailer = Trailer::decode(&tail.bytes, tail.object_len)?;
+        let listed = (BLOCK_HEADER_LEN + FOOTER_ENTRY_LEN) as u32;
+        Ok(trailer.record_offset.saturating_sub(HEADER_LEN as u32) + trailer.footer_len.saturating_sub(listed))
+    }
+
+    /// Puts a record in its own place without the blocks that lay in it; returns how many bytes that gave back.
+    pub fn empty_record(&self, machine: &Arc<str>, seq: u64) -> Result<u64> {
+        let object = ObjectRef::Record { machine: machine.clone(), seq };
+        let key = object_key(&object);
+        // What is kept of it here may be older than what is there.
+        self.distrust(&object);
+        let tail = self.store.get_tail(&key, RECORD_TAIL_LEN)?;
+        let (trailer, block) = self.record_block(&object, &tail).map_err(|error| error.context(&key))?;
+        Record::decode_block(&block, machine, seq).map_err(|error| Error::from(error).context(&key))?;
+        if trailer.record_offset == HEADER_LEN as u32 {
+            return Ok(0);
+        }
+        let bare = bare_record(&self.repository, &object, &block);
+        self.replace(&object, &bare)?;
+        Ok(tail.object_len.saturating_sub(bare.len() as u64))
     }
 
     /// The list of an object's blocks.
@@ -241,12 +281,16 @@ impl Objects {
         if let Some(footer) = lock(&self.footers).get(object) {
             return Ok(footer);
         }
+        let forgets = self.forgets.load(Ordering::Acquire);
         let read = match self.read_footer(object) {
             Err(error) if error.kind() == Kind::Damaged && self.distrust(object) => self.read_footer(object),
             read => read,
         };
         let footer = Arc::new(read.map_err(|error| error.context(object_key(object)))?);
-        lock(&self.footers).insert(object.clone(), footer.clone(), footer.weight());
+        let mut footers = lock(&self.footers);
+        if self.forgets.load(Ordering::Acquire) == forgets {
+            footers.insert(object.clone(), footer.clone(), footer.weight());
+        }
         Ok(footer)
     }
 
@@ -267,14 +311,18 @@ impl Objects {
         Ok(trailer.decode_footer(&block)?)
     }
 
-    /// Forgets what is known of an object that is gone: what it held, and that it was there.
+    /// Forgets what is known of an object that is gone, or was emptied: what it held, and that it was there.
     pub(super) fn forget(&self, object: &ObjectRef) {
+        self.forgets.fetch_add(1, Ordering::AcqRel);
         lock(&self.footers).remove(object);
+        lock(&self.tails).remove(object);
         lock(&self.existing).remove(object);
     }
 
     /// The same of all objects: any of them may be gone.
     pub(super) fn forget_all(&self) {
+        self.forgets.fetch_add(1, Ordering::AcqRel);
+        *lock(&self.tails) = TwoGenerations::new(TAIL_CACHE_LEN);
         *lock(&self.footers) = TwoGenerations::new(FOOTER_CACHE_LEN);
         *lock(&self.existing) = TwoGenerations::new(EXISTING_LEN);
     }
@@ -293,7 +341,9 @@ impl Objects {
         let mut decoder = None;
         for group in order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object) {
             let object = &claims[group[0]].1.object;
-            let by_footer = group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
+            let is_record = matches!(object, ObjectRef::Record { .. });
+            // A record's footer is small, and tells by how long it is whether it still has its blocks.
+            let by_footer = is_record || group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
             if !by_footer && group.len() > 1 && self.store.is_remote() {
                 for Place { offset, len, .. } in group.iter().map(|claim| &claims[*claim].1) {
                     self.will_need(object, u64::from(*offset)..u64::from(*offset) + u64::from(*len));
@@ -304,8 +354,8 @@ impl Objects {
             for claim in group {
                 let (hash, place) = &claims[*claim];
                 answers[*claim] = if is_gone {
-                    // Asking again for what a collector deleted would tell the same.
-                    Err(Error::not_found(format!("there is no object {}", object_key(object))))
+                    // Asking again for what a collector took away would tell the same.
+                    Err(Error::not_found(format!("there are no blocks of {}", object_key(object))))
                 } else if let Err(error) = &exists {
                     Err(Error::new(error.kind(), error.to_string()))
                 } else if by_footer {
@@ -322,17 +372,26 @@ impl Objects {
         answers
     }
 
-    /// Whether a store that is far away has this object still. Bytes that were kept of it here may outlive it, and a
-    /// collector on another host may have deleted it. A store that is near is asked by reading.
+    /// Whether the store has this object still, and a record with the blocks that lay in it. Bytes that were kept here of an
+    /// object that is far away may outlive it, and a collector on another host may have deleted it; a store that is near is
+    /// asked by reading.
     fn exists(&self, object: &ObjectRef) -> Result<bool> {
-        let is_pack = matches!(object, ObjectRef::Pack(_));
         let is_kept_here = || self.store.is_remote() || self.store.cache().is_some();
-        if !is_pack || !is_kept_here() || lock(&self.existing).get(object).is_some() {
+        if !is_kept_here() {
             return Ok(true);
         }
-        let exists = self.store.len(&object_key(object))?.is_some();
-        if exists {
-            lock(&self.existing).insert(object.clone(), (), EXISTING_WEIGHT);
+        if lock(&self.existing).get(object).is_some() {
+            return Ok(true);
+        }
+        let forgets = self.forgets.load(Ordering::Acquire);
+        let exists = match (object, self.store.len(&object_key(object))?) {
+            (_, None) => false,
+            (ObjectRef::Pack(_), Some(_)) => true,
+            (ObjectRef::Record { .. }, Some(len)) => self.footer(object)?.object_len() == len,
+        };
+        let mut existing = lock(&self.existing);
+        if exists && self.forgets.load(Ordering::Acquire) == forgets {
+            existing.insert(object.clone(), (), EXISTING_WEIGHT);
         }
         Ok(exists)
     }
@@ -352,11 +411,23 @@ impl Objects {
 
     /// Whether a page with this hash begins at this place, by the footer of the object.
     fn confirms(&self, hash: &Hash, place: &Place) -> Result<bool> {
-        let entry = self.footer(&place.object)?.find(place.offset);
-        Ok(entry.is_some_and(|entry| {
-            entry.hash == *hash && entry.len == place.len && entry.kind == epochfs_format::BlockKind::Page
-        }))
+        let footer = self.footer(&place.object)?;
+        if matches!(place.object, ObjectRef::Record { .. }) && footer.len() == 1 {
+            return Err(Error::not_found(format!("there are no blocks in {}", object_key(&place.object))));
+        }
+        let entry = footer.find(place.offset);
+        Ok(entry.is_some_and(|entry| entry.hash == *hash && entry.len == place.len && entry.kind == BlockKind::Page))
     }
+}
+
+/// A record's object without any block but the record's own.
+pub fn bare_record(repository: &[u8; 16], object: &ObjectRef, block: &[u8]) -> Vec<u8> {
+    let mut footer = FooterBuilder::new();
+    footer.push(BlockKind::Record, [0; 32], u32::try_from(block.len()).expect("a block is shorter than 16 MiB"));
+    let mut bytes = encode_header(repository, object).to_vec();
+    bytes.extend_from_slice(block);
+    bytes.extend_from_slice(&footer.finish());
+    bytes
 }
 
 fn missing_is_damage(error: Error) -> Error {

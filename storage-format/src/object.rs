@@ -146,6 +146,13 @@ impl Footer {
         None
     }
 
+    /// How long the object is that ends with this footer.
+    pub fn object_len(&self) -> u64 {
+        let last = self.len().checked_sub(1).map(|last| self.get(last));
+        let end = last.map_or(HEADER_LEN as u64, |last| u64::from(last.offset) + u64::from(last.len));
+        end + (BLOCK_HEADER_LEN + self.entries.len() + TRAILER_LEN) as u64
+    }
+
     /// How many bytes of memory it takes.
     pub fn weight(&self) -> usize {
         self.entries.len() + 64

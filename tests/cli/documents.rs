@@ -219,6 +219,7 @@ fn every_command_prints_a_document_with_its_fields() {
             "packs",
             "bytes",
             "garbage_packs",
+            "garbage_records",
             "garbage_bytes",
             "young_packs",
             "young_bytes",
@@ -229,7 +230,10 @@ fn every_command_prints_a_document_with_its_fields() {
             "done",
         ],
     );
-    check(&["gc", "run", "--yes"], &["condemned", "kept", "deleted", "deleted_bytes", "done", "waiting_for"]);
+    check(
+        &["gc", "run", "--yes"],
+        &["condemned", "kept", "deleted", "emptied", "deleted_bytes", "done", "waiting_for"],
+    );
     check(&["gc", "status"], &["record", "step", "time_ns", "running", "readers"]);
     check(
         &["gc", "compact", "web1"],

@@ -5,7 +5,7 @@
 //! - of several racing puts of one key, exactly one is told `Created`;
 //! - an object is absent or whole, never half there;
 //! - what was written is never changed, only deleted;
-//! - an object that is replaced, because it was damaged, is read as before or as after, whole.
+//! - an object that is replaced, because it was damaged or is emptied, is read as before or as after, whole.
 
 mod cached;
 mod cloud;
@@ -172,7 +172,8 @@ pub trait Store: Send + Sync {
     fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put>;
 
     /// Puts an object durably in the place of what lies under its key, if anything does: whoever reads meanwhile is given
-    /// the old bytes or the new. For bytes alone that say what the object's name stands for, where what is stored does not.
+    /// the old bytes or the new. For bytes alone that say what the object's name stands for, where what is stored does not,
+    /// or says more than anybody needs.
     fn replace(&self, key: &str, _bytes: &[u8]) -> Result<()> {
         Err(Error::new(crate::error::Kind::Unsupported, format!("{} cannot replace object {key}", self.url())))
     }

@@ -157,7 +157,7 @@ impl Run {
 
     fn commit(&self, store: &EpochStore, seeded: &mut Seeded) -> Check {
         let machine: Arc<str> = format!("m{}", seeded.below(4)).into();
-        let inline_len_max = if seeded.chance(200) { 128 << 10 } else { 0 };
+        let inline_len_max = if seeded.chance(300) { 128 << 10 } else { 0 };
         let options = CommitOptions { inline_len_max, ..options() };
         let Some(mut commit) = self.begin(store, &machine, options)? else { return Ok(()) };
         let parent = commit.parent();
@@ -332,6 +332,7 @@ impl Run {
                 Some(Step::Done(collected)) => {
                     let outcome = &mut self.world.lock().outcome;
                     outcome.deleted += collected.deleted;
+                    outcome.emptied += collected.emptied;
                     outcome.kept += collected.kept;
                 }
                 _ => {}
@@ -362,8 +363,9 @@ impl Run {
             }
         }
         let needed = reach::reachable(&self.world.objects, &[])?;
-        let leaked: Vec<String> =
-            reach::packs(&self.world.objects).into_iter().filter(|pack| !needed.contains_key(pack)).collect();
+        let mut leaked = reach::packs(&self.world.objects);
+        leaked.extend(reach::carrying(&self.world.objects)?);
+        leaked.retain(|key| !needed.contains_key(key));
         if !leaked.is_empty() {
             return Err(format!("nobody needs {leaked:?}, and yet it stays"));
         }

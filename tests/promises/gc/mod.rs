@@ -62,6 +62,7 @@ fn p4_nothing_that_is_needed_is_deleted_and_no_garbage_stays() {
             sum.committed,
             sum.stored_again,
             sum.deleted,
+            sum.emptied,
             sum.kept,
             sum.refused,
             sum.crashes,

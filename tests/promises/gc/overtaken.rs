@@ -20,16 +20,18 @@ use crate::support::memory::MemoryStore;
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// A store with work to do between a pack's bytes and whoever asked for them.
-#[derive(Clone, Default)]
+/// A store with work to do between an object's bytes and whoever asked for them.
+#[derive(Clone)]
 struct Interrupted {
     inner: MemoryStore,
+    /// What the keys of such objects begin with.
+    of: &'static str,
     after_read: Arc<Mutex<Option<Work>>>,
 }
 
 impl Interrupted {
     fn interrupt(&self, key: &str) {
-        if key.starts_with("packs/") {
+        if key.starts_with(self.of) {
             let work = self.after_read.lock().unwrap().take();
             work.into_iter().for_each(|work| work());
         }
@@ -69,6 +71,10 @@ impl Store for Interrupted {
         self.inner.put_if_absent(key, parts)
     }
 
+    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        self.inner.replace(key, bytes)
+    }
+
     fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
         self.inner.writer(key)
     }
@@ -86,20 +92,18 @@ impl Store for Interrupted {
     }
 }
 
-/// The commit has proven that a condemned pack is there, and stands still. The pack is deleted, and another thread of the
+/// The commit has proven that what was condemned is there, and stands still. It is taken away, and another thread of the
 /// process hears that the collection is over. The commit must remember what was condemned when it began to look.
-#[test]
-fn p4_a_commit_that_stood_still_does_not_refer_to_what_a_collection_deleted_meanwhile() {
-    let store = Interrupted::default();
+fn is_not_referred_to(of: &'static str, pages: usize, condemned: u64) {
+    let store = Interrupted { inner: MemoryStore::default(), of, after_read: Arc::default() };
     Repository::create(Arc::new(store.clone())).unwrap();
     let open = |index: &Arc<Index>| {
         let settings = LeaseSettings { background: false, ..LeaseSettings::default() };
         let repository = Repository::open(Arc::new(store.clone())).unwrap();
         Arc::new(EpochStore::new(repository).with_leases(settings).with_index(index.clone()))
     };
-    // Few enough pages that each is read to prove it.
-    let mut seeded = Seeded::new(1);
-    let memory: Vec<u8> = (0..100 * 4096 / 8).flat_map(|_| seeded.next().to_le_bytes()).collect();
+    let mut memory = vec![0; pages * 4096];
+    noise(&mut Seeded::new(1), &mut memory);
     let writer = open(&Arc::new(Index::in_memory()));
     let mut commit = writer.begin_commit("web1", CommitOptions::default()).unwrap();
     commit.add_bytes("memory", memory.clone()).unwrap();
@@ -107,7 +111,8 @@ fn p4_a_commit_that_stood_still_does_not_refer_to_what_a_collection_deleted_mean
     writer.drop_epochs(&"web1".into(), &[1].into()).unwrap();
 
     let mut collector = Collector::new(open(&Arc::new(Index::in_memory())), CollectorSettings::default());
-    assert!(matches!(collector.step(&mut |_, _| {}).unwrap(), Step::Condemned(1)));
+    let step = collector.step(&mut |_, _| {}).unwrap();
+    assert!(matches!(step, Step::Condemned(count) if count == condemned), "{step:?}");
     assert!(matches!(collector.step(&mut |_, _| {}).unwrap(), Step::Fenced));
     let mut commit = writer.begin_commit("web2", CommitOptions::default()).unwrap();
     let log = writer.repository().collector_log().clone();
@@ -119,16 +124,31 @@ fn p4_a_commit_that_stood_still_does_not_refer_to_what_a_collection_deleted_mean
     commit.add_bytes("memory", memory.clone()).unwrap();
     let committed = commit.finish().unwrap();
     assert!(store.after_read.lock().unwrap().is_none(), "the collection went by");
-    assert_eq!(committed.counts.new_pages, 100);
+    assert_eq!(committed.counts.new_pages, pages as u64);
     let epoch = open(&Arc::new(Index::none())).epoch(&"web2".parse().unwrap()).unwrap();
     let mut bytes = vec![0; memory.len()];
     epoch.stream(b"memory").unwrap().read_at(0, &mut bytes).unwrap();
     assert!(bytes == memory);
+    // What was read of it before it was taken away is remembered by nobody.
+    let mut commit = writer.begin_commit("web3", CommitOptions::default()).unwrap();
+    commit.add_bytes("memory", memory).unwrap();
+    commit.finish().unwrap();
+    assert!(writer.verify(&mut |_, _| {}).unwrap().is_whole());
 }
 
-/// What another host's collector deleted is kept in this host's cache: no commit may refer to it.
+/// Few enough pages that each is read to prove it. The root of the tree lies in the record.
 #[test]
-fn p4_what_is_kept_of_a_deleted_pack_is_not_taken_for_the_pack() {
+fn p4_a_commit_that_stood_still_does_not_refer_to_what_a_collection_deleted_meanwhile() {
+    is_not_referred_to("packs/", 100, 2);
+}
+
+#[test]
+fn p4_a_commit_that_stood_still_does_not_refer_to_what_went_from_a_record_meanwhile() {
+    is_not_referred_to("machines/web1/", 20, 1);
+}
+
+/// What another host's collector took away is kept in this host's cache: no commit may refer to it.
+fn is_not_taken_for_there(pages: usize, take_away: impl Fn(&Arc<dyn Store>)) {
     let directory = tempfile::tempdir().unwrap();
     let inner: Arc<dyn Store> = Arc::new(MemoryStore::default());
     Repository::create(inner.clone()).unwrap();
@@ -137,7 +157,7 @@ fn p4_what_is_kept_of_a_deleted_pack_is_not_taken_for_the_pack() {
         let cached = CachedStore::new(inner.clone(), settings);
         EpochStore::new(Repository::open(Arc::new(cached)).unwrap()).with_state(directory.path().join("state"))
     };
-    let mut memory = vec![0; 4 << 20];
+    let mut memory = vec![0; pages * 4096];
     noise(&mut Seeded::new(1), &mut memory);
     let commit = |machine: &str| {
         let store = host();
@@ -150,10 +170,28 @@ fn p4_what_is_kept_of_a_deleted_pack_is_not_taken_for_the_pack() {
         assert!(bytes == memory);
         new_pages
     };
-    assert_eq!(commit("web1"), 1024);
+    assert_eq!(commit("web1"), pages as u64);
     assert_eq!(commit("web2"), 0, "the index and the cache know all pages");
-    for key in keys_below(&*inner, "packs/").unwrap() {
-        inner.delete(&key).unwrap();
-    }
-    assert_eq!(commit("web3"), 1024, "the pages are gone, whatever is kept of them");
+    take_away(&inner);
+    assert_eq!(commit("web3"), pages as u64, "the pages are gone, whatever is kept of them");
+    // That they are gone says nothing against the index, which has learnt where they are now.
+    assert_eq!(commit("web4"), 0);
+}
+
+#[test]
+fn p4_what_is_kept_of_a_deleted_pack_is_not_taken_for_the_pack() {
+    is_not_taken_for_there(1024, |store| {
+        keys_below(&**store, "packs/").unwrap().iter().for_each(|key| store.delete(key).unwrap());
+    });
+}
+
+#[test]
+fn p4_what_is_kept_of_a_record_that_was_emptied_is_not_taken_for_what_lay_in_it() {
+    is_not_taken_for_there(20, |store| {
+        let repository = Repository::open(store.clone()).unwrap();
+        assert!(repository.objects().empty_record(&"web1".into(), 1).unwrap() > 20 * 4096);
+        assert_eq!(repository.objects().empty_record(&"web1".into(), 1).unwrap(), 0, "a second time");
+        let (record, _) = repository.objects().record(&"web1".into(), 1).unwrap().unwrap();
+        assert_eq!((record.seq, record.latest_epoch), (1, 1), "the record is what it was");
+    });
 }

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use epochfs::epoch::commit_of;
 use epochfs::platform::store::Store;
 use epochfs::repo::{Repository, machines, object_key};
-use epochfs_format::{Image, ManifestPlace, ObjectRef, Place, Record, StoredNode, decode_node, levels_for};
+use epochfs_format::{
+    Image, ManifestPlace, ObjectRef, PAGE_SIZE, PageDecoder, Place, Record, StoredNode, decode_node, levels_for,
+};
 
 use crate::support::memory::MemoryStore;
 use crate::support::{Check, Saying};
@@ -38,6 +40,24 @@ pub fn reachable(objects: &MemoryStore, held: &[(Arc<str>, u64)]) -> Check<BTree
 /// The packs that are there.
 pub fn packs(objects: &MemoryStore) -> BTreeSet<String> {
     objects.objects().into_keys().filter(|key| key.starts_with("packs/")).collect()
+}
+
+/// The records in which blocks lie.
+pub fn carrying(objects: &MemoryStore) -> Check<BTreeSet<String>> {
+    let repository = Repository::open(Arc::new(objects.clone())).saying("opening")?;
+    let objects = repository.objects();
+    let mut carrying = BTreeSet::new();
+    for machine in machines(objects).saying("listing")? {
+        for seq in 1.. {
+            let object = ObjectRef::Record { machine: machine.clone(), seq };
+            if objects.record(&machine, seq).saying(&machine)?.is_none() {
+                break;
+            }
+            let blocks = objects.footer(&object).saying("its footer")?;
+            carrying.extend((blocks.len() > 1).then(|| object_key(&object)));
+        }
+    }
+    Ok(carrying)
 }
 
 fn add(
@@ -98,6 +118,11 @@ fn add_node(
     for slot in node.iter() {
         if level == 0 {
             need(objects, slot.object, by, needed)?;
+            // That the record is there says nothing about the blocks in it.
+            if matches!(slot.object, ObjectRef::Record { .. }) && seen.insert(slot.place()) {
+                let block = read(objects, &slot.place())?;
+                PageDecoder::new().decode(&block, slot.hash, &mut [0; PAGE_SIZE]).saying("decoding a page")?;
+            }
         } else {
             add_node(objects, &slot.place(), level - 1, by, needed, seen)?;
         }

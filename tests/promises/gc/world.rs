@@ -32,6 +32,7 @@ pub struct Outcome {
     pub crashes: u64,
     pub stalls: u64,
     pub deleted: u64,
+    pub emptied: u64,
     pub kept: u64,
     pub fingerprint: u64,
 }
@@ -47,6 +48,7 @@ impl Outcome {
         self.crashes += other.crashes;
         self.stalls += other.stalls;
         self.deleted += other.deleted;
+        self.emptied += other.emptied;
         self.kept += other.kept;
         self.fingerprint ^= other.fingerprint;
     }
@@ -59,6 +61,7 @@ struct Killed;
 enum Late {
     Delete(String),
     Put(String, Vec<u8>),
+    Replace(String, Vec<u8>),
 }
 
 /// An epoch that somebody reads under a lease.
@@ -204,6 +207,7 @@ impl World {
         while let Some(entry) = state.late.first_entry().filter(|entry| entry.key().0 <= state.now) {
             match entry.remove() {
                 Late::Delete(key) => self.objects.delete(&key).unwrap(),
+                Late::Replace(key, bytes) => self.objects.replace(&key, &bytes).unwrap(),
                 Late::Put(key, bytes) => drop(self.objects.put_if_absent(&key, &[&bytes]).unwrap()),
             }
         }
@@ -266,9 +270,10 @@ impl World {
         state.late.insert((moment, number), late);
     }
 
-    /// Before a pack goes, nobody may need it.
-    fn check_delete(&self, key: &str) {
-        if !key.starts_with("packs/") || self.objects.len(key).unwrap().is_none() {
+    /// Before a pack goes, or the blocks in a record, nobody may need them.
+    fn check_taken_away(&self, key: &str) {
+        let may_be_needed = key.starts_with("packs/") || key.starts_with("machines/");
+        if !may_be_needed || self.objects.len(key).unwrap().is_none() {
             return;
         }
         let mut state = self.lock();
@@ -282,7 +287,7 @@ impl World {
         match reach::reachable(&self.objects, &held) {
             Ok(needed) => {
                 if let Some(by) = needed.get(key) {
-                    state.violation.get_or_insert(format!("{key} is deleted, and {by} needs it"));
+                    state.violation.get_or_insert(format!("{key} is taken away, and {by} needs it"));
                 }
             }
             Err(error) => {
@@ -384,6 +389,21 @@ impl Store for WorldStore {
         Ok(if self.0.draw(4) { Put::Exists } else { put })
     }
 
+    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        self.begin("replace", key)?;
+        self.0.check_taken_away(key);
+        if self.0.draw(20) {
+            self.0.later(Late::Replace(key.to_owned(), bytes.to_vec()));
+            return Err(Self::unanswered(key));
+        }
+        self.0.objects.replace(key, bytes)?;
+        if self.0.draw(20) {
+            // It is repeated by something on the way.
+            self.0.later(Late::Replace(key.to_owned(), bytes.to_vec()));
+        }
+        if self.0.draw(10) { Err(Self::unanswered(key)) } else { Ok(()) }
+    }
+
     fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
         Ok(Box::new(WorldWriter { store: self.clone(), key: key.to_owned(), bytes: Vec::new() }))
     }
@@ -415,7 +435,7 @@ impl Store for WorldStore {
 
     fn delete(&self, key: &str) -> Result<()> {
         self.begin("delete", key)?;
-        self.0.check_delete(key);
+        self.0.check_taken_away(key);
         if self.0.draw(20) {
             self.0.later(Late::Delete(key.to_owned()));
             return Err(Self::unanswered(key));
