@@ -154,8 +154,8 @@ impl Compact {
         let directory = Some(context.local_directory(&store).join("gc"));
         let settings = CollectorSettings { directory, ..CollectorSettings::default() };
         let mut collector = Collector::new(store.clone(), settings);
-        // Nobody waits for this, and somebody may for a commit. The lease is taken before, so that the thread that renews it
-        // is as important as any other for as long as something is read.
+        // The lease is taken before, so that the thread that renews it is as important as any other for as long as something
+        // is read.
         drop(store.readers().opening()?);
         give_way();
         let machines = match self.all {
@@ -261,6 +261,8 @@ impl Compact {
 }
 
 fn collect(context: &Context, run: &Run) -> Result<ExitCode> {
+    // Nobody waits for this, and somebody may for a commit.
+    give_way();
     let mut collector = collector(context, &run.options)?;
     let bar = context.progress("marking");
     let mut told = false;

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::gc::retention::{Policy, parse_duration};
 use crate::gc::{Pruned, judge_machine};
 use crate::ha::Config;
+use crate::platform::process::give_way;
 
 /// Drop the epochs that no rule keeps. Without --yes only the plan is printed.
 ///
@@ -105,6 +106,8 @@ impl Prune {
 
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let rules = self.rules()?;
+        // Nobody waits for this, and somebody may for a commit.
+        give_way();
         let store = context.open()?;
         let named: Vec<Arc<str>> = if self.machines.is_empty() {
             store.repository().machines()?

@@ -105,12 +105,14 @@ pub struct Collector {
     watch: Watch,
     /// How long packs were when they were listed.
     lengths: HashMap<[u8; 16], u64>,
+    /// Whether more was garbage than what was condemned last.
+    has_more: bool,
 }
 
 impl Collector {
     pub fn new(store: Arc<EpochStore>, settings: CollectorSettings) -> Self {
         let memory = Memory::new(settings.directory.clone());
-        Self { store, settings, memory, watch: Watch::default(), lengths: HashMap::new() }
+        Self { store, settings, memory, watch: Watch::default(), lengths: HashMap::new(), has_more: false }
     }
 
     pub(super) fn store(&self) -> &Arc<EpochStore> {
@@ -147,6 +149,7 @@ impl Collector {
             pages_walked: marked.pages_walked,
             ..Plan::default()
         };
+        let emptied = done.map_or(Ok(HashSet::new()), |done| self.emptied_since(done))?;
         let now = now_ns();
         let mut orphans = std::mem::take(&mut self.memory.orphans.first_seen_ns);
         for (id, len) in packs {
@@ -168,13 +171,40 @@ impl Collector {
             plan.garbage_bytes += len;
             plan.garbage.push(ObjectRef::Pack(id));
         }
-        for (record, len) in self.memory.carrying().filter(|(record, _)| !marked.live.contains(record)) {
+        for (record, len) in marked.carrying {
+            if marked.live.contains(&record) || emptied.contains(&record) {
+                continue;
+            }
             plan.garbage_records += 1;
             plan.garbage_bytes += len;
             plan.garbage.push(record);
         }
         self.memory.settle(done, &|id| is_there.contains(id));
         Ok(plan)
+    }
+
+    /// The records that collections emptied since the last one that the memory knows of: they may have been read before.
+    fn emptied_since(&mut self, done: u64) -> Result<HashSet<ObjectRef>> {
+        let log = self.store.repository().collector_log().clone();
+        let mut emptied = HashSet::new();
+        let Some(known) = self.memory.orphans.collected.replace(done) else { return Ok(emptied) };
+        let first = if known == 0 { 1 } else { known + STEPS };
+        // Who is further behind has them condemned once more, which finds nothing to empty.
+        if done.saturating_sub(first) > COLLECTIONS_READ_MAX * STEPS {
+            return Ok(emptied);
+        }
+        for condemned in (first..=done).step_by(STEPS as usize) {
+            let kept = log.kept(condemned)?;
+            for object in log.condemned(condemned)? {
+                if let ObjectRef::Record { machine, seq } = &object
+                    && !kept.contains(&object)
+                {
+                    self.memory.note_empty(machine, *seq);
+                    emptied.insert(object);
+                }
+            }
+        }
+        Ok(emptied)
     }
 
     /// What would be needed without this epoch.
@@ -243,7 +273,14 @@ impl Collector {
         if objects.is_empty() {
             return Ok(Step::Clean);
         }
-        objects.truncate(CONDEMNED_MAX);
+        let mut len = 0;
+        let fitting = objects.iter().take(CONDEMNED_MAX).take_while(|object| {
+            len += encoded_len(object);
+            len <= CONDEMNED_LEN_MAX
+        });
+        let fitting = fitting.count();
+        self.has_more = fitting < objects.len();
+        objects.truncate(fitting);
         objects.sort();
         if self.settings.canary == Some(Canary::DeletedBeforeCondemned) {
             objects.iter().try_for_each(|object| self.take_away(object).map(|_| ()))?;
@@ -364,7 +401,14 @@ impl Collector {
                 objects.store().delete(&pack_key(id))?;
                 Ok(len)
             }
-            ObjectRef::Record { machine, seq } => objects.empty_record(machine, *seq),
+            ObjectRef::Record { machine, seq } => match objects.empty_record(machine, *seq) {
+                // One that is damaged, or missing, is for a repair, and no reason to collect nothing any more.
+                Err(error) if error.kind().is_of_object() => {
+                    tracing::warn!("it is not emptied: {error}");
+                    Ok(0)
+                }
+                emptied => emptied,
+            },
         }
     }
 
@@ -390,7 +434,8 @@ impl Collector {
                     sum.emptied += collected.emptied;
                     sum.deleted_bytes += collected.deleted_bytes;
                     // What was kept is in use. More is left only if there was more than one record condemns.
-                    if is_own && collected.condemned < CONDEMNED_MAX as u64 {
+                    let is_in_vain = collected.kept == collected.condemned;
+                    if is_own && (!self.has_more || is_in_vain) {
                         return Ok(sum);
                     }
                 }
@@ -411,6 +456,24 @@ impl Collector {
     }
 }
 
+/// A condemnation takes no more bytes than this, whatever objects are called: those of the most packs that it may name. It must be
+/// written on a full disk, too.
+const CONDEMNED_LEN_MAX: usize = CONDEMNED_MAX * 17;
+
+/// How many records of the collector's log a collection has.
+const STEPS: u64 = 4;
+
+/// So many collections of others are read to know what they emptied.
+const COLLECTIONS_READ_MAX: u64 = 16;
+
+/// At most so many bytes an object takes in a condemnation.
+fn encoded_len(object: &ObjectRef) -> usize {
+    match object {
+        ObjectRef::Pack(_) => 17,
+        ObjectRef::Record { machine, .. } => 12 + machine.len(),
+    }
+}
+
 /// How many objects of a store that is far away are taken away at once.
 const AT_ONCE: usize = 8;
 
@@ -422,6 +485,27 @@ fn forget_a_root(marked: &mut Marked) {
         marked.live.remove(&object);
         if let ObjectRef::Pack(id) = object {
             marked.written.insert(id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use epochfs_format::GcRecord;
+
+    use super::*;
+
+    #[test]
+    fn no_object_takes_more_of_a_condemnation_than_is_counted() {
+        let len_of = |objects: Vec<ObjectRef>| {
+            let body = GcBody::Condemn { objects };
+            GcRecord { repository: [1; 16], seq: 1, writer: [2; 16], time_ns: 0, body }.encode().len()
+        };
+        let names = ["a".to_owned(), "machine".repeat(4), "n".repeat(128)];
+        let named = |name: &String| ObjectRef::Record { machine: name.as_str().into(), seq: u64::MAX };
+        for object in names.iter().map(named).chain([ObjectRef::Pack([7; 16])]) {
+            let taken = len_of(vec![object.clone()]) - len_of(Vec::new());
+            assert!(taken <= encoded_len(&object) && encoded_len(&object) <= taken + 4, "{object:?} takes {taken}");
         }
     }
 }

@@ -20,6 +20,8 @@ pub struct Marked {
     pub live: HashSet<ObjectRef>,
     /// Packs that some commit says it wrote.
     pub written: HashSet<[u8; 16]>,
+    /// Records with blocks that lie in them, and how many bytes.
+    pub carrying: Vec<(ObjectRef, u64)>,
     pub machines: u64,
     pub epochs: u64,
     /// Epochs of which something was read.
@@ -41,6 +43,8 @@ pub struct Memory {
 #[derive(Default, Serialize, Deserialize)]
 pub struct Orphans {
     pub first_seen_ns: BTreeMap<String, u64>,
+    /// The last collection that was over when this was written, by its condemnation; 0 for none.
+    pub collected: Option<u64>,
 }
 
 impl Memory {
@@ -74,14 +78,6 @@ impl Memory {
         if let Some(directory) = &self.directory {
             save(&directory.join("orphans"), &self.orphans);
         }
-    }
-
-    /// Records with blocks that lie in them, and how many bytes.
-    pub fn carrying(&self) -> impl Iterator<Item = (ObjectRef, u64)> + '_ {
-        self.histories.iter().flat_map(|(machine, history)| {
-            let carried = history.carrying.iter();
-            carried.map(|(seq, len)| (ObjectRef::Record { machine: machine.clone(), seq: *seq }, u64::from(*len)))
-        })
     }
 
     /// A record has no blocks any more.
@@ -152,6 +148,7 @@ impl Memory {
                 epochs.remove(&epoch);
             });
             marked.live.clear();
+            marked.carrying.clear();
         }
         mark_traces(store, &mut marked)?;
         Ok(marked)
@@ -175,6 +172,8 @@ impl Memory {
             });
             done += epochs.len() as u64;
             marked.written.extend(&history.written);
+            let named = |seq: &u64| ObjectRef::Record { machine: machine.clone(), seq: *seq };
+            marked.carrying.extend(history.carrying.iter().map(|(seq, len)| (named(seq), u64::from(*len))));
             let failed = match result {
                 Ok(()) => None,
                 Err((epoch, error)) => {
@@ -193,7 +192,7 @@ impl Memory {
                 return Ok(Some((machine.clone(), epoch)));
             }
             // Dropped since its log was read, and collected by another collector.
-            if is_gone(store, machine, epoch) {
+            if is_gone(store, machine, epoch)? {
                 if is_running {
                     return Err(Error::conflict(format!("{machine}@{epoch} was collected meanwhile: {error}"))
                         .hint("another collector came first; run again"));
@@ -255,8 +254,12 @@ fn mark_machine(
     Ok(())
 }
 
-fn is_gone(store: &EpochStore, machine: &Arc<str>, epoch: u64) -> bool {
-    store.repository().epoch_record(machine, epoch).is_err_and(|error| error.kind() == Kind::NotFound)
+fn is_gone(store: &EpochStore, machine: &Arc<str>, epoch: u64) -> Result<bool> {
+    match store.repository().epoch_record(machine, epoch) {
+        Err(error) if error.kind() == Kind::NotFound => Ok(true),
+        Err(error) if !error.kind().is_of_object() => Err(error),
+        _ => Ok(false),
+    }
 }
 
 /// The objects that an epoch needs beyond another one, and how many pages were looked at.

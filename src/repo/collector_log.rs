@@ -88,6 +88,14 @@ impl CollectorLog {
         }
     }
 
+    /// What a collection that is over took nothing of.
+    pub fn kept(&self, condemned: u64) -> Result<HashSet<ObjectRef>> {
+        match earlier(&self.objects, condemned + 2)?.body {
+            GcBody::Delete { kept, .. } => Ok(kept.into_iter().collect()),
+            other => Err(Error::damaged(format!("{}: a {} record", gc_record_key(condemned + 2), other.name()))),
+        }
+    }
+
     /// Makes the next record. `false` if somebody else made it, be it the same or another.
     pub fn append(&self, seq: u64, body: GcBody) -> Result<bool> {
         let (repository, writer) = (*self.objects.repository(), random::id16());

@@ -164,7 +164,7 @@ impl Objects {
 
     /// These bytes of a record that was read lately.
     fn tail_range(&self, object: &ObjectRef, range: &Range<u64>) -> Option<Bytes> {
-        if !matches!(object, ObjectRef::Record { .. }) {
+        if !is_record(object) {
             return None;
         }
         let tail = lock(&self.tails).get(object)?;
@@ -207,7 +207,9 @@ impl Objects {
             Err(error) => return Err(error),
         };
         let (tail, decoded) = match self.decode_record(&object, &tail) {
-            Err(error) if error.kind() == Kind::Damaged && self.distrust(&object) => {
+            // It may have been emptied between two reads.
+            Err(error) if error.kind() == Kind::Damaged => {
+                self.distrust(&object);
                 let tail = self.store.get_tail(&key, tail_len)?;
                 let decoded = self.decode_record(&object, &tail);
                 (tail, decoded)
@@ -263,11 +265,20 @@ impl Objects {
     pub fn empty_record(&self, machine: &Arc<str>, seq: u64) -> Result<u64> {
         let object = ObjectRef::Record { machine: machine.clone(), seq };
         let key = object_key(&object);
-        // What is kept of it here may be older than what is there.
-        self.distrust(&object);
-        let tail = self.store.get_tail(&key, RECORD_TAIL_LEN)?;
-        let (trailer, block) = self.record_block(&object, &tail).map_err(|error| error.context(&key))?;
-        Record::decode_block(&block, machine, seq).map_err(|error| Error::from(error).context(&key))?;
+        let read = || -> Result<(Tail, Trailer, Bytes)> {
+            // What is kept of it here may be older than what is there.
+            self.distrust(&object);
+            let tail = self.store.get_tail(&key, RECORD_TAIL_LEN)?;
+            let (trailer, block) = self.record_block(&object, &tail)?;
+            Record::decode_block(&block, machine, seq)?;
+            Ok((tail, trailer, block))
+        };
+        let (tail, trailer, block) = match read() {
+            // Another collector may have emptied it between two reads.
+            Err(error) if error.kind() == Kind::Damaged => read(),
+            read => read,
+        }
+        .map_err(|error| error.context(&key))?;
         if trailer.record_offset == HEADER_LEN as u32 {
             return Ok(0);
         }
@@ -283,7 +294,9 @@ impl Objects {
         }
         let forgets = self.forgets.load(Ordering::Acquire);
         let read = match self.read_footer(object) {
-            Err(error) if error.kind() == Kind::Damaged && self.distrust(object) => self.read_footer(object),
+            Err(error) if error.kind() == Kind::Damaged && (self.distrust(object) || is_record(object)) => {
+                self.read_footer(object)
+            }
             read => read,
         };
         let footer = Arc::new(read.map_err(|error| error.context(object_key(object)))?);
@@ -317,6 +330,7 @@ impl Objects {
         lock(&self.footers).remove(object);
         lock(&self.tails).remove(object);
         lock(&self.existing).remove(object);
+        self.store.distrust(&object_key(object));
     }
 
     /// The same of all objects: any of them may be gone.
@@ -325,6 +339,7 @@ impl Objects {
         *lock(&self.tails) = TwoGenerations::new(TAIL_CACHE_LEN);
         *lock(&self.footers) = TwoGenerations::new(FOOTER_CACHE_LEN);
         *lock(&self.existing) = TwoGenerations::new(EXISTING_LEN);
+        self.store.let_go();
     }
 
     /// Whether pages with these hashes really lie at these places: what the index says is only believed after this.
@@ -341,9 +356,9 @@ impl Objects {
         let mut decoder = None;
         for group in order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object) {
             let object = &claims[group[0]].1.object;
-            let is_record = matches!(object, ObjectRef::Record { .. });
             // A record's footer is small, and tells by how long it is whether it still has its blocks.
-            let by_footer = is_record || group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
+            let by_footer =
+                is_record(object) || group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
             if !by_footer && group.len() > 1 && self.store.is_remote() {
                 for Place { offset, len, .. } in group.iter().map(|claim| &claims[*claim].1) {
                     self.will_need(object, u64::from(*offset)..u64::from(*offset) + u64::from(*len));
@@ -412,12 +427,16 @@ impl Objects {
     /// Whether a page with this hash begins at this place, by the footer of the object.
     fn confirms(&self, hash: &Hash, place: &Place) -> Result<bool> {
         let footer = self.footer(&place.object)?;
-        if matches!(place.object, ObjectRef::Record { .. }) && footer.len() == 1 {
+        if is_record(&place.object) && footer.len() == 1 {
             return Err(Error::not_found(format!("there are no blocks in {}", object_key(&place.object))));
         }
         let entry = footer.find(place.offset);
         Ok(entry.is_some_and(|entry| entry.hash == *hash && entry.len == place.len && entry.kind == BlockKind::Page))
     }
+}
+
+fn is_record(object: &ObjectRef) -> bool {
+    matches!(object, ObjectRef::Record { .. })
 }
 
 /// A record's object without any block but the record's own.

@@ -65,6 +65,11 @@ impl<'a> Donors<'a> {
         self.blocks[0].store.repository().objects()
     }
 
+    /// Whether an epoch that can be followed needs the object.
+    pub fn is_needed(&self, object: &ObjectRef) -> bool {
+        self.damage.needed.contains_key(object)
+    }
+
     /// Looks for all blocks whose content is that of a damaged block of these objects; and for what nodes that have to be
     /// made again refer to.
     pub fn look_for(&mut self, objects: &BTreeSet<ObjectRef>, decoder: &mut PageDecoder) -> Result<()> {

@@ -24,7 +24,7 @@ use super::verify::{Damage, Verified, Verifier};
 use super::view::EpochStore;
 use crate::error::{Kind, Result};
 use crate::platform::store::Cache;
-use crate::repo::{Hold, Summing, object_key};
+use crate::repo::{Hold, Opening, Summing, object_key};
 use donors::Donors;
 use object::{Rebuilt, rebuild};
 
@@ -120,7 +120,7 @@ impl EpochStore {
     fn repair_round(&self, damage: &Damage, sources: &RepairSources, apply: bool) -> Result<Round> {
         let mut round = Round::default();
         let mut decoder = PageDecoder::new();
-        let (holds, wanted) = self.needed(damage, &mut round)?;
+        let (_opening, holds, wanted) = self.needed(damage, &mut round)?;
         let mut donors = Donors::new(self, sources, damage);
         donors.look_for(&wanted, &mut decoder)?;
         for object in wanted {
@@ -146,17 +146,27 @@ impl EpochStore {
         Ok(round)
     }
 
-    /// Of what is damaged, what an epoch needs; and holds of these epochs, as long as what they need is put in place.
-    fn needed(&self, damage: &Damage, round: &mut Round) -> Result<(Vec<Hold>, BTreeSet<ObjectRef>)> {
-        let _opening = self.opening()?;
+    /// Of what is damaged, what an epoch needs, and records; with holds of these epochs, as long as what they need is put in
+    /// place. As long as the opening is there, no record is emptied that was not condemned before.
+    fn needed(&self, damage: &Damage, round: &mut Round) -> Result<(Opening, Vec<Hold>, BTreeSet<ObjectRef>)> {
+        let opening = self.opening()?;
+        let log = self.repository().collector_log();
+        log.heed_newest()?;
+        let condemned = log.dead();
         let (mut holds, mut held) = (Vec::new(), BTreeMap::new());
         let mut wanted = BTreeSet::new();
         for object in damage.objects() {
-            if matches!(object, ObjectRef::Record { .. }) {
-                wanted.insert(object);
+            let is_record = matches!(object, ObjectRef::Record { .. });
+            if is_record && condemned.contains(&object) {
+                let problem = "a collection is about to empty it: repeat this when `epochfs gc run` is done".into();
+                round.lost.push(Lost { object: object_key(&object), offset: None, problem });
                 continue;
             }
             let Some((machine, epoch)) = damage.needed.get(&object) else {
+                if is_record {
+                    wanted.insert(object);
+                    continue;
+                }
                 let problem =
                     "no epoch that can be followed needs it: `epochfs gc run` takes it away, if none does".into();
                 round.lost.push(Lost { object: object_key(&object), offset: None, problem });
@@ -178,11 +188,11 @@ impl EpochStore {
                     exists
                 }
             };
-            if is_held {
+            if is_held || is_record {
                 wanted.insert(object);
             }
         }
-        Ok((holds, wanted))
+        Ok((opening, holds, wanted))
     }
 
     /// Summaries are made of the log, and the same whoever makes them.

@@ -37,6 +37,13 @@ struct Begun {
     from: Option<From>,
 }
 
+impl Begun {
+    /// Whether it is a record in which nothing else lies.
+    fn is_bare(&self, object: &ObjectRef) -> bool {
+        matches!(object, ObjectRef::Record { .. }) && self.footer.block_count() == 1
+    }
+}
+
 /// What is stored under an object's name.
 enum Stored {
     /// Nothing, or what is no part of this object.
@@ -79,12 +86,19 @@ fn stored(object: &ObjectRef, objects: &Objects) -> Result<Stored> {
 /// What there is to begin with: what is stored, if its blocks can be told apart, or else another copy.
 fn begin(object: &ObjectRef, stored: Stored, donors: &Donors<'_>) -> Option<Begun> {
     let objects = donors.own();
-    if let Stored::Bytes(bytes, _) = stored
-        && let Some(footer) = layout(&bytes, object, objects)
-    {
-        return Some(Begun { bytes, footer, from: None });
+    let (mut begun, mut stored_len) = (None, 0);
+    if let Stored::Bytes(bytes, _) = stored {
+        stored_len = bytes.len();
+        if let Some(footer) = layout(&bytes, object, objects) {
+            begun = Some(Begun { bytes, footer, from: None });
+        }
     }
-    donors.same_object(object).find_map(|(name, bytes, is_own)| {
+    // A record that an epoch needs may have been emptied by somebody who did not know.
+    let is_short = |begun: &Begun| begun.is_bare(object) && donors.is_needed(object);
+    if begun.as_ref().is_some_and(|begun| !is_short(begun)) {
+        return begun;
+    }
+    let copies = donors.same_object(object).filter_map(|(name, bytes, is_own)| {
         check_header(&bytes, objects.repository(), object).ok()?;
         let footer = layout(&bytes, object, objects)?;
         let record = footer.entries().find(|entry| entry.kind == BlockKind::Record);
@@ -92,8 +106,17 @@ fn begin(object: &ObjectRef, stored: Stored, donors: &Donors<'_>) -> Option<Begu
             let block = bytes.get(entry.offset as usize..(entry.offset + entry.len) as usize)?;
             (is_own || is_linked(block, object, objects)).then_some(())?;
         }
-        Some(Begun { bytes: bytes.to_vec(), footer, from: Some(name) })
-    })
+        let begun = Begun { bytes: bytes.to_vec(), footer, from: Some(name) };
+        // A copy that was emptied has nothing of what may be sound in a longer one.
+        (!begun.is_bare(object) || begun.bytes.len() >= stored_len).then_some(begun)
+    });
+    // The first of those with the most blocks.
+    for copy in copies {
+        if begun.as_ref().is_none_or(|begun| copy.footer.block_count() > begun.footer.block_count()) {
+            begun = Some(copy);
+        }
+    }
+    begun
 }
 
 /// An object's blocks: as its footer lists them, or as they lie one behind the other.
@@ -253,15 +276,21 @@ fn find(
     let base_of = |place: &Place| base_in(bytes, object, objects, place);
     let range = u64::from(entry.offset)..u64::from(entry.offset) + u64::from(entry.len);
     let is_record = entry.kind == BlockKind::Record;
-    for (from, block, is_own) in donors.same_range(object, &range) {
-        // The same name, byte for byte: only a patch whose base is lost cannot be proven.
-        let fits = if is_record {
+    if is_record {
+        // It lies elsewhere in a copy that has other blocks, or none.
+        for (from, copy, is_own) in donors.same_object(object) {
+            let Some(block) = record_of(&copy).filter(|block| block.len() == entry.len as usize) else { continue };
             let is_same = head_of(damaged, entry).is_some_and(|head| block.starts_with(&head));
-            is_sound_record(&block, object) && (is_own || is_same || is_linked(&block, object, objects))
-        } else {
-            judge(&block, entry, object, &base_of, decoder) != Is::Damaged
-        };
-        if fits {
+            if is_sound_record(block, object) && (is_own || is_same || is_linked(block, object, objects)) {
+                return Some((block.to_vec(), from));
+            }
+        }
+    } else {
+        // The same name, byte for byte: only a patch whose base is lost cannot be proven.
+        let fits =
+            |block: &[u8], decoder: &mut PageDecoder| judge(block, entry, object, &base_of, decoder) != Is::Damaged;
+        let mut copies = donors.same_range(object, &range);
+        if let Some((from, block, _)) = copies.find(|(_, block, _)| fits(block, decoder)) {
             return Some((block.to_vec(), from));
         }
     }
@@ -287,6 +316,12 @@ fn find(
         }
         BlockKind::Record | BlockKind::Footer => None,
     }
+}
+
+/// The block of a record in its object.
+fn record_of(bytes: &[u8]) -> Option<&[u8]> {
+    let trailer = Trailer::decode(bytes, bytes.len() as u64).ok()?;
+    bytes.get(trailer.record_offset as usize..)?.get(..trailer.record_len as usize)
 }
 
 fn is_sound_record(block: &[u8], object: &ObjectRef) -> bool {

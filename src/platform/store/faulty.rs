@@ -221,6 +221,10 @@ impl Store for FaultyStore {
         self.inner.counters()
     }
 
+    fn let_go(&self) {
+        self.inner.let_go();
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.read("get", key, || self.inner.get(key), |bytes| bytes)
     }

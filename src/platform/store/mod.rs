@@ -113,6 +113,10 @@ pub trait Store: Send + Sync {
         false
     }
 
+    /// Forgets which objects are open: what is read next is what has the name then. What lies on other machines, others may have
+    /// replaced or deleted without this one being told.
+    fn let_go(&self) {}
+
     /// The whole object.
     fn get(&self, key: &str) -> Result<Bytes>;
 

@@ -125,6 +125,10 @@ impl Store for WeatherStore {
         self.inner.distrust(key)
     }
 
+    fn let_go(&self) {
+        self.inner.let_go();
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.under_it(|| self.inner.get(key))
     }

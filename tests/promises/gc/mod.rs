@@ -3,6 +3,7 @@
 //! lease, who dies, and what the store gets wrong.
 
 mod actors;
+mod emptied;
 mod overtaken;
 mod reach;
 pub mod world;

@@ -77,6 +77,10 @@ impl Store for CachedStore {
         true
     }
 
+    fn let_go(&self) {
+        self.inner.let_go();
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.inner.get(key)
     }

@@ -72,6 +72,11 @@ impl Handles {
         drop(closed);
     }
 
+    pub fn forget_all(&self) {
+        let closed = std::mem::take(&mut *self.lock());
+        drop(closed);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Slots> {
         lock(&self.slots)
     }

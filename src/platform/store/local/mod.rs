@@ -271,13 +271,16 @@ impl Store for LocalStore {
     }
 
     fn distrust(&self, key: &str) -> bool {
-        // What is open may be what was damaged, and something else may have its name by now.
-        let is_replaced = |handle: Arc<Handle>| handle.file.links().is_ok_and(|links| links == 0);
-        let is_replaced = self.shared.handles.get(key).is_some_and(is_replaced);
-        if is_replaced {
+        // What is open may be what was damaged, and something else may have its name by now: on NFS nobody may have told yet.
+        let was_open = self.shared.handles.get(key).is_some();
+        if was_open {
             self.shared.handles.forget(key);
         }
-        is_replaced
+        was_open
+    }
+
+    fn let_go(&self) {
+        self.shared.handles.forget_all();
     }
 
     fn settle(&self, key: &str) -> Result<()> {

@@ -95,6 +95,10 @@ impl Store for SealedStore {
         self.inner.distrust(key)
     }
 
+    fn let_go(&self) {
+        self.inner.let_go();
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         match self.cipher_of(key) {
             None => self.inner.get(key),
