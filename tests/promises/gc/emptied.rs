@@ -1,91 +1,22 @@
 //! Records that are emptied, from all sides: damage, repairs, other collectors, caches of a network file system.
 
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use bytes::Bytes;
 use epochfs::Result;
 use epochfs::epoch::{CommitOptions, EpochStore, RepairSources};
 use epochfs::gc::{Collector, CollectorSettings, Step};
 use epochfs::platform::files::{Entry, File, Files, RealFiles, Room};
 use epochfs::platform::random::Seeded;
-use epochfs::platform::store::{Counters, LocalStore, ObjectInfo, ObjectWriter, Put, Store, Tail};
+use epochfs::platform::store::{LocalStore, Store};
 use epochfs::repo::{Index, LeaseSettings, Repository};
 use epochfs_format::{Trailer, record_key};
 
+use super::hooked::Hooked;
 use crate::support::image::noise;
 use crate::support::memory::{MemoryStore, ObjectMap};
 use crate::support::numbered;
-
-type Work = Box<dyn FnOnce() + Send>;
-
-/// Does some work once: before a replace, or after a read of the end of an object.
-#[derive(Clone)]
-struct Hooked {
-    inner: MemoryStore,
-    key: String,
-    before_replace: Arc<Mutex<Option<Work>>>,
-    after_tail: Arc<Mutex<Option<Work>>>,
-}
-
-impl Hooked {
-    fn of(inner: &MemoryStore, key: &str) -> Self {
-        Self { inner: inner.clone(), key: key.to_owned(), before_replace: Arc::default(), after_tail: Arc::default() }
-    }
-
-    fn run(work: &Mutex<Option<Work>>) {
-        let work = work.lock().unwrap().take();
-        work.into_iter().for_each(|work| work());
-    }
-}
-
-impl Store for Hooked {
-    fn url(&self) -> String {
-        self.inner.url()
-    }
-    fn counters(&self) -> &Counters {
-        self.inner.counters()
-    }
-    fn get(&self, key: &str) -> Result<Bytes> {
-        self.inner.get(key)
-    }
-    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        self.inner.get_range(key, range)
-    }
-    fn get_tail(&self, key: &str, len: u64) -> Result<Tail> {
-        let tail = self.inner.get_tail(key, len);
-        if key == self.key {
-            Self::run(&self.after_tail);
-        }
-        tail
-    }
-    fn len(&self, key: &str) -> Result<Option<u64>> {
-        self.inner.len(key)
-    }
-    fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
-        self.inner.put_if_absent(key, parts)
-    }
-    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
-        if key == self.key {
-            Self::run(&self.before_replace);
-        }
-        self.inner.replace(key, bytes)
-    }
-    fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
-        self.inner.writer(key)
-    }
-    fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
-        self.inner.list(prefix, after, each)
-    }
-    fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
-        self.inner.list_dirs(prefix)
-    }
-    fn delete(&self, key: &str) -> Result<()> {
-        self.inner.delete(key)
-    }
-}
 
 fn epochs(store: impl Store + 'static, index: Index) -> Arc<EpochStore> {
     let settings = LeaseSettings { background: false, ..LeaseSettings::default() };
@@ -243,7 +174,7 @@ fn p4_a_collection_waits_for_a_repair_of_a_record() {
     let mut bytes = full[&first()].to_vec();
     bytes[100] ^= 1;
     store.replace(&first(), &bytes).unwrap();
-    let hooked = Hooked::of(&store, &first());
+    let hooked = Hooked::new(&store, &first());
     let collector = Arc::new(Mutex::new(collector(store.clone(), None)));
     *hooked.before_replace.lock().unwrap() = Some(Box::new({
         let collector = collector.clone();
@@ -290,8 +221,8 @@ fn decided(store: &MemoryStore) -> Collector {
 }
 
 fn emptied_after_a_tail(store: &MemoryStore, mut by: Collector) -> Hooked {
-    let hooked = Hooked::of(store, &first());
-    *hooked.after_tail.lock().unwrap() = Some(Box::new(move || {
+    let hooked = Hooked::new(store, &first());
+    *hooked.after_read.lock().unwrap() = Some(Box::new(move || {
         assert!(matches!(step(&mut by).unwrap(), Step::Done(_)));
     }));
     hooked

@@ -4,6 +4,7 @@
 
 mod actors;
 mod emptied;
+mod hooked;
 mod overtaken;
 mod reach;
 pub mod world;

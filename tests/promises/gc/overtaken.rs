@@ -1,101 +1,23 @@
 //! Commits that a collection goes by: one that stands still between two instructions meanwhile, and one on a host that keeps
 //! copies of what another host's collector deletes.
 
-use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use bytes::Bytes;
 use epochfs::CommitOptions;
-use epochfs::Result;
 use epochfs::epoch::EpochStore;
 use epochfs::gc::{Collector, CollectorSettings, Step};
 use epochfs::platform::random::Seeded;
-use epochfs::platform::store::{
-    CacheSettings, CachedStore, Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, keys_below,
-};
+use epochfs::platform::store::{CacheSettings, CachedStore, Store, keys_below};
 use epochfs::repo::{Index, LeaseSettings, Repository};
 
+use super::hooked::Hooked;
 use crate::support::image::noise;
 use crate::support::memory::MemoryStore;
-
-type Work = Box<dyn FnOnce() + Send>;
-
-/// A store with work to do between an object's bytes and whoever asked for them.
-#[derive(Clone)]
-struct Interrupted {
-    inner: MemoryStore,
-    /// What the keys of such objects begin with.
-    of: &'static str,
-    after_read: Arc<Mutex<Option<Work>>>,
-}
-
-impl Interrupted {
-    fn interrupt(&self, key: &str) {
-        if key.starts_with(self.of) {
-            let work = self.after_read.lock().unwrap().take();
-            work.into_iter().for_each(|work| work());
-        }
-    }
-}
-
-impl Store for Interrupted {
-    fn url(&self) -> String {
-        self.inner.url()
-    }
-
-    fn counters(&self) -> &Counters {
-        self.inner.counters()
-    }
-
-    fn get(&self, key: &str) -> Result<Bytes> {
-        self.inner.get(key)
-    }
-
-    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        let bytes = self.inner.get_range(key, range);
-        self.interrupt(key);
-        bytes
-    }
-
-    fn get_tail(&self, key: &str, len: u64) -> Result<Tail> {
-        let tail = self.inner.get_tail(key, len);
-        self.interrupt(key);
-        tail
-    }
-
-    fn len(&self, key: &str) -> Result<Option<u64>> {
-        self.inner.len(key)
-    }
-
-    fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
-        self.inner.put_if_absent(key, parts)
-    }
-
-    fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
-        self.inner.replace(key, bytes)
-    }
-
-    fn writer(&self, key: &str) -> Result<Box<dyn ObjectWriter>> {
-        self.inner.writer(key)
-    }
-
-    fn list(&self, prefix: &str, after: Option<&str>, each: &mut dyn FnMut(ObjectInfo) -> Result<bool>) -> Result<()> {
-        self.inner.list(prefix, after, each)
-    }
-
-    fn list_dirs(&self, prefix: &str) -> Result<Vec<String>> {
-        self.inner.list_dirs(prefix)
-    }
-
-    fn delete(&self, key: &str) -> Result<()> {
-        self.inner.delete(key)
-    }
-}
 
 /// The commit has proven that what was condemned is there, and stands still. It is taken away, and another thread of the
 /// process hears that the collection is over. The commit must remember what was condemned when it began to look.
 fn is_not_referred_to(of: &'static str, pages: usize, condemned: u64) {
-    let store = Interrupted { inner: MemoryStore::default(), of, after_read: Arc::default() };
+    let store = Hooked::new(&MemoryStore::default(), of);
     Repository::create(Arc::new(store.clone())).unwrap();
     let open = |index: &Arc<Index>| {
         let settings = LeaseSettings { background: false, ..LeaseSettings::default() };
