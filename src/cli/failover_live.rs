@@ -176,15 +176,18 @@ fn prepare(here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
         }
     };
     let named = |name: &str| lock(&here.hosts).find(name);
-    let machines: BTreeSet<String> = match (&which.host, &which.all_of) {
-        (Some(host), _) => {
-            let host = named(host)?;
-            check_purpose(&host)?;
-            machines_of(here, &host, true)?
+    let lost = which.host.as_ref().or(which.all_of.as_ref()).map(|name| named(name)).transpose()?;
+    let machines: BTreeSet<String> = match &lost {
+        Some(host) => {
+            if which.host.is_some() {
+                check_purpose(host)?;
+            }
+            machines_of(here, host, which.host.is_some())?
         }
-        (_, Some(host)) => machines_of(here, &named(host)?, false)?,
-        _ => which.machines.iter().cloned().collect(),
+        None => which.machines.iter().cloned().collect(),
     };
+    // What a host's failure would take is told without it, though it lives; copies may lie beside what they are copies of.
+    let without = lost.filter(|_| !which.here && here.how != How::Drill).map(|host| host.id);
     if machines.is_empty() {
         let (what, hint) = match (&which.host, &which.all_of) {
             (Some(host), _) => (format!("{host} had no machine that it protects, and still owns"), "try --all-of"),
@@ -193,7 +196,7 @@ fn prepare(here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
         };
         return Err(Error::usage(what).hint(hint));
     }
-    let plan = live_plan(here, &own, &machines, &seen, which.here)?;
+    let plan = live_plan(here, &own, &machines, &seen, which.here, without)?;
     Ok((plan, seen))
 }
 
@@ -342,7 +345,7 @@ impl Drill {
         document["machines"] = json!(reports);
         document["elsewhere"] = json!(live.plan.placements.len() - jobs.len());
         context.print(&document, || {
-            let text = report_text(&reports, &limits);
+            let text = report_text(&reports, &limits) + &left_out_text(&live.left_out);
             text + "a real failover would take as long after its decision; the copies are gone\n"
         })?;
         Ok(exit_code(&reports, live.plan.unplaced.is_empty() && live.left_out.is_empty()))

@@ -110,12 +110,12 @@ impl Protect {
         let config = self.config()?;
         let lasts = self.lasts.as_deref().map(parse_duration).transpose()?;
         let here = here(context)?;
-        if let (true, Some((machine, described))) = (self.once, config.machines.first_key_value()) {
+        if let (true, Some((machine, described))) = (self.once, config.protected().next()) {
             let status = Protector::once(&here, machine, described)?;
             context.print(&document(&status)?, || render(&status))?;
             return Ok(ExitCode::SUCCESS);
         }
-        if config.machines.is_empty() {
+        if config.protected().next().is_none() {
             context.notice("no machine is named: nothing is protected until SIGHUP, when the file is read again");
         }
         let signals = signals()?;

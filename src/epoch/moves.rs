@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use epochfs_format::{EntryKind, Image, Manifest, ManifestPlace, ObjectRef, Root, levels_for};
+use epochfs_format::{EntryKind, FOOTER_ENTRY_LEN, Image, Manifest, ManifestPlace, ObjectRef, Root, levels_for};
 
 use super::commit::{CommitOptions, Committed};
 use super::nodes::{LoadedNode, Nodes, Stored};
@@ -96,10 +96,12 @@ impl Survey {
         }
     }
 
+    /// Counts a block, and its entry in the object's footer.
     fn add(&mut self, object: &ObjectRef, len: u32) {
+        let len = u64::from(len) + FOOTER_ENTRY_LEN as u64;
         match self.used.get_mut(object) {
-            Some(used) => *used += u64::from(len),
-            None => drop(self.used.insert(object.clone(), u64::from(len))),
+            Some(used) => *used += len,
+            None => drop(self.used.insert(object.clone(), len)),
         }
     }
 

@@ -235,8 +235,10 @@ pub fn open_store(location: &Location) -> Result<Arc<dyn Store>> {
 
 fn directory_store(path: &Path) -> Result<Arc<dyn Store>> {
     let store = LocalStore::open(path, Arc::new(RealFiles)).map_err(|error| match error.kind() {
-        Kind::NotFound => Error::not_found(format!("there is no repository at {}", path.display()))
-            .hint(format!("make one: epochfs --repo {} init", path.display())),
+        Kind::NotFound => Error::not_found(format!("there is no repository at {}", path.display())).hint(format!(
+            "if it lies on what is mounted there, mount that again; to make a new one: epochfs --repo {} init",
+            path.display()
+        )),
         _ => error,
     })?;
     // What writers that died left behind; who may only read cannot remove it, and need not.

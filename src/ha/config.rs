@@ -71,8 +71,15 @@ pub struct MachineConfig {
 
 /// What an operator's file says.
 pub fn read_file<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
-    let text =
-        std::fs::read_to_string(path).map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let is_missing = error.kind() == std::io::ErrorKind::NotFound;
+        let error = Error::io(format!("cannot read {}", path.display()), error);
+        if is_missing {
+            error.hint("write one, as the command's --help shows, or name it with --config")
+        } else {
+            error
+        }
+    })?;
     parse(&text).map_err(|error| error.context(path.display()))
 }
 
@@ -87,11 +94,18 @@ impl Config {
         for (name, machine) in &config.machines {
             epochfs_format::check_machine(name)
                 .map_err(|error| Error::usage(format!("[machines.{name:?}]: {error}")))?;
-            machine.target().map_err(|error| error.context(format!("[machines.{name}]")))?;
+            if !machine.is_only_kept() {
+                machine.target().map_err(|error| error.context(format!("[machines.{name}]")))?;
+            }
             check_keep(&machine.keep, || format!("[machines.{name}.keep]"))?;
         }
         check_keep(&config.keep, || "[keep]".to_owned())?;
         Ok(config)
+    }
+
+    /// The machines that are protected, and not just named for what is kept of them.
+    pub fn protected(&self) -> impl Iterator<Item = (&String, &MachineConfig)> {
+        self.machines.iter().filter(|(_, machine)| !machine.is_only_kept())
     }
 
     /// Which epochs of a machine are kept, if that is said.
@@ -102,6 +116,12 @@ impl Config {
 }
 
 impl MachineConfig {
+    /// Whether it has a rule for `prune`, and no monitor: `epochfs run` protects it, or nobody does.
+    fn is_only_kept(&self) -> bool {
+        let has_monitor = self.qmp.is_some() || self.firecracker.is_some() || self.cloud_hypervisor.is_some();
+        self.keep.is_some() && !has_monitor
+    }
+
     pub fn monitor(&self) -> Result<MonitorAt> {
         match (&self.qmp, &self.firecracker, &self.cloud_hypervisor) {
             (Some(path), None, None) => Ok(MonitorAt::Qemu(path.clone())),
@@ -218,6 +238,9 @@ mod tests {
         assert_eq!((db.fixed, db.overhead), (Some(Duration::from_millis(1500)), 0.05));
         assert_eq!(config.machines["db"].state(), "vmstate");
         assert!(Config::parse("").unwrap().machines.is_empty());
+        let kept = Config::parse("[machines.web1]\nkeep = { last = 3 }\n[machines.web2]\nqmp = \"/run/web2\"").unwrap();
+        assert_eq!(kept.protected().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["web2"]);
+        assert!(kept.retention("web1").unwrap().is_some());
     }
 
     #[test]

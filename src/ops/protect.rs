@@ -168,7 +168,7 @@ impl Protector {
         // All at once: each may be waiting for an epoch.
         gone.values_mut().for_each(|running| drop(running.stop.take()));
         gone.values_mut().for_each(Running::end);
-        for (name, machine) in &config.machines {
+        for (name, machine) in config.protected() {
             if !self.running.contains_key(name) {
                 let running = self.start(name, machine)?;
                 self.running.insert(name.clone(), running);

@@ -214,6 +214,10 @@ fn a_machine_that_dies_alone_is_started_again_on_its_host_where_that_is_wanted_a
     assert!(becomes(Duration::from_secs(10), || newest(&world, "web1").0 > 0 && newest(&world, "web2").0 > 0));
     std::thread::sleep(Duration::from_secs(3));
     assert!(guests.iter().all(|pid| is_alive(*pid)), "who runs is left alone");
+    // What its failure would take, while it lives.
+    let plan = b.json(&["failover", "plan", "--host", "a", "--config", &config]);
+    let placed = plan["placements"].as_array().unwrap();
+    assert!(placed.len() == 2 && placed.iter().all(|one| one["host"] == plan["here"]), "{plan:#}");
     let before = ["web1", "web2"].map(|machine| newest(&world, machine));
     guests.iter().for_each(|pid| signal(*pid, Signal::KILL));
     let log = || fs::read_to_string(world.path("a.log")).unwrap_or_default();
@@ -254,5 +258,9 @@ fn a_machine_goes_to_no_host_whose_processors_lack_what_its_epoch_names() {
     assert!(named.split(' ').any(|feature| feature == "fpu"), "{shown:#}");
     let plan = b.json(&["failover", "plan", "web1", "--config", &config, "--here"]);
     assert_eq!(plan["placements"].as_array().unwrap().len(), 1, "{plan:#}");
+    // It has no file open there, and would be ended with the lease.
+    let refused = b.run(&["umount", b.mountpoint().to_str().unwrap()]);
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(4) && text.contains("web1 run here under this host's lease"), "{text}");
     end_guests(&b);
 }

@@ -260,3 +260,19 @@ fn packs_that_others_need_are_left_for_the_sake_of_room() {
     store.remove_machine(&"web2".into(), true).unwrap();
     assert!(plan(MACHINE).moved_objects > 0);
 }
+
+/// Pages that shrink to little more than what the list of a pack's blocks says of them.
+#[test]
+fn what_lies_together_is_not_stored_again_however_small_its_pages_are() {
+    let store = Arc::new(create(MemoryStore::default()));
+    let mut memory = vec![0; 40_000 * PAGE as usize];
+    for (number, page) in memory.chunks_mut(PAGE as usize).enumerate() {
+        page[..8].copy_from_slice(&(number as u64 + 1).to_le_bytes());
+    }
+    let mut commit = store.begin_commit(MACHINE, options()).unwrap();
+    commit.add_bytes("memory", memory).unwrap();
+    commit.finish().unwrap();
+    let settings = CollectorSettings::default();
+    let plan = Collector::new(store, settings).plan_compaction(&MACHINE.into(), &mut |_, _| {}).unwrap();
+    assert_eq!(plan.moved_objects, 0, "{plan:?}");
+}

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use epochfs_format::{
     BIRTHS_PREFIX, DESCRIPTOR_KEY, GC_LOG_PREFIX, KEYS_PREFIX, ObjectRef, QUARANTINE_PREFIX, RESERVE_KEY, SUMMARY_STEP,
-    gc_record_key, key_removal_key, parse_id, parse_lease_key, parse_pack_key, record_seq, summary_key,
+    gc_record_key, key_removal_key, parse_host_key, parse_id, parse_lease_key, parse_pack_key, record_seq, summary_key,
 };
 
 use crate::repo::object_key;
@@ -22,6 +22,8 @@ pub enum Named {
     Quarantine,
     /// A key that opens the repository, or that one does no longer.
     Key,
+    /// What a host says of itself, or is told.
+    OfHost,
     Unknown,
 }
 
@@ -55,6 +57,9 @@ pub fn name_of(key: &str) -> Named {
     }
     if key.strip_prefix(QUARANTINE_PREFIX).is_some_and(|name| parse_id(name).is_some()) {
         return Named::Quarantine;
+    }
+    if parse_host_key(key).is_some() {
+        return Named::OfHost;
     }
     let object = if let Some(pack) = parse_pack_key(key) {
         Some(ObjectRef::Pack(pack))

@@ -18,6 +18,7 @@ use crate::ops::machine::{memory_field, processor_features, processors};
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lease::{LeaseClaim, LeaseFile, LeaseState};
 use crate::platform::lock::lock;
+use crate::platform::running::Running;
 
 /// How other hosts are told that this one lives. Plain data.
 #[derive(Clone, Debug)]
@@ -158,6 +159,11 @@ impl Pulse {
     /// Whether machines are taken under a lease here.
     pub fn has_lease(&self) -> bool {
         !self.0.options.lease.is_zero()
+    }
+
+    /// Whether a machine runs here, by whoever looks after it.
+    pub fn runs(&self, machine: &str) -> bool {
+        Running::is_held(&self.0.directory, machine).unwrap_or(false)
     }
 
     /// What something may run under that runs in a term which was asked for at `since`.

@@ -299,7 +299,32 @@ impl DaemonService {
         CommitSummary::new(&committed, asked, started.elapsed(), store.repository().room_left())
     }
 
+    /// Refuses to end a lease under which machines run that have no file open here: they would be ended with it.
+    fn check_nothing_runs(&self) -> Result<()> {
+        let Some(pulse) = self.pulse.as_ref().filter(|pulse| pulse.has_lease()) else { return Ok(()) };
+        let named: Vec<String> = {
+            let protected = lock(&self.protected);
+            let living = protected.iter().filter(|(_, (_, status))| status.state != "ended");
+            living.map(|(machine, _)| machine.clone()).collect()
+        };
+        let running: Vec<String> = named.into_iter().filter(|machine| pulse.runs(machine)).collect();
+        if running.is_empty() {
+            return Ok(());
+        }
+        let mountpoint = &self.fixed.who.mountpoint;
+        Err(Error::conflict(format!(
+            "{} run here under this host's lease, which ends with the mount {mountpoint}",
+            running.join(", ")
+        ))
+        .hint(format!(
+            "end these first; or, to have them ended when the lease is over: epochfs umount --lazy {mountpoint}"
+        )))
+    }
+
     fn umount(&self, lazy: bool) -> Result<Unmounted> {
+        if !lazy {
+            self.check_nothing_runs()?;
+        }
         let (sender, answer) = bounded(1);
         let ended = || Error::new(Kind::Io, "the daemon ended before it answered");
         self.events.send(Event::Umount { lazy, answer: sender }).map_err(|_| ended())?;

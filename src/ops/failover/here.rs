@@ -14,6 +14,7 @@ use super::warden::WardenOrders;
 use crate::epoch::{Epoch, EpochName, EpochStore, Which, page_count};
 use crate::error::{Error, Result};
 use crate::fs::this_host;
+use crate::ha::ProtectionStatus;
 use crate::ha::failover::{FailoverConfig, Hands, Job, MachineRules, Values};
 use crate::ha::hosts::Hosts;
 use crate::ops::control::{Client, Protected};
@@ -225,8 +226,14 @@ impl Here {
     fn remove_copy(&self, machine: &str) -> Result<()> {
         let name: Arc<str> = machine.into();
         self.store.remove_machine(&name, true)?;
-        // What the mount keeps of it is given up; where none is mounted, nothing is kept.
-        Client::ask(&self.socket, |daemon| daemon.forget(machine)).map(|_| ())
+        // What the mount keeps of it is given up, and its agent was ended with it; where none is mounted, nothing is kept.
+        let ended =
+            ProtectionStatus { machine: machine.to_owned(), state: "ended".into(), ..ProtectionStatus::default() };
+        Client::ask(&self.socket, |daemon| {
+            daemon.tell_protection(&ended)?;
+            daemon.forget(machine)
+        })
+        .map(|_| ())
     }
 }
 

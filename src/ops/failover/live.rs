@@ -42,14 +42,14 @@ impl LivePlan {
     }
 }
 
-/// Plans for machines among the hosts that live. `only_here` leaves the other hosts out. `was_on` is the host that each ran on, for
-/// the features of its processors.
+/// Plans for machines among the hosts that live. `only_here` leaves the other hosts out, `without` the one that is to be done without.
 pub fn live_plan(
     here: &Here,
     own: &[u8; 16],
     machines: &BTreeSet<String>,
     seen: &[HostSeen],
     only_here: bool,
+    without: Option<[u8; 16]>,
 ) -> Result<LivePlan> {
     let mut situation = Situation { settings: here.config.planner.clone(), ..Situation::default() };
     let mut features: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
@@ -61,7 +61,7 @@ pub fn live_plan(
         let is_own = host.id == *own;
         let is_accepting = is_own || (!only_here && said.is_accepting);
         // One that is silent is not passed to the planner, nor is one whose machines are to go.
-        if !host.is_silent && (is_own || host.was_heard) {
+        if !host.is_silent && (is_own || host.was_heard) && without != Some(host.id) {
             let mut state = host.for_plan(is_accepting, &|machine| here.describe(machine));
             state.runs.retain(|running| !machines.contains(&running.machine));
             situation.hosts.push(state);

@@ -181,7 +181,7 @@ impl Serve {
             return Ok(());
         }
         // What died here alone goes nowhere else while this host lives.
-        let live = live_plan(&self.here, own, &machines, seen, silent.is_none())?;
+        let live = live_plan(&self.here, own, &machines, seen, silent.is_none(), None)?;
         let mut left_out = live.left_out.clone();
         left_out.extend(live.plan.unplaced.iter().map(|one| (one.machine.clone(), one.reason.clone())));
         let jobs = live.own_jobs();
