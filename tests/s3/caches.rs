@@ -64,7 +64,8 @@ fn a_warm_host_restores_without_fetching_pages_and_keeps_them_to_itself() {
 fn p5_what_was_damaged_on_its_way_does_not_stay() {
     let Some(server) = ceph("damage on its way") else { return };
     let host = Host::new(&server);
-    let memory = noise(42, 1 << 20);
+    // Too much for a record to carry.
+    let memory = noise(42, 4 << 20);
     host.commit("web1", &memory);
     let proxy = Proxy::new(server.endpoint());
     proxy.add(Rule::new("GET", "/packs/", 1, Fault::Flip));

@@ -1,17 +1,17 @@
-//! The cache's directory: a file for each object, to which any process of this user appends what it read of it. No file
-//! stays open, so that what is removed is gone.
+//! The cache's directory: a file for each object, to which any process of this user appends what it read of it. Only the few
+//! that were opened last stay open, so that what is removed is gone soon.
 
-use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{ErrorKind, Write};
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::{DirBuilder, File, Metadata, OpenOptions};
+use std::io::{ErrorKind, IoSliceMut, Write};
 use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, SystemTime};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::CacheSettings;
@@ -21,6 +21,9 @@ use crate::platform::lock::lock;
 
 /// Lists of frames that are remembered; others are read again from their files.
 const KNOWN_FILES_MAX: usize = 4096;
+
+/// So many files stay open.
+const OPEN_FILES_MAX: usize = 8;
 
 /// The directory is looked through whenever so much of it was written anew, and more is taken out than that.
 const SURVEY_PART: u64 = 32;
@@ -34,6 +37,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 pub struct Cache {
     settings: CacheSettings,
     known: Mutex<BTreeMap<String, Arc<Mutex<Known>>>>,
+    /// The files that were opened last.
+    open: Mutex<VecDeque<Arc<OpenFile>>>,
     paused: Mutex<Option<Pause>>,
     /// Bytes on the disk when it was looked through, and written since.
     used: AtomicU64,
@@ -73,10 +78,21 @@ struct Pause {
     why: String,
 }
 
+/// A file that is open, with the checksums of the frames that were read of it, by where these begin: whoever read them again
+/// each time would keep the kernel from seeing that he reads on and on.
+struct OpenFile {
+    file: File,
+    checksums: Mutex<BTreeMap<u64, Arc<[u8]>>>,
+}
+
 /// The frames of a file, as far as it was read.
 #[derive(Default)]
 struct Known {
+    /// While it is open.
+    file: Weak<OpenFile>,
     inode: u64,
+    /// A number may be another file's later.
+    born: Option<SystemTime>,
     read_to: u64,
     frames: BTreeMap<u64, Frame>,
     object_len: u64,
@@ -96,6 +112,7 @@ impl Cache {
         Self {
             settings,
             known: Mutex::default(),
+            open: Mutex::default(),
             paused: Mutex::default(),
             used: AtomicU64::new(0),
             // Looked through with the first write.
@@ -122,20 +139,31 @@ impl Cache {
 
     /// Bytes of an object, if they are here and sound.
     pub fn read(&self, key: &str, range: &Range<u64>) -> Option<Bytes> {
-        self.count(range.end - range.start, || self.look(key, |file, known| known.read(file, range)))
+        self.count(range.end - range.start, || self.take(key, |_| Some(range.clone())))
     }
 
     /// As many of these bytes as the object has, where it is known how many it has.
     pub fn read_within(&self, key: &str, range: &Range<u64>) -> Option<Bytes> {
+        self.count(range.end - range.start, || self.take(key, |object_len| within(range, object_len)))
+    }
+
+    /// The same as [`Self::read`], into a buffer of who proves them; `false` where they are not here, and the buffer then holds
+    /// nothing useful.
+    pub fn read_into(&self, key: &str, start: u64, buffer: &mut [u8]) -> bool {
+        let range = start..start + buffer.len() as u64;
+        self.count(range.end - range.start, || self.fill(key, false, |_| Some(range.clone()), |_| buffer)).is_some()
+    }
+
+    /// The same as [`Self::read_within`], into a buffer of who proves them; says how many bytes there were.
+    pub fn read_within_into(&self, key: &str, start: u64, buffer: &mut [u8]) -> Option<usize> {
+        let range = start..start + buffer.len() as u64;
+        let wanted = |object_len| within(&range, object_len);
         self.count(range.end - range.start, || {
-            self.look(key, |file, known| {
-                let end = if known.object_len > 0 { range.end.min(known.object_len) } else { range.end };
-                if range.start < end { known.read(file, &(range.start..end)) } else { Ok(None) }
-            })
+            self.fill(key, false, wanted, |len| &mut buffer[..len]).map(|filled| filled.len())
         })
     }
 
-    fn count(&self, len: u64, find: impl FnOnce() -> Option<Bytes>) -> Option<Bytes> {
+    fn count<T>(&self, len: u64, find: impl FnOnce() -> Option<T>) -> Option<T> {
         let found = find();
         let (times, bytes) = match &found {
             Some(_) => (&self.counts.hits, &self.counts.hit_bytes),
@@ -148,47 +176,102 @@ impl Cache {
 
     /// The end of an object, and its length.
     pub fn read_tail(&self, key: &str, len: u64) -> Option<(Bytes, u64)> {
-        let object_len = self.look(key, |_, known| Ok(Some(known.object_len).filter(|len| *len > 0)))?;
+        let (_, object_len) = self.look(key, |known| Some(known.object_len).filter(|len| *len > 0))?;
         let range = object_len.saturating_sub(len)..object_len;
         Some((self.read(key, &range)?, object_len))
     }
 
     /// Whether bytes are here, as far as is known without reading them.
     pub fn has(&self, key: &str, range: &Range<u64>) -> bool {
-        self.look(key, |_, known| Ok(known.pieces(range).map(|_| ()))).is_some()
+        self.look(key, |known| known.pieces(range)).is_some()
     }
 
-    /// Has `take` look at an object's file. What is wrong with the file removes it.
-    fn look<T>(&self, key: &str, take: impl Fn(&File, &Known) -> Result<Option<T>, Fault>) -> Option<T> {
+    /// The bytes that `wanted` names, given the object's length or 0.
+    fn take(&self, key: &str, wanted: impl Fn(u64) -> Option<Range<u64>>) -> Option<Bytes> {
+        let mut bytes = Vec::new();
+        self.fill(key, true, wanted, |len| {
+            bytes.resize(len, 0);
+            &mut bytes[..]
+        })?;
+        Some(bytes.into())
+    }
+
+    /// The same, into the buffer that `room` gives for so many bytes; proven to be what was kept, if that is asked for.
+    fn fill<'a>(
+        &self,
+        key: &str,
+        is_proven: bool,
+        wanted: impl Fn(u64) -> Option<Range<u64>>,
+        room: impl FnOnce(usize) -> &'a mut [u8],
+    ) -> Option<&'a mut [u8]> {
+        let (file, pieces) = self.look(key, |known| known.pieces(&wanted(known.object_len)?))?;
+        let buffer = room(pieces.iter().map(|(_, wanted)| (wanted.end - wanted.start) as usize).sum());
+        let mut rest = &mut *buffer;
+        let filled = pieces.into_iter().try_for_each(|(frame, wanted)| {
+            let (piece, behind) = std::mem::take(&mut rest).split_at_mut((wanted.end - wanted.start) as usize);
+            rest = behind;
+            match is_proven {
+                true => file.fill(&frame, &wanted, piece),
+                false => Ok(file.file.read_exact_at(piece, frame.payload_at() + wanted.start - frame.offset)?),
+            }
+        });
+        self.sound(key, filled.map(Some)).map(|()| buffer)
+    }
+
+    /// Has `find` look at what is known of an object's file. What is wrong with the file removes it.
+    fn look<T>(&self, key: &str, find: impl Fn(&Known) -> Option<T>) -> Option<(Arc<OpenFile>, T)> {
         if self.is_paused() {
             return None;
         }
         let (name, check) = name_of(key);
-        let path = self.settings.directory.join(&name);
-        let looked = || -> Result<Option<T>, Fault> {
-            let file = File::open(&path)?;
+        let looked = || -> Result<Option<(Arc<OpenFile>, T)>, Fault> {
             let known = lock(&self.known).entry(name.clone()).or_default().clone();
             let mut known = lock(&known);
-            let metadata = file.metadata()?;
-            if known.inode != metadata.ino() || known.read_to > metadata.len() {
-                *known = Known { inode: metadata.ino(), ..Known::default() };
+            let (file, metadata) = self.opened(&name, &mut known)?;
+            let mut found = find(&known);
+            // No further than to what is wanted: whoever reads on and on finds the next head where he is. Another process may
+            // have added frames meanwhile.
+            let mut frames = 1;
+            while found.is_none() && known.read_frames(&file, check, metadata.len(), frames)? {
+                (found, frames) = (find(&known), frames * 2);
             }
-            let mut taken = take(&file, &known)?;
-            // Another process may have added what is wanted.
-            if taken.is_none() && known.read_to < metadata.len() {
-                known.read_frames(&file, check, metadata.len())?;
-                taken = take(&file, &known)?;
-            }
-            if taken.is_some() && known.marked.is_none_or(|since| since.elapsed() > MARK_AFTER) {
+            if found.is_some() && known.marked.is_none_or(|since| since.elapsed() > MARK_AFTER) {
                 known.marked = Some(Stopwatch::start());
                 // Only that it goes sooner hangs on it.
                 let now = std::time::UNIX_EPOCH + Duration::from_nanos(clock::now_ns());
-                let _ = file.set_modified(now);
+                let _ = file.file.set_modified(now);
             }
-            Ok(taken)
+            Ok(found.map(|found| (file, found)))
         };
-        match looked() {
-            Ok(taken) => taken,
+        self.sound(key, looked())
+    }
+
+    /// The file of this name, which may be open still from when it was last read: the kernel reads ahead for those who stay.
+    fn opened(&self, name: &str, known: &mut Known) -> Result<(Arc<OpenFile>, Metadata), Fault> {
+        if let Some(file) = known.file.upgrade() {
+            let metadata = file.file.metadata()?;
+            if metadata.nlink() > 0 && known.read_to <= metadata.len() {
+                return Ok((file, metadata));
+            }
+        }
+        let file = File::open(self.settings.directory.join(name))?;
+        let file = Arc::new(OpenFile { file, checksums: Mutex::default() });
+        let metadata = file.file.metadata()?;
+        let (inode, born) = (metadata.ino(), metadata.created().ok());
+        if (known.inode, known.born) != (inode, born) || known.read_to > metadata.len() {
+            *known = Known { inode, born, ..Known::default() };
+        }
+        known.file = Arc::downgrade(&file);
+        let mut open = lock(&self.open);
+        open.truncate(OPEN_FILES_MAX - 1);
+        open.push_front(file.clone());
+        Ok((file, metadata))
+    }
+
+    /// What was found, if nothing was wrong.
+    fn sound<T>(&self, key: &str, found: Result<Option<T>, Fault>) -> Option<T> {
+        match found {
+            Ok(found) => found,
             Err(Fault::Disk(error)) if error.kind() == ErrorKind::NotFound => None,
             Err(Fault::Disk(error)) => {
                 self.pause(&error);
@@ -196,7 +279,7 @@ impl Cache {
             }
             Err(Fault::Damaged) => {
                 self.counts.damaged.fetch_add(1, Relaxed);
-                tracing::warn!(path = %path.display(), object = key, "a file of the cache is damaged, and removed");
+                tracing::warn!(object = key, "a file of the cache is damaged, and removed");
                 self.forget(key);
                 None
             }
@@ -259,6 +342,8 @@ impl Cache {
             return;
         }
         self.written_since.store(0, Relaxed);
+        // What is taken out is not kept by those.
+        lock(&self.open).clear();
         let mut files = files_of(&self.settings.directory);
         let mut used: u64 = files.iter().map(|file| file.len).sum();
         let is_full = lock(&self.paused).is_some();
@@ -300,29 +385,40 @@ impl From<std::io::Error> for Fault {
 }
 
 impl Known {
-    /// Notes the frames that were added. One that is not whole is the last: somebody died, or is just writing it.
-    fn read_frames(&mut self, file: &File, check: u64, file_len: u64) -> Result<(), Fault> {
-        while self.read_to + HEAD_LEN as u64 <= file_len {
-            let mut head = [0; HEAD_LEN];
-            file.read_exact_at(&mut head, self.read_to)?;
-            let Some(len) = frame::checksums_len(&head, check) else { return Err(Fault::Damaged) };
-            let mut checksums = vec![0; len];
-            if self.read_to + (HEAD_LEN + len) as u64 > file_len {
-                return Ok(());
-            }
-            file.read_exact_at(&mut checksums, self.read_to + HEAD_LEN as u64)?;
-            let Some(frame) = frame::decode(&head, &checksums, self.read_to) else { return Err(Fault::Damaged) };
-            if frame.next_at() > file_len {
-                return Ok(());
-            }
-            self.object_len = self.object_len.max(frame.object_len);
-            self.read_to = frame.next_at();
-            let longer = self.frames.get(&frame.offset).is_none_or(|known| known.len < frame.len);
-            if longer {
-                self.frames.insert(frame.offset, frame);
+    /// Notes so many more frames, or as many as there are, if any.
+    fn read_frames(&mut self, file: &OpenFile, check: u64, file_len: u64, count: usize) -> Result<bool, Fault> {
+        for at in 0..count {
+            if !self.read_frame(file, check, file_len)? {
+                return Ok(at > 0);
             }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Notes the next frame, if there is one. One that is not whole is none: somebody died, or is just writing it.
+    fn read_frame(&mut self, file: &OpenFile, check: u64, file_len: u64) -> Result<bool, Fault> {
+        if self.read_to + HEAD_LEN as u64 > file_len {
+            return Ok(false);
+        }
+        let mut head = [0; HEAD_LEN];
+        file.file.read_exact_at(&mut head, self.read_to)?;
+        let Some(len) = frame::checksums_len(&head, check) else { return Err(Fault::Damaged) };
+        if self.read_to + (HEAD_LEN + len) as u64 > file_len {
+            return Ok(false);
+        }
+        let mut checksums = vec![0; len];
+        file.file.read_exact_at(&mut checksums, self.read_to + HEAD_LEN as u64)?;
+        let Some(frame) = frame::decode(&head, &checksums, self.read_to) else { return Err(Fault::Damaged) };
+        if frame.next_at() > file_len {
+            return Ok(false);
+        }
+        self.object_len = self.object_len.max(frame.object_len);
+        self.read_to = frame.next_at();
+        if self.frames.get(&frame.offset).is_none_or(|known| known.len < frame.len) {
+            self.frames.insert(frame.offset, frame);
+            lock(&file.checksums).insert(frame.at, checksums.into());
+        }
+        Ok(true)
     }
 
     /// The frames that together have these bytes, and which bytes of each are wanted.
@@ -338,27 +434,45 @@ impl Known {
         }
         Some(pieces)
     }
+}
 
-    fn read(&self, file: &File, range: &Range<u64>) -> Result<Option<Bytes>, Fault> {
-        let Some(pieces) = self.pieces(range) else { return Ok(None) };
-        let mut all = BytesMut::new();
-        let only = pieces.len() == 1;
-        for (frame, wanted) in pieces {
-            let chunks = frame.chunks(&wanted);
-            let mut checksums = vec![0; (chunks.checksums.end - chunks.checksums.start) as usize];
-            let mut payload = vec![0; (chunks.payload.end - chunks.payload.start) as usize];
-            file.read_exact_at(&mut checksums, chunks.checksums.start)?;
-            file.read_exact_at(&mut payload, chunks.payload.start)?;
-            if !frame::are_sound(&checksums, &payload) {
-                return Err(Fault::Damaged);
-            }
-            let within = chunks.skip..chunks.skip + (wanted.end - wanted.start) as usize;
-            if only {
-                return Ok(Some(Bytes::from(payload).slice(within)));
-            }
-            all.extend_from_slice(&payload[within]);
+/// As much of a range as there is of an object of this length, where that is known.
+fn within(range: &Range<u64>, object_len: u64) -> Option<Range<u64>> {
+    let end = if object_len > 0 { range.end.min(object_len) } else { range.end };
+    (range.start < end).then_some(range.start..end)
+}
+
+impl OpenFile {
+    /// Reads the wanted bytes of a frame, and proves them.
+    fn fill(&self, frame: &Frame, wanted: &Range<u64>, piece: &mut [u8]) -> Result<(), Fault> {
+        let chunks = frame.chunks(wanted);
+        let checksums = self.checksums(frame)?;
+        let ahead = &mut [0; frame::CHUNK as usize][..chunks.before];
+        let behind = &mut [0; frame::CHUNK as usize][..chunks.behind];
+        // In one call, so that the kernel sees that this reads on and on.
+        let parts = &mut [IoSliceMut::new(ahead), IoSliceMut::new(piece), IoSliceMut::new(behind)];
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        let read = rustix::io::retry_on_intr(|| rustix::io::preadv(&self.file, parts, chunks.payload));
+        // Less than that is what a file that was cut off has.
+        if read.map_err(|error| Fault::Disk(error.into()))? != len {
+            return Err(Fault::Damaged);
         }
-        Ok(Some(all.freeze()))
+        match frame::are_sound(&checksums[chunks.checksums], [ahead, piece, behind]) {
+            true => Ok(()),
+            false => Err(Fault::Damaged),
+        }
+    }
+
+    fn checksums(&self, frame: &Frame) -> Result<Arc<[u8]>, Fault> {
+        if let Some(checksums) = lock(&self.checksums).get(&frame.at) {
+            return Ok(checksums.clone());
+        }
+        let range = frame.checksums();
+        let mut checksums = vec![0; (range.end - range.start) as usize];
+        self.file.read_exact_at(&mut checksums, range.start)?;
+        let checksums: Arc<[u8]> = checksums.into();
+        lock(&self.checksums).insert(frame.at, checksums.clone());
+        Ok(checksums)
     }
 }
 

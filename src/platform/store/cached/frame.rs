@@ -32,13 +32,15 @@ impl Frame {
         self.offset + self.len
     }
 
-    fn checksums_len(&self) -> u64 {
-        self.len.div_ceil(CHUNK) * 4
+    /// Where its checksums are in the file.
+    pub fn checksums(&self) -> Range<u64> {
+        let start = self.at + HEAD_LEN as u64;
+        start..start + self.len.div_ceil(CHUNK) * 4
     }
 
     /// Where its bytes begin in the file.
     pub fn payload_at(&self) -> u64 {
-        self.at + HEAD_LEN as u64 + self.checksums_len()
+        self.checksums().end
     }
 
     /// Where the next frame begins.
@@ -46,31 +48,48 @@ impl Frame {
         self.payload_at() + self.len
     }
 
-    /// What has to be read of it to have these bytes of the object: its checksums, and whole chunks.
+    /// What has to be read of it to have these bytes of the object: whole chunks.
     pub fn chunks(&self, wanted: &Range<u64>) -> Chunks {
         let first = (wanted.start - self.offset) / CHUNK;
         let last = (wanted.end - self.offset).div_ceil(CHUNK);
         let end = (last * CHUNK).min(self.len);
         Chunks {
-            checksums: self.at + HEAD_LEN as u64 + first * 4..self.at + HEAD_LEN as u64 + last * 4,
-            payload: self.payload_at() + first * CHUNK..self.payload_at() + end,
-            skip: (wanted.start - self.offset - first * CHUNK) as usize,
+            checksums: first as usize * 4..last as usize * 4,
+            payload: self.payload_at() + first * CHUNK,
+            before: (wanted.start - self.offset - first * CHUNK) as usize,
+            behind: (self.offset + end - wanted.end) as usize,
         }
     }
 }
 
-/// Places in the file.
+/// Whole chunks.
 pub struct Chunks {
-    pub checksums: Range<u64>,
-    pub payload: Range<u64>,
-    /// Bytes of the payload in front of the wanted ones.
-    pub skip: usize,
+    /// Their checksums, among those of the frame.
+    pub checksums: Range<usize>,
+    /// Where they begin in the file.
+    pub payload: u64,
+    /// Bytes of them in front of the wanted ones, and behind these.
+    pub before: usize,
+    pub behind: usize,
 }
 
-/// Whether the chunks are what their checksums say.
-pub fn are_sound(checksums: &[u8], payload: &[u8]) -> bool {
-    let stored = checksums.chunks_exact(4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")));
-    stored.eq(payload.chunks(CHUNK as usize).map(crc32c::crc32c))
+/// Whether chunks, in parts that follow one another, are what their checksums say.
+pub fn are_sound(checksums: &[u8], parts: [&[u8]; 3]) -> bool {
+    let mut stored = checksums.chunks_exact(4).map(|bytes| u32::from_le_bytes(bytes.try_into().expect("four bytes")));
+    let (mut crc, mut left) = (0, CHUNK as usize);
+    for mut part in parts {
+        while !part.is_empty() {
+            let (of_chunk, rest) = part.split_at(part.len().min(left));
+            (crc, left, part) = (crc32c::crc32c_append(crc, of_chunk), left - of_chunk.len(), rest);
+            if left == 0 {
+                if stored.next() != Some(crc) {
+                    return false;
+                }
+                (crc, left) = (0, CHUNK as usize);
+            }
+        }
+    }
+    (left == CHUNK as usize || stored.next() == Some(crc)) && stored.next().is_none()
 }
 
 /// A whole frame.

@@ -39,6 +39,10 @@ impl CachedStore {
     }
 }
 
+/// So much of the end of what is put is kept, where a record is, and so much of the beginning: somebody waits.
+const KEPT_PUT_LEN_MAX: usize = 256 << 10;
+const KEPT_HEAD_LEN: usize = 4096;
+
 /// Objects that never change, and whose names are never used again.
 fn is_immutable(key: &str) -> bool {
     key.starts_with("packs/") || key.starts_with("machines/")
@@ -111,6 +115,30 @@ impl Store for CachedStore {
         Ok(bytes)
     }
 
+    fn read_into(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<()> {
+        if buffer.is_empty() || !is_immutable(key) || start.checked_add(buffer.len() as u64).is_none() {
+            return self.inner.read_into(key, start, buffer);
+        }
+        if !self.cache.read_into(key, start, buffer) {
+            self.inner.read_into(key, start, buffer)?;
+            self.cache.keep(key, start, buffer, None);
+        }
+        Ok(())
+    }
+
+    fn read_within(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<usize> {
+        if buffer.is_empty() || !is_immutable(key) || start.checked_add(buffer.len() as u64).is_none() {
+            return self.inner.read_within(key, start, buffer);
+        }
+        if let Some(len) = self.cache.read_within_into(key, start, buffer) {
+            return Ok(len);
+        }
+        let len = self.inner.read_within(key, start, buffer)?;
+        let object_len = (0 < len && len < buffer.len()).then_some(start + len as u64);
+        self.cache.keep(key, start, &buffer[..len], object_len);
+        Ok(len)
+    }
+
     fn will_need(&self, key: &str, range: Range<u64>) {
         if !is_immutable(key) || !self.cache.has(key, &range) {
             self.inner.will_need(key, range);
@@ -138,7 +166,11 @@ impl Store for CachedStore {
         if put == Put::Created && is_immutable(key) {
             // Who commits reads it again: the next commit compares with it.
             let bytes = parts.concat();
-            self.cache.keep(key, 0, &bytes, Some(bytes.len() as u64));
+            let from = bytes.len().saturating_sub(KEPT_PUT_LEN_MAX);
+            if from > 0 {
+                self.cache.keep(key, 0, &bytes[..KEPT_HEAD_LEN], None);
+            }
+            self.cache.keep(key, from as u64, &bytes[from..], Some(bytes.len() as u64));
         }
         Ok(put)
     }
