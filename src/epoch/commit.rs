@@ -19,7 +19,8 @@ use super::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
 use crate::repo::{
-    Birth, Draft, FIRST_TERM, Head, INLINE_LEN_MAX, Index, Inline, PackWriter, Rebase, Repository, object_key,
+    Birth, Draft, FIRST_TERM, Head, INLINE_LEN_MAX, Index, Inline, PackWriter, REMOTE_INLINE_LEN_MAX, Rebase,
+    Repository, object_key,
 };
 
 /// How to commit. Plain data.
@@ -37,8 +38,9 @@ pub struct CommitOptions {
     pub parent: Option<u64>,
     /// The term under which the caller owns the machine.
     pub term: Option<u64>,
-    /// A commit with at most this many bytes of blocks is carried by its record, and has no packs.
-    pub inline_len_max: usize,
+    /// A commit with at most this many bytes of blocks is carried by its record, and has no packs; or with as many as suits the
+    /// store.
+    pub inline_len_max: Option<usize>,
     /// Ends another owner's term. Only right when that owner is known to be dead.
     pub take_over: bool,
     /// What the record says its writer is, for a caller who may have to find out later whether it arrived.
@@ -57,7 +59,7 @@ impl Default for CommitOptions {
             threads: 0,
             parent: None,
             term: None,
-            inline_len_max: INLINE_LEN_MAX,
+            inline_len_max: None,
             take_over: false,
             writer: None,
             moves: None,
@@ -188,7 +190,12 @@ impl CommitBuilder {
                 Ok(())
             }),
         )
-        .with_inline_len_max(options.inline_len_max);
+        .with_inline_len_max(options.inline_len_max.unwrap_or(
+            match repository.objects().store().is_remote() {
+                true => REMOTE_INLINE_LEN_MAX,
+                false => INLINE_LEN_MAX,
+            },
+        ));
         Ok(Self {
             workers: (0..threads).map(|_| Worker::new(options.compression_level)).collect(),
             shared: Shared {
@@ -198,6 +205,7 @@ impl CommitBuilder {
                 found_in: Mutex::default(),
                 recent: RwLock::default(),
                 spare: SpareBuffers::default(),
+                made: Mutex::default(),
                 moves: options.moves.clone(),
             },
             streams: Vec::new(),
@@ -377,14 +385,14 @@ impl CommitBuilder {
             let (packs, mut inline) = packs.finish(true)?;
             tracing::debug!(packs = packs.len(), "packs are durable");
             for stream in streams {
-                let root = place_in_record(stream.root, &mut inline);
+                let root = place_in_record(stream.root, &mut inline, &self.shared);
                 entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
             }
             let manifest = manifest_of(entries)?;
             (packs, inline, ManifestPlace::Inline(manifest.clone()), manifest)
         } else {
             for stream in streams {
-                let root = place_in_pack(stream.root, &mut self.packs)?;
+                let root = place_in_pack(stream.root, &mut self.packs, &self.shared)?;
                 entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
             }
             let manifest = manifest_of(entries)?;
@@ -425,7 +433,7 @@ impl CommitBuilder {
         let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
         // The streams' roots are named by the packs they lie in, so these must be packs.
         let (packs, mut inline) = packs.finish(false)?;
-        let root = place_in_record(root, &mut inline);
+        let root = place_in_record(root, &mut inline, &self.shared);
         Ok((Image { length: source.len(), root }, packs, inline))
     }
 
@@ -453,7 +461,7 @@ impl CommitBuilder {
             notes: self.options.notes.clone(),
             manifest: manifest_place,
         };
-        let footer = inline.footer.clone();
+        let (footer, own) = (inline.footer.clone(), inline.own.clone());
         let mut referred = std::mem::take(&mut *lock(&self.shared.found_in));
         referred.extend(commit.packs.iter().map(|(id, _)| ObjectRef::Pack(*id)));
         let draft = Draft {
@@ -490,8 +498,9 @@ impl CommitBuilder {
         })?;
         tracing::debug!(epoch = head.record.seq, "record is durable");
         self.birth.take().into_iter().for_each(Birth::arrived);
+        let object = ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
+        self.shared.nodes.keep(std::mem::take(&mut *lock(&self.shared.made)), &own, &object);
         if footer.block_count() > 0 {
-            let object = epochfs_format::ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
             self.shared.index.learn(&object, &footer);
         }
         let stored_bytes = commit_of(&head.record)?.stored_len;
@@ -518,28 +527,23 @@ fn stream_entry(path: Vec<u8>, attributes: Attributes, length: u64, root: Option
     ManifestEntry { path, attributes, kind: EntryKind::Stream(Image { length, root }) }
 }
 
-fn place_in_record(root: NewRoot, inline: &mut Inline) -> Option<Root> {
+fn place_in_record(root: NewRoot, inline: &mut Inline, shared: &Shared) -> Option<Root> {
     match root {
         NewRoot::Empty => None,
         NewRoot::Stored(root) => Some(root),
         NewRoot::New(new) => {
-            let digest = new.digest();
-            let place = inline.push_node(digest, |own, out| new.put(own, out));
-            Some(Root { digest, place })
+            let place = inline.push_node(new.digest(), |own, out| new.put(own, out));
+            Some(new.made(place, shared))
         }
     }
 }
 
-fn place_in_pack(root: NewRoot, packs: &mut PackWriter<'_>) -> Result<Option<Root>> {
-    Ok(match root {
-        NewRoot::Empty => None,
-        NewRoot::Stored(root) => Some(root),
-        NewRoot::New(new) => {
-            let digest = new.digest();
-            let place = packs.push_node(digest, |own, out| new.put(own, out))?;
-            Some(Root { digest, place })
-        }
-    })
+fn place_in_pack(root: NewRoot, packs: &mut PackWriter<'_>, shared: &Shared) -> Result<Option<Root>> {
+    match root {
+        NewRoot::Empty => Ok(None),
+        NewRoot::Stored(root) => Ok(Some(root)),
+        NewRoot::New(new) => new.put_in_pack(packs, shared).map(Some),
+    }
 }
 
 fn not_the_parent(machine: &str, newest: u64, expected: u64) -> Error {

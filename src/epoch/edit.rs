@@ -9,11 +9,11 @@ use epochfs_format::{
     BlockKind, FANOUT, Hash, Image, Node, NodeEditor, ObjectRef, Place, Root, level_span, levels_for,
 };
 
-use super::leaf::{LeafWork, PageChange, unless_damaged};
-use super::moves::Moves;
-use super::nodes::{LoadedNode, Nodes, Stored};
+use super::leaf::{LeafWork, PageChange, Shared, unless_damaged};
+use super::nodes::{LoadedNode, Stored};
 use super::tree::{child, page_count};
 use crate::error::Result;
+use crate::platform::lock::lock;
 use crate::repo::PackWriter;
 
 /// A node that is not stored yet.
@@ -29,6 +29,7 @@ impl NewNode {
     fn new(node: Node, digest: Hash, parent: Option<&LoadedNode>, changed: impl Iterator<Item = u16>) -> Self {
         let patch = parent.and_then(|parent| {
             let mut slots: Vec<u16> = changed.collect();
+            let changed = slots.len();
             let base = match &parent.stored {
                 Stored::Pending => return None,
                 Stored::Whole => parent.root.place.clone(),
@@ -39,13 +40,27 @@ impl NewNode {
                     base.clone()
                 }
             };
-            node.patch_is_worth_it(slots.len()).then_some((base, slots))
+            node.patch_is_worth_it(slots.len(), changed, &digest).then_some((base, slots))
         });
         Self { node, digest, patch }
     }
 
     pub fn digest(&self) -> Hash {
         self.digest
+    }
+
+    /// Stores the node in a pack.
+    pub fn put_in_pack(self, packs: &mut PackWriter<'_>, shared: &Shared) -> Result<Root> {
+        let place = packs.push_node(self.digest, |own, out| self.put(own, out))?;
+        Ok(self.made(place, shared))
+    }
+
+    /// It is stored there.
+    pub fn made(self, place: Place, shared: &Shared) -> Root {
+        let root = Root { digest: self.digest, place };
+        let stored = self.patch.map_or(Stored::Whole, |(base, slots)| Stored::Patch { base, slots });
+        lock(&shared.made).add(&shared.nodes, self.node, root.clone(), stored);
+        root
     }
 
     /// Appends the node's block, as part of the object `own`.
@@ -81,7 +96,7 @@ struct Open {
 
 /// Builds one tree.
 pub struct TreeEditor<'a> {
-    nodes: &'a Nodes,
+    shared: &'a Shared,
     levels: u8,
     pages: u64,
     /// The parent's tree, of as many levels as the new one.
@@ -91,7 +106,6 @@ pub struct TreeEditor<'a> {
     raised: Vec<Arc<LoadedNode>>,
     /// Whether what is not set stays as the parent has it.
     keeps: bool,
-    moves: Option<&'a Moves>,
     open: Vec<Open>,
     root: NewRoot,
     /// Whether any leaf was set.
@@ -103,7 +117,7 @@ pub struct TreeEditor<'a> {
 impl<'a> TreeEditor<'a> {
     /// Begins the tree of an image of this length.
     pub fn new(
-        nodes: &'a Nodes,
+        shared: &'a Shared,
         length: u64,
         parent: Option<&Image>,
         keeps: bool,
@@ -117,7 +131,7 @@ impl<'a> TreeEditor<'a> {
         while parent_levels > levels
             && let Some(root) = &parent_root
         {
-            let load = |root: &Root, level| nodes.load(root, level);
+            let load = |root: &Root, level| shared.nodes.load(root, level);
             let node = load(root, parent_levels - 1)?;
             parent_root = match parent_levels {
                 2.. => {
@@ -153,13 +167,12 @@ impl<'a> TreeEditor<'a> {
         };
         let pages = page_count(length);
         Ok(Self {
-            nodes,
+            shared,
             levels,
             pages,
             parent: parent_root,
             raised,
             keeps,
-            moves: None,
             open: Vec::new(),
             root,
             is_set: false,
@@ -167,17 +180,11 @@ impl<'a> TreeEditor<'a> {
         })
     }
 
-    /// Has nodes stored again that lie there.
-    #[must_use]
-    pub fn moving(self, moves: Option<&'a Moves>) -> Self {
-        Self { moves, ..self }
-    }
-
     /// A node of the parent's tree.
     fn load_parent(&self, root: &Root, level: u8) -> Result<Arc<LoadedNode>> {
         match self.raised.iter().find(|node| node.root == *root) {
             Some(node) => Ok(node.clone()),
-            None => self.nodes.load(root, level),
+            None => self.shared.nodes.load(root, level),
         }
     }
 
@@ -224,7 +231,7 @@ impl<'a> TreeEditor<'a> {
         let parent = self.open.last_mut().expect("the path to a leaf below the root has inner nodes");
         parent.set.push(slot);
         parent.is_moved |= work.is_moved;
-        set_child(&mut parent.editor, slot, stored, packs)
+        set_child(&mut parent.editor, slot, stored, packs, self.shared)
     }
 
     /// Finishes the tree; returns its root, and how many pages of the parent went with leaves that were not set.
@@ -263,7 +270,8 @@ impl<'a> TreeEditor<'a> {
                 Some(parent) if self.keeps => NodeEditor::of(&parent.node),
                 _ => NodeEditor::new(level),
             };
-            let is_moved = self.moves.zip(parent.as_ref()).is_some_and(|(moves, parent)| moves.is_of(parent));
+            let is_moved =
+                self.shared.moves.as_ref().zip(parent.as_ref()).is_some_and(|(moves, parent)| moves.is_of(parent));
             self.open.push(Open { level, index, editor, parent, set: Vec::new(), is_moved });
         }
         Ok(())
@@ -278,7 +286,7 @@ impl<'a> TreeEditor<'a> {
             Some(above) => {
                 above.set.push(slot);
                 above.is_moved |= is_moved;
-                set_child(&mut above.editor, slot, closed, packs)?;
+                set_child(&mut above.editor, slot, closed, packs, self.shared)?;
             }
         }
         Ok(())
@@ -368,13 +376,19 @@ fn count_pages(load: &dyn Fn(&Root, u8) -> Result<Arc<LoadedNode>>, root: &Root,
 }
 
 /// Puts a finished node below another one, storing it if it is new.
-fn set_child(editor: &mut NodeEditor, slot: usize, closed: NewRoot, packs: &mut PackWriter<'_>) -> Result<()> {
+fn set_child(
+    editor: &mut NodeEditor,
+    slot: usize,
+    closed: NewRoot,
+    packs: &mut PackWriter<'_>,
+    shared: &Shared,
+) -> Result<()> {
     match closed {
         NewRoot::Empty => editor.clear(slot),
         NewRoot::Stored(root) => editor.set(slot, root.digest, &root.place),
         NewRoot::New(new) => {
-            let place = packs.push_node(new.digest, |own, out| new.put(own, out))?;
-            editor.set(slot, new.digest, &place);
+            let root = new.put_in_pack(packs, shared)?;
+            editor.set(slot, root.digest, &root.place);
         }
     }
     Ok(())

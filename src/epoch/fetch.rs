@@ -12,6 +12,10 @@ use crate::repo::Objects;
 /// Blocks closer together than this are fetched in one read.
 const BRIDGED_GAP_LEN: u64 = 64 << 10;
 
+/// Where many reads of a store that is far away are on their way together, so many more of a hundred cost nearly nothing: the
+/// widest gaps are not read then.
+const MORE_READS_PERCENT: usize = 25;
+
 /// The longest single read.
 const READ_LEN_MAX: u64 = 4 << 20;
 
@@ -60,6 +64,7 @@ impl Fetcher {
     /// Fetches pages that are in the order in which they lie.
     fn fetch_each(&mut self, objects: &Objects, wanted: &[Wanted], first: u64, pages: &mut [Page]) -> Result<()> {
         let mut groups = Vec::new();
+        let bridged = if objects.store().is_remote() { bridged_gap(wanted) } else { BRIDGED_GAP_LEN };
         let mut rest = wanted;
         while let Some(next) = rest.first() {
             let start = u64::from(next.place.offset);
@@ -70,7 +75,7 @@ impl Fetcher {
                     let other_start = u64::from(other.place.offset);
                     let other_end = other_start + u64::from(other.place.len);
                     let near = other.place.object == next.place.object
-                        && other_start <= end + BRIDGED_GAP_LEN
+                        && other_start <= end + bridged
                         && other_end.max(end) - start <= READ_LEN_MAX;
                     if near {
                         end = end.max(other_end);
@@ -149,4 +154,48 @@ impl Fetcher {
     }
 }
 
+/// The widest gap between pages, in the order in which they lie, that is worth reading.
+fn bridged_gap(wanted: &[Wanted]) -> u64 {
+    let mut gaps: Vec<u64> = wanted
+        .windows(2)
+        .filter(|pair| pair[0].place.object == pair[1].place.object)
+        .map(|pair| {
+            let end = u64::from(pair[0].place.offset) + u64::from(pair[0].place.len);
+            u64::from(pair[1].place.offset).saturating_sub(end)
+        })
+        .filter(|gap| *gap <= BRIDGED_GAP_LEN)
+        .collect();
+    let fewest = wanted.len() - gaps.len();
+    match fewest * MORE_READS_PERCENT / 100 {
+        0 => BRIDGED_GAP_LEN,
+        more if more < gaps.len() => *gaps.select_nth_unstable_by(more, |a, b| b.cmp(a)).1,
+        _ => 0,
+    }
+}
+
 const ZERO_PAGE: Page = [0; PAGE_SIZE];
+
+#[cfg(test)]
+mod tests {
+    use epochfs_format::ObjectRef;
+
+    use super::*;
+
+    fn wanted(pack: u8, offset: u32) -> Wanted {
+        let place = Place { object: ObjectRef::Pack([pack; 16]), offset, len: 1000 };
+        Wanted { page: 0, hash: [0; 32], place }
+    }
+
+    #[test]
+    fn a_few_more_reads_spare_the_widest_gaps_where_there_are_many_anyway() {
+        // One read of all, whatever lies between.
+        let mut pages: Vec<_> = [0, 5000, 9000, 60_000].map(|offset| wanted(0, offset)).to_vec();
+        assert_eq!(bridged_gap(&pages), BRIDGED_GAP_LEN);
+        // Eight reads, so that two gaps are left out: those of 50,000 and 4,000.
+        pages.extend((1..8).map(|pack| wanted(pack, 0)));
+        assert_eq!(bridged_gap(&pages), 3000);
+        // More than there are gaps.
+        pages.extend((8..20).map(|pack| wanted(pack, 0)));
+        assert_eq!(bridged_gap(&pages), 0);
+    }
+}

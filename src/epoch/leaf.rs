@@ -8,7 +8,7 @@ use epochfs_format::{Hash, ObjectRef, PAGE_SIZE, Page, PageEncoder, Place, Root,
 
 use super::fetch::{Fetcher, Wanted};
 use super::moves::Moves;
-use super::nodes::{LoadedNode, Nodes};
+use super::nodes::{LoadedNode, Made, Nodes};
 use super::source::Source;
 use super::tree::LEAF_PAGES;
 use crate::error::{Error, Kind, Result};
@@ -92,6 +92,8 @@ pub struct Shared {
     pub found_in: Mutex<HashSet<ObjectRef>>,
     pub recent: RwLock<Recent>,
     pub spare: SpareBuffers,
+    /// The nodes that were stored so far.
+    pub made: Mutex<Made>,
     /// What the commit is to store again.
     pub moves: Option<Arc<Moves>>,
 }

@@ -179,7 +179,7 @@ impl EpochStore {
             parent: Some(newest.seq),
             notes: commit_of(&newest)?.notes.clone(),
             // What is carried by records is what had better lie together.
-            inline_len_max: 0,
+            inline_len_max: Some(0),
             moves: Some(moves.clone()),
             ..options
         };

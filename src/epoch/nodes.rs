@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use epochfs_format::{Node, Place, Root, StoredNode, decode_node};
+use epochfs_format::{Node, ObjectRef, Place, Root, StoredNode, decode_node};
 
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
@@ -31,10 +31,36 @@ pub struct LoadedNode {
     pub stored: Stored,
 }
 
+impl LoadedNode {
+    fn weight(&self) -> usize {
+        let slots = if let Stored::Patch { slots, .. } = &self.stored { slots.capacity() * 2 } else { 0 };
+        256 + self.node.count() * 44 + self.node.object_count() * 40 + slots
+    }
+}
+
+/// Nodes that a commit makes: whoever commits next compares with them, and need not read them then.
+#[derive(Default)]
+pub struct Made {
+    nodes: Vec<LoadedNode>,
+    weight: usize,
+}
+
+impl Made {
+    /// One more, unless there are too many leaves to keep all of them anyway.
+    pub fn add(&mut self, nodes: &Nodes, node: Node, root: Root, stored: Stored) {
+        let made = LoadedNode { node, root, stored };
+        if made.node.level() > 0 || self.weight + made.weight() <= nodes.cache_len / 4 {
+            self.weight += made.weight();
+            self.nodes.push(made);
+        }
+    }
+}
+
 /// Loads nodes.
 pub struct Nodes {
     objects: Arc<Objects>,
     cache: Mutex<TwoGenerations<Place, Arc<LoadedNode>>>,
+    cache_len: usize,
 }
 
 impl Nodes {
@@ -44,7 +70,7 @@ impl Nodes {
 
     /// Keeps so many bytes of nodes at most.
     pub fn with_cache(objects: Arc<Objects>, len: usize) -> Self {
-        Self { objects, cache: Mutex::new(TwoGenerations::new(len)) }
+        Self { objects, cache: Mutex::new(TwoGenerations::new(len)), cache_len: len }
     }
 
     /// Bytes of all that is kept for the next time.
@@ -63,6 +89,28 @@ impl Nodes {
             let start = u64::from(place.offset);
             self.objects.will_need(&place.object, start..start + u64::from(place.len));
         }
+    }
+
+    /// Keeps what a commit made that is durable now. What it called `own` has become the record `object`.
+    pub fn keep(&self, made: Made, own: &ObjectRef, object: &ObjectRef) {
+        let called =
+            |place: Place| if place.object == *own { Place { object: object.clone(), ..place } } else { place };
+        let mut cache = lock(&self.cache);
+        for LoadedNode { node, root, stored } in made.nodes {
+            let node = node.with_object_called(own, object);
+            let root = Root { place: called(root.place), ..root };
+            let loaded = Arc::new(LoadedNode { node, root, stored });
+            cache.insert(loaded.root.place.clone(), loaded.clone(), loaded.weight());
+        }
+    }
+
+    /// The whole node that a node will be loaded with, if it is a patch.
+    pub fn will_need_base(&self, root: &Root) -> Result<()> {
+        if let StoredNode::Patch(patch) = self.decode(&root.place)? {
+            let (start, len) = (u64::from(patch.base.offset), u64::from(patch.base.len));
+            self.objects.will_need(&patch.base.object, start..start + len);
+        }
+        Ok(())
     }
 
     /// The same as [`Self::load`], if it was loaded before and is here still.
@@ -84,9 +132,7 @@ impl Nodes {
                     read => read,
                 };
                 let loaded = Arc::new(read?);
-                let weight = 256 + loaded.node.count() * 44;
-                let mut cache = lock(&self.cache);
-                cache.insert(root.place.clone(), loaded.clone(), weight);
+                lock(&self.cache).insert(root.place.clone(), loaded.clone(), loaded.weight());
                 loaded
             }
         };

@@ -1,12 +1,12 @@
 //! Committing one stream: leaves are worked on by several threads and taken up in order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::slice;
 use std::sync::PoisonError;
 
-use epochfs_format::{Image, PAGE_SIZE, Page};
+use epochfs_format::{Image, PAGE_SIZE, Page, Root};
 
 use super::edit::{NewRoot, TreeEditor};
 use super::fetch::Fetcher;
@@ -54,11 +54,13 @@ struct Jobs<'a> {
     held: Option<Range<u64>>,
     /// The parent's image whose leaves are all looked at, and from which one on, where some are to be stored again.
     moving: Option<(&'a Image, u64)>,
+    ahead: Option<Ahead<'a>>,
 }
 
 impl<'a> Jobs<'a> {
     fn new(job: &'a StreamJob<'a>, shared: &'a Shared) -> Result<Self> {
         let len = job.source.len();
+        let mut ahead = None;
         let ranges: Box<dyn Iterator<Item = Result<Range<u64>>>> = match (job.dirty, job.parent) {
             (Some(dirty), Some(parent)) => {
                 let mut ranges: Vec<Range<u64>> =
@@ -73,12 +75,16 @@ impl<'a> Jobs<'a> {
                     // The last page may have been cut.
                     ranges.push(align(&(len - 1..len), len));
                 }
-                Box::new(Ranges::new(ranges).into_iter().map(Ok))
+                let ranges = Ranges::new(ranges);
+                if shared.nodes.objects().store().is_remote() {
+                    ahead = Some(Ahead::new(&shared.nodes, parent, ranges.clone()));
+                }
+                Box::new(ranges.into_iter().map(Ok))
             }
             _ => Box::new(DataRanges { source: job.source, len, from: 0 }),
         };
         let moving = job.parent.filter(|_| job.dirty.is_some() && shared.moves.is_some()).map(|image| (image, 0));
-        Ok(Self { job, shared, ranges, held: None, moving })
+        Ok(Self { job, shared, ranges, held: None, moving, ahead })
     }
 
     fn next_range(&mut self) -> Result<Option<Range<u64>>> {
@@ -105,6 +111,13 @@ impl<'a> Jobs<'a> {
         }
         let Some(first) = first else { return Ok(None) };
         let index = first.start / LEAF_LEN;
+        if let Some(ahead) = &mut self.ahead
+            && let Err(error) = ahead.reach(index)
+        {
+            // Whoever loads it finds out what is wrong.
+            tracing::debug!("no more leaves are fetched ahead: {error}");
+            self.ahead = None;
+        }
         let end = (index + 1).saturating_mul(LEAF_LEN);
         let rest_is_zero = self.job.dirty.is_none() || self.job.parent.is_none();
         let mut runs: Vec<Range<u64>> = Vec::new();
@@ -133,6 +146,59 @@ impl<'a> Jobs<'a> {
             None => None,
         };
         Ok(Some(LeafJob { index, runs, parent, rest_is_zero }))
+    }
+}
+
+/// So many leaves are on their way ahead of the one that is worked on.
+const AHEAD_LEAVES: usize = 256;
+
+/// Has the parent's leaves fetched together that dirty pages lie in, and what these are patches of: of a store that is far away each
+/// is a round trip.
+struct Ahead<'a> {
+    nodes: &'a Nodes,
+    parent: &'a Image,
+    leaves: Box<dyn Iterator<Item = u64> + 'a>,
+    /// Those that were asked for and are not worked on yet.
+    ahead: VecDeque<u64>,
+    /// Those of them whose bases were not asked for.
+    roots: VecDeque<Root>,
+}
+
+impl<'a> Ahead<'a> {
+    fn new(nodes: &'a Nodes, parent: &'a Image, dirty: Ranges) -> Self {
+        let mut from = 0;
+        let leaves = dirty.into_iter().flat_map(move |range| {
+            let leaves = (range.start / LEAF_LEN).max(from)..range.end.div_ceil(LEAF_LEN);
+            from = from.max(leaves.end);
+            leaves
+        });
+        Self { nodes, parent, leaves: Box::new(leaves), ahead: VecDeque::new(), roots: VecDeque::new() }
+    }
+
+    /// The leaf with this number is worked on now.
+    fn reach(&mut self, index: u64) -> Result<()> {
+        while self.ahead.front().is_some_and(|leaf| *leaf <= index) {
+            self.ahead.pop_front();
+        }
+        let mut is_end = false;
+        while self.ahead.len() < AHEAD_LEAVES {
+            let Some(leaf) = self.leaves.next() else {
+                is_end = true;
+                break;
+            };
+            self.ahead.push_back(leaf);
+            if let Some(root) = leaf_root(self.nodes, self.parent, leaf)?
+                && self.nodes.at_hand(&root, 0).is_none()
+            {
+                self.nodes.will_need(&root);
+                self.roots.push_back(root);
+            }
+        }
+        while is_end || self.roots.len() > AHEAD_LEAVES / 2 {
+            let Some(root) = self.roots.pop_front() else { break };
+            self.nodes.will_need_base(&root)?;
+        }
+        Ok(())
     }
 }
 
@@ -272,8 +338,7 @@ pub fn commit_stream(
     let source: &dyn Source = cut.as_ref().map_or(job.source, |cut| cut);
     let job = &StreamJob { source, ..*job };
     let keeps = job.dirty.is_some() && job.parent.is_some();
-    let tree = TreeEditor::new(&shared.nodes, job.source.len(), job.parent, keeps, packs)?;
-    let tree = tree.moving(shared.moves.as_deref());
+    let tree = TreeEditor::new(shared, job.source.len(), job.parent, keeps, packs)?;
     let mut sequencer = Sequencer { tree, packs, shared, counts, on_read };
     let mut jobs = Jobs::new(job, shared)?;
     // A single leaf, and a machine with a single processor, need no threads.

@@ -17,6 +17,12 @@ use crate::platform::store::{ObjectWriter, Put};
 /// A commit with at most this many bytes of blocks is carried by its record: one object and not two.
 pub const INLINE_LEN_MAX: usize = 128 << 10;
 
+/// The same where each object is a round trip, which takes longer than the bytes do.
+pub const REMOTE_INLINE_LEN_MAX: usize = 2 << 20;
+
+/// And no more blocks than that the record is among the last 32 KiB of its object, which is what its readers read first.
+const INLINE_BLOCKS_MAX: usize = 760;
+
 /// Blocks held back until it is clear that the pack is worth streaming.
 const STREAM_FROM_LEN: usize = 1 << 20;
 
@@ -146,7 +152,7 @@ impl<'a> PackWriter<'a> {
         let len = u32::try_from(block.len()).expect("a block is shorter than 16 MiB");
         let place = pack.push(BlockKind::Page, hash, len);
         pack.buffer.extend_from_slice(block);
-        if pack.buffer.len() >= STREAM_FROM_LEN {
+        if pack.buffer.len() >= STREAM_FROM_LEN.max(self.inline_len_max) {
             if pack.writer.is_none() {
                 pack.writer = Some(self.objects.store().writer(&object_key(&pack.object))?);
             }
@@ -197,7 +203,11 @@ impl<'a> PackWriter<'a> {
     pub fn fits_inline(&self) -> bool {
         self.finished.is_empty()
             && self.nodes.is_none()
-            && self.pages.as_ref().is_none_or(|pack| pack.writer.is_none() && pack.buffer.len() <= self.inline_len_max)
+            && self.pages.as_ref().is_none_or(|pack| {
+                pack.writer.is_none()
+                    && pack.buffer.len() <= self.inline_len_max
+                    && pack.footer.block_count() <= INLINE_BLOCKS_MAX
+            })
     }
 
     /// Makes every pack durable and returns their ids and lengths; or, for a small commit that may be carried by its
@@ -206,11 +216,10 @@ impl<'a> PackWriter<'a> {
         if inline_allowed && self.fits_inline() {
             let inline = match self.pages.take() {
                 None => Inline::empty(),
-                Some(pack) => Inline {
-                    own: pack.object,
-                    blocks: pack.buffer[epochfs_format::HEADER_LEN..].to_vec(),
-                    footer: pack.footer,
-                },
+                Some(mut pack) => {
+                    pack.buffer.drain(..epochfs_format::HEADER_LEN);
+                    Inline { own: pack.object, blocks: pack.buffer, footer: pack.footer }
+                }
             };
             return Ok((Vec::new(), inline));
         }

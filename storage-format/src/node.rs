@@ -19,6 +19,9 @@ pub const FANOUT: usize = 512;
 pub const LEVELS_MAX: u8 = 6;
 
 const ENTRY_LEN: usize = 32 + 2 + 4 + 3;
+
+/// A node of up to so many entries, 2 KiB, is stored whole.
+const SHORT: usize = 48;
 const REMOVED: u16 = 1 << 15;
 const WHAT: &str = "tree node";
 
@@ -100,6 +103,18 @@ impl Node {
 
     fn place_of(&self, entry: &Entry) -> Place {
         Place { object: self.objects[entry.object as usize].clone(), offset: entry.offset, len: entry.len }
+    }
+
+    /// The same node with an object called by another name: that of the record which the bytes it called by this one went into.
+    #[must_use]
+    pub fn with_object_called(mut self, before: &ObjectRef, now: &ObjectRef) -> Self {
+        self.objects.iter_mut().filter(|object| *object == before).for_each(|object| *object = now.clone());
+        self
+    }
+
+    /// How many objects it names.
+    pub fn object_count(&self) -> usize {
+        self.objects.len()
     }
 
     /// The slots that hold something, in order, without copying the object names.
@@ -198,10 +213,18 @@ impl Node {
         put_raw_block(BlockKind::Patch, &payload, out)
     }
 
-    /// How long the node would be as a whole block, and as a patch of this many slots, give or take the names of
-    /// objects: enough to choose between them.
-    pub fn patch_is_worth_it(&self, slots: usize) -> bool {
-        slots * (ENTRY_LEN + 2) * 2 <= self.entries.len() * ENTRY_LEN + FANOUT / 8
+    /// Whether the node is to be stored as a patch of so many slots, `changed` of which differ from the node before it.
+    ///
+    /// It is where that takes at most half of what the whole node would, give or take the names of objects; and as long as the
+    /// patches since the last whole node have not taken as much together as another one will: with patches that grow by
+    /// `changed` slots each, that is what takes least. A short node is whole: its base would be one more read on the way to a
+    /// page. Nodes that were stored together are not all whole again at once: the digest makes it sooner or later.
+    pub fn patch_is_worth_it(&self, slots: usize, changed: usize, digest: &Hash) -> bool {
+        let (whole, slot) = (self.entries.len() * ENTRY_LEN, ENTRY_LEN + 2);
+        let of_256 = 192 + usize::from(digest[0]) / 2;
+        self.entries.len() > SHORT
+            && slots * slot * 2 <= whole + FANOUT / 8
+            && slots * slots * slot / 2 <= changed * whole / 256 * of_256
     }
 }
 
@@ -473,7 +496,8 @@ impl NodeEditor {
     /// The node, listing only the objects it still needs.
     pub fn finish(self) -> Node {
         let mut present = [0; FANOUT / 64];
-        let mut entries = Vec::with_capacity(FANOUT);
+        // No more than are there: nodes are kept for long, and most of a sparse image's have few.
+        let mut entries = Vec::with_capacity(self.slots.iter().filter(|entry| entry.is_some()).count());
         let mut table = ObjectTable::default();
         for (slot, entry) in self.slots.iter().enumerate() {
             if let Some(entry) = entry {

@@ -394,13 +394,24 @@ fn sizes_are_the_documented_ones() {
         let all: Vec<u16> = (0..slots).collect();
         assert_eq!(leaf.put_patch(&in_pack(64), &all, Some(&own), &mut bytes), 39 + 43 * u32::from(slots));
     }
-    assert!(leaf.patch_is_worth_it(244) && !leaf.patch_is_worth_it(245));
+    let is_patched = |slots, changed, first| leaf.patch_is_worth_it(slots, changed, &[first; 32]);
+    assert!(is_patched(244, 244, 0) && !is_patched(245, 245, 0));
+    // Five slots a time: 70 of them have taken as much as a whole node, a few more or less by the digest.
+    assert!(is_patched(60, 5, 0) && !is_patched(61, 5, 0) && is_patched(77, 5, 255) && !is_patched(78, 5, 255));
+    assert!(is_patched(27, 1, 0) && !is_patched(28, 1, 0));
+    // Hot ones that change each time may stay a patch.
+    assert!(is_patched(100, 100, 0));
+    for (entries, is_patched) in [(48, false), (49, true)] {
+        let mut editor = NodeEditor::new(1);
+        (0..entries).for_each(|slot| editor.set(slot, [slot as u8; 32], &here(64 + slot as u32)));
+        assert_eq!(editor.finish().patch_is_worth_it(1, 1, &[0; 32]), is_patched);
+    }
     let gibibyte = 1 << 30;
     let levels = [(0, 0), (2 << 20, 1), (gibibyte, 2), (4 * gibibyte, 3), (512 * gibibyte, 3), (u64::MAX, 6)];
     assert!(levels.iter().all(|(length, levels)| levels_for(*length) == *levels));
 
     // The smallest commit: a page, a patch on each of three levels, the record.
-    let image = Image { length: 4 * gibibyte, root: Some(Root { digest: [1; 32], place: here(64) }) };
+    let image = Image { length: 64 * gibibyte, root: Some(Root { digest: [1; 32], place: here(64) }) };
     let kind = EntryKind::Stream(image);
     let entry = ManifestEntry { path: b"memory".to_vec(), attributes: Default::default(), kind };
     let commit = Commit {

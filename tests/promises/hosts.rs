@@ -166,7 +166,7 @@ impl Run {
         let (machine, term) = (&ownership.machine, ownership.term);
         let newest_term = lock(&self.oracle).term(machine);
         let message = format!("{host}-{}", seeded.next());
-        let inline_len_max = if seeded.chance(500) { 128 << 10 } else { 0 };
+        let inline_len_max = Some(if seeded.chance(500) { 128 << 10 } else { 0 });
         let options = CommitOptions { term: Some(term), message: message.clone(), inline_len_max, ..options() };
         let committed = self.commit_next(store, machine, options, &message, seeded);
         match committed? {

@@ -16,6 +16,7 @@ mod flips;
 mod full_disk;
 mod gc;
 mod hosts;
+mod kept;
 mod keys;
 mod kill;
 mod live;

@@ -51,7 +51,7 @@ fn change(image: &mut Image, count: u64, seeded: &mut Seeded) {
 fn history(store: &EpochStore, epochs: u64, seeded: &mut Seeded) -> Streams {
     let mut streams = streams(seeded);
     for _ in 0..epochs {
-        let inline_len_max = if seeded.chance(500) { 0 } else { 128 << 10 };
+        let inline_len_max = Some(if seeded.chance(500) { 0 } else { 128 << 10 });
         commit(store, MACHINE, &streams, CommitOptions { inline_len_max, ..options() }).unwrap();
         streams.values_mut().for_each(|image| change(image, 6, seeded));
     }
@@ -105,7 +105,7 @@ fn prove(seed: u64) {
         if seeded.chance(300) {
             store.store_again(MACHINE, &moves, options()).unwrap();
         } else {
-            let inline_len_max = if seeded.chance(500) { 0 } else { 128 << 10 };
+            let inline_len_max = Some(if seeded.chance(500) { 0 } else { 128 << 10 });
             let options = CommitOptions { moves: Some(moves.clone()), inline_len_max, threads: 2, ..options() };
             let mut commit = store.begin_commit(MACHINE, options).unwrap();
             for (path, image) in &mut streams {
@@ -204,7 +204,7 @@ fn p4_what_was_moved_out_of_is_given_back() {
     collector().run(&mut |_, _| {}, &mut |_| Ok(())).unwrap();
     compare(&store.epoch(&latest(MACHINE)).unwrap(), &streams).unwrap();
     let alone = MemoryStore::default();
-    commit(&create(alone.clone()), MACHINE, &streams, CommitOptions { inline_len_max: 0, ..options() }).unwrap();
+    commit(&create(alone.clone()), MACHINE, &streams, CommitOptions { inline_len_max: Some(0), ..options() }).unwrap();
     let (left, fresh) = (pack_bytes(&memory), pack_bytes(&alone));
     assert!(left <= fresh + fresh / 10, "{left} bytes are left, and a new repository has {fresh}");
     let again = collector().plan_compaction(&machine, &mut |_, _| {}).unwrap();

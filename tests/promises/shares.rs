@@ -46,7 +46,7 @@ fn history(seed: u64) -> ObjectMap {
                     let page = seeded.below(image.length.div_ceil(PAGE));
                     image.put_page(page, some_page(&mut seeded));
                 }
-                let inline_len_max = if seeded.chance(700) { 0 } else { 1 << 17 };
+                let inline_len_max = Some(if seeded.chance(700) { 0 } else { 1 << 17 });
                 let options = CommitOptions { inline_len_max, ..options() };
                 let mut streams = memory(image);
                 if seeded.chance(300) {

@@ -35,6 +35,8 @@ pub struct LiveCommit {
     pub notes: Vec<(String, String)>,
     /// The zstd level, where it is to be another than the mount's.
     pub level: Option<i32>,
+    /// Asked for by who has just brought memory, device state and disks to one moment.
+    pub is_capture: bool,
     /// Not what live holds is committed, but the newest epoch once more, with this stored again. Changes stay where they are.
     pub moves: Option<Arc<Moves>>,
 }

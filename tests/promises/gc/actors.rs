@@ -157,7 +157,7 @@ impl Run {
 
     fn commit(&self, store: &EpochStore, seeded: &mut Seeded) -> Check {
         let machine: Arc<str> = format!("m{}", seeded.below(4)).into();
-        let inline_len_max = if seeded.chance(300) { 128 << 10 } else { 0 };
+        let inline_len_max = Some(if seeded.chance(300) { 128 << 10 } else { 0 });
         let options = CommitOptions { inline_len_max, ..options() };
         let Some(mut commit) = self.begin(store, &machine, options)? else { return Ok(()) };
         let parent = commit.parent();

@@ -22,7 +22,7 @@ use crate::support::{commit, compare, create, memory, numbered, open, options};
 fn damaged_repository() -> (ObjectMap, ObjectMap) {
     let store = MemoryStore::default();
     let epochs = create(store.clone());
-    let no_records = CommitOptions { inline_len_max: 0, ..options() };
+    let no_records = CommitOptions { inline_len_max: Some(0), ..options() };
     let mut image = noisy_image(21, 12);
     // Two leaves, which lie in a pack; what is above them lies in a record.
     image.resize(LEAF + PAGE);
@@ -170,7 +170,7 @@ fn p5_readers_that_run_find_the_repaired_object() {
     let path = directory.path().join("repository");
     let image = noisy_image(31, 40);
     let store = EpochStore::create_directory(&path).unwrap();
-    commit(&store, "web1", &memory(&image), CommitOptions { inline_len_max: 0, ..options() }).unwrap();
+    commit(&store, "web1", &memory(&image), CommitOptions { inline_len_max: Some(0), ..options() }).unwrap();
     let copy = directory.path().join("copy");
     copy_all(&path, &copy);
     let packs = walk(&path.join("packs"));

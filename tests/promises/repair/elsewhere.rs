@@ -27,7 +27,7 @@ fn image() -> Image {
 pub fn repository() -> ObjectMap {
     let store = MemoryStore::default();
     let epochs = create(store.clone());
-    let no_records = CommitOptions { inline_len_max: 0, ..options() };
+    let no_records = CommitOptions { inline_len_max: Some(0), ..options() };
     let mut image = image();
     commit(&epochs, "web1", &memory(&image), no_records.clone()).unwrap();
     image.write(3 * PAGE, b"changed");
@@ -78,7 +78,7 @@ fn p5_pages_and_nodes_are_repaired_from_a_repository_that_copy_filled() {
 fn p5_a_page_is_repaired_from_another_pack_of_the_repository_however_it_was_compressed_there() {
     let store = MemoryStore::default();
     let epochs = create(store.clone());
-    let levels = |level| CommitOptions { compression_level: level, inline_len_max: 0, ..options() };
+    let levels = |level| CommitOptions { compression_level: level, inline_len_max: Some(0), ..options() };
     commit(&epochs, "web1", &memory(&image()), levels(1)).unwrap();
     commit(&epochs, "web2", &memory(&image()), levels(19)).unwrap();
     let objects = store.objects();
@@ -138,11 +138,11 @@ fn pages_of_any_level_are_compressed_again_to_what_they_were() {
         image.put_page(number, page);
     }
     for level in [-5, -1, 1, 3, 7, 12, 19, 22] {
-        let options = CommitOptions { compression_level: level, inline_len_max: 0, ..options() };
+        let options = CommitOptions { compression_level: level, inline_len_max: Some(0), ..options() };
         let machine: Arc<str> = format!("level{level}").as_str().into();
         commit(&epochs, &machine, &memory(&image), options).unwrap();
     }
-    commit(&other, "web1", &memory(&image), CommitOptions { inline_len_max: 0, ..options() }).unwrap();
+    commit(&other, "web1", &memory(&image), CommitOptions { inline_len_max: Some(0), ..options() }).unwrap();
     let objects = store.objects();
     let mut encoder = PageEncoder::new(19);
     let mut lens = std::collections::BTreeSet::new();

@@ -13,7 +13,7 @@ use crate::support::memory::{MemoryStore, ObjectMap};
 use crate::support::{Check, Saying, commit, compare, create, latest, memory, numbered, open, options};
 
 fn no_records() -> CommitOptions {
-    CommitOptions { inline_len_max: 0, ..options() }
+    CommitOptions { inline_len_max: Some(0), ..options() }
 }
 
 /// A repository with an index that knows all that was stored before, as a running daemon has.

@@ -50,7 +50,10 @@ const NEXT_TRIES_MAX: usize = 4;
 const TRIES: u32 = 3;
 
 /// A put of at most so much is tried so, too.
-const PUT_AGAIN_LEN_MAX: usize = 1 << 20;
+const PUT_AGAIN_LEN_MAX: usize = 4 << 20;
+
+/// A longer one is a part of something large, or as long.
+const SMALL_PUT_LEN_MAX: usize = 1 << 20;
 
 /// How long callers wait unless they say otherwise.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(30);
@@ -316,7 +319,9 @@ impl Shared {
                     false => once().await,
                 }
             };
-            let put = match timeout(self.patience.answer, put).await {
+            let is_small = payload.content_length() <= SMALL_PUT_LEN_MAX;
+            let patience = if is_small { self.patience.answer } else { self.patience.part };
+            let put = match timeout(patience, put).await {
                 Ok(Ok(_)) => Put::Created,
                 // Some services also say so of a key that two are just writing, and of which nobody is yet.
                 Ok(Err(RemoteError::AlreadyExists { .. } | RemoteError::Precondition { .. })) => {
@@ -327,7 +332,7 @@ impl Shared {
                     Put::Exists
                 }
                 Ok(Err(error)) => return Err(self.error("write", key, &error)),
-                Err(_) => return Err(self.no_answer("write", key, self.patience.answer)),
+                Err(_) => return Err(self.no_answer("write", key, patience)),
             };
             self.counters.put(len);
             return Ok(put);
