@@ -9,10 +9,11 @@ use super::output;
 use super::progress::Progress;
 use crate::epoch::{EpochStore, open_store};
 use crate::error::{Error, Result};
+use crate::fs::host_name;
 use crate::ops::control::{Client, socket_path, sockets};
 use crate::platform::keys::KeySettings;
 use crate::platform::store::{Cache, CacheSettings, Location};
-use crate::repo::{Repository, state_dir};
+use crate::repo::{LeaseSettings, Repository, state_dir};
 
 pub struct Context {
     global: Global,
@@ -109,7 +110,9 @@ impl Context {
             let directory = repository.local_directory(&state).join("cache");
             repository = repository.cached(CacheSettings { directory, len_max: self.global.cache_size });
         }
-        Ok(EpochStore::new(repository))
+        // Collectors name those who read by it.
+        let host = host_name(&repository.local_directory(&state));
+        Ok(EpochStore::new(repository).with_leases(LeaseSettings { host, ..LeaseSettings::default() }))
     }
 
     /// Opens the repository to look at what the store has, and not at what was kept of it.
@@ -138,17 +141,24 @@ impl Context {
 
     /// The socket of the daemon that has the repository mounted here, or would be.
     pub fn socket(&self) -> Result<PathBuf> {
-        let location = self.location()?.absolute()?;
-        if location.directory().is_none() {
-            // A daemon of a bucket is found without asking the bucket, which may be away.
-            let (url, state) = (location.to_string(), self.state_directory());
-            for path in sockets(&state) {
-                if Client::ask(&path, Client::ping)?.is_some_and(|who| who.repository == url) {
-                    return Ok(path);
-                }
-            }
+        // A daemon of a bucket is found without asking the bucket, which may be away.
+        if self.location()?.directory().is_none()
+            && let Some(path) = self.socket_of_daemon()?
+        {
+            return Ok(path);
         }
         Ok(socket_path(&self.local_directory(&self.open()?)))
+    }
+
+    /// The socket of the daemon that has the repository mounted here, whether or not the repository is there.
+    pub fn socket_of_daemon(&self) -> Result<Option<PathBuf>> {
+        let url = self.location()?.absolute()?.to_string();
+        for path in sockets(&self.state_directory()) {
+            if Client::ask(&path, Client::ping)?.is_some_and(|who| who.repository == url) {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
     }
 
     /// How much of a bucket may be kept on a local disk.

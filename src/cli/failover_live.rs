@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::context::Context;
 use super::hosts::watch;
-use super::output::{parse_time, plain, size, table};
+use super::output::{parse_machine, parse_time, plain, size, table};
 use super::screen::Screen;
 use crate::error::{Error, Result};
 use crate::fs::this_host;
@@ -31,7 +31,7 @@ const LOOKS_FOR_OWN: u32 = 5;
 #[derive(clap::Args)]
 pub struct Which {
     /// Machines by name.
-    #[arg(value_name = "MACHINE", conflicts_with_all = ["host", "all_of"])]
+    #[arg(value_name = "MACHINE", conflicts_with_all = ["host", "all_of"], value_parser = parse_machine)]
     machines: Vec<String>,
     /// The machines that a host was running when it fell silent, and protected by a lease.
     #[arg(long, value_name = "HOST", conflicts_with = "all_of")]
@@ -155,7 +155,7 @@ fn here(context: &Context, config: &Path, how: How) -> Result<Here> {
 }
 
 /// Finds the machines, watches the hosts for a moment, and plans.
-fn prepare(here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
+fn prepare(context: &Context, here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
     let own = this_host(&here.directory)?.host;
     let seen = {
         let mut hosts = lock(&here.hosts);
@@ -189,12 +189,16 @@ fn prepare(here: &Here, which: &Which) -> Result<(LivePlan, Vec<HostSeen>)> {
     // What a host's failure would take is told without it, though it lives; copies may lie beside what they are copies of.
     let without = lost.filter(|_| !which.here && here.how != How::Drill).map(|host| host.id);
     if machines.is_empty() {
-        let (what, hint) = match (&which.host, &which.all_of) {
-            (Some(host), _) => (format!("{host} had no machine that it protects, and still owns"), "try --all-of"),
-            (_, Some(host)) => (format!("{host} owns no machine"), "`epochfs hosts --json` shows what each host has"),
-            _ => ("no machine is named".to_owned(), "name MACHINE..., or give --host HOST"),
-        };
-        return Err(Error::usage(what).hint(hint));
+        // Nothing is left to do where all of it was done.
+        match (&which.host, &which.all_of) {
+            (Some(host), _) => {
+                context.notice(&format!(
+                    "{host} has no machine that it protects, and still owns; --all-of names all of them"
+                ));
+            }
+            (_, Some(host)) => context.notice(&format!("{host} owns no machine")),
+            _ => return Err(Error::usage("no machine is named").hint("name MACHINE..., or give --host HOST")),
+        }
     }
     let plan = live_plan(here, &own, &machines, &seen, which.here, without)?;
     Ok((plan, seen))
@@ -220,15 +224,21 @@ fn plan_document(live: &LivePlan) -> Value {
 }
 
 fn plan_text(live: &LivePlan) -> String {
-    super::failover::text_of(&live.situation, &live.plan) + &left_out_text(&live.left_out)
+    // Where there is nothing to plan for, a plan says nothing.
+    let plan = match live.situation.needs.is_empty() {
+        true => String::new(),
+        false => super::failover::text_of(&live.situation, &live.plan),
+    };
+    plan + &left_out_text(&live.left_out)
 }
 
 /// Shows who would go where, of what is known just now.
 pub fn show_plan(context: &Context, which: &Which) -> Result<ExitCode> {
     let here = here(context, &which.config, How::Silent)?;
-    let (live, _) = prepare(&here, which)?;
+    let (live, _) = prepare(context, &here, which)?;
     context.print(&plan_document(&live), || plan_text(&live))?;
-    Ok(ExitCode::SUCCESS)
+    // Who has no room is what a plan tells; who does not exist was named by mistake.
+    Ok(if live.left_out.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 impl Run {
@@ -237,7 +247,7 @@ impl Run {
         let how = if self.fenced { How::Fenced } else { How::Silent };
         let here = here(context, &self.which.config, how)?;
         let limits = here.config.limits()?;
-        let (live, _) = prepare(&here, &self.which)?;
+        let (live, _) = prepare(context, &here, &self.which)?;
         if !self.yes {
             let mut document = plan_document(&live);
             document["done"] = json!(false);
@@ -304,7 +314,7 @@ fn report_text(reports: &[MachineReport], limits: &Limits) -> String {
         row.extend(columns.iter().map(|phase| phases.get(phase).map_or("-".to_owned(), |ms| format!("{ms:.0} ms"))));
         rows.push(row);
     }
-    let mut text = table(&headings, &rows);
+    let mut text = if rows.is_empty() { String::new() } else { table(&headings, &rows) };
     for report in reports {
         if let Some(error) = &report.error {
             text += &format!("{}: {}\n", plain(&report.machine), plain(error));
@@ -331,7 +341,7 @@ impl Drill {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let here = here(context, &self.which.config, How::Drill)?;
         let limits = here.config.limits()?;
-        let (live, _) = prepare(&here, &self.which)?;
+        let (live, _) = prepare(context, &here, &self.which)?;
         let jobs = live.own_jobs();
         let since = Stopwatch::start();
         let screen = Screen::new(context);

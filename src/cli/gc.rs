@@ -8,7 +8,7 @@ use epochfs_format::GcBody;
 use serde_json::{Value, json};
 
 use super::context::Context;
-use super::output::{plain, size, time};
+use super::output::{parse_machine, plain, size, time};
 use crate::epoch::{CommitOptions, EpochStore};
 use crate::error::{Error, Kind, Result};
 use crate::fs::this_host;
@@ -66,7 +66,7 @@ struct Options {
 #[derive(clap::Args)]
 struct Compact {
     /// Machines by name.
-    #[arg(required_unless_present = "all", value_name = "MACHINE")]
+    #[arg(required_unless_present = "all", value_name = "MACHINE", value_parser = parse_machine)]
     machines: Vec<String>,
     /// All machines but those that run on other hosts.
     #[arg(long, conflicts_with = "machines")]
@@ -246,12 +246,18 @@ impl Compact {
         if this_host(&local)?.host != owner.host {
             return Err(elsewhere());
         }
-        let mut client = Client::connect(&socket_path(&local))?.ok_or_else(elsewhere)?;
+        let by_itself = || {
+            Error::conflict(format!(
+                "{machine} is run on this host by what makes its epochs itself, as `epochfs run` does"
+            ))
+            .hint("run this again once that has ended")
+        };
+        let mut client = Client::connect(&socket_path(&local))?.ok_or_else(by_itself)?;
         let owns = |status: &DaemonStatus| {
             status.filesystem.machines.iter().any(|one| one.machine == **machine && one.term.is_some())
         };
         if !owns(&client.status()?) {
-            return Err(elsewhere());
+            return Err(by_itself());
         }
         let moves = plan.moves.objects().map(ObjectName::from).take(MOVES_MAX).collect();
         let request = StoreAgainRequest { machine: machine.to_string(), message, level: Some(self.level), moves };

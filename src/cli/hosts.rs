@@ -18,7 +18,8 @@ use crate::platform::clock::{BootClock, Clock};
 ///
 /// A host is listed that was mounted with --lease or --heartbeat. Whether it lives is found out by watching for a moment
 /// whether it says something new, by this host's clock alone: `alive` did; `silent` has not for longer than its lease, so
-/// that what it owns may be taken over; `unheard` has not, and was not watched for long enough to tell.
+/// that what it owns may be taken over; `unheard` has not, and was not watched for long enough to tell: give --watch a
+/// longer time. What a host runs is what it said last; of one that is silent, others may have taken it over since.
 #[derive(clap::Args)]
 #[command(
     args_conflicts_with_subcommands = true,
@@ -123,7 +124,12 @@ fn render(seen: &[HostSeen]) -> String {
                 plain(label(&row.location)),
                 row.state.to_owned(),
                 row.purpose.to_owned(),
-                if row.accepts_failover { "yes" } else { "no" }.to_owned(),
+                if row.accepts_failover && host.purpose == HostPurpose::Ready && !host.is_silent {
+                    "yes"
+                } else {
+                    "no"
+                }
+                .to_owned(),
                 format!("{:.1} s", row.silent_ms as f64 / 1000.0),
                 if row.lease_ms == 0 { "-".to_owned() } else { format!("{:.1} s", f64::from(row.lease_ms) / 1000.0) },
                 format!("{} of {}", size(row.memory_free), size(row.memory)),

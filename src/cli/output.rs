@@ -109,6 +109,15 @@ pub fn size(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
+/// Reads a machine's name, where none of its epochs is meant.
+pub fn parse_machine(text: &str) -> std::result::Result<String, String> {
+    match (epochfs_format::check_machine(text), text.split_once('@')) {
+        (Ok(()), _) => Ok(text.to_owned()),
+        (Err(_), Some((machine, _))) => Err(format!("this is about machines, not epochs: give {machine:?}")),
+        (Err(error), None) => Err(error.to_string()),
+    }
+}
+
 /// Reads a size: a number of bytes, or of KiB, MiB, GiB or TiB behind which stands K, M, G or T.
 pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
     let digits = text.trim_end_matches(|letter: char| !letter.is_ascii_digit());
@@ -178,6 +187,13 @@ mod tests {
         assert_eq!(time(1_709_210_096_000_000_000), "2024-02-29 12:34:56");
         assert_eq!(time(4_107_542_399_000_000_000), "2100-02-28 23:59:59");
         assert_eq!((size(1023), size(1024), size(u64::MAX)), ("1023 B".into(), "1.0 KiB".into(), "16.0 EiB".into()));
+    }
+
+    #[test]
+    fn a_machine_is_no_epoch() {
+        assert_eq!(parse_machine("web-1"), Ok("web-1".into()));
+        assert!(parse_machine("web1@11").unwrap_err().ends_with("give \"web1\""));
+        assert!(parse_machine("").is_err());
     }
 
     #[test]

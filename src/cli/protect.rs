@@ -14,7 +14,7 @@ use super::output::{print, size};
 use crate::error::{Error, Result};
 use crate::ha::{Config, MachineConfig, ProtectionStatus, parse_duration};
 use crate::ops::control::Client;
-use crate::ops::protect::{Here, Protector};
+use crate::ops::protect::{Here, Protector, UNBOUNDED};
 use crate::vmm::agent::{Guarded, GuardedLease, guard};
 
 /// Protect running machines: make an epoch of each, again and again, while it runs.
@@ -34,7 +34,7 @@ use crate::vmm::agent::{Guarded, GuardedLease, guard};
 /// remember an answer that the machine does not. Network traffic is not held back, unless the command of --outputs does so.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  epochfs protect web1 --qmp /run/web1.qmp --rpo 2s --overhead 0.05\n  epochfs protect web1 --qmp /run/web1.qmp --once\n  epochfs protect fc1 --firecracker /run/fc1.sock --interval 5s\n  epochfs protect --config /etc/epochfs/protect.toml\n\nA file of machines:\n  overhead = 0.2                 # of all machines together\n  [machines.web1]\n  qmp = \"/run/web1.qmp\"           # or firecracker, or cloud-hypervisor\n  rpo = \"2s\"                     # or interval = \"1s\"\n  overhead = 0.05\n  weight = 4.0                   # its work is worth four times another's\n  heartbeat = \"/run/web1.serial\" # a file that the guest changes\n  store-rate = \"20MiB\"           # bytes a second"
+    after_help = "Examples:\n  epochfs protect web1 --qmp /run/web1.qmp --rpo 2s --overhead 0.05\n  epochfs protect web1 --qmp /run/web1.qmp --once\n  epochfs protect fc1 --firecracker /run/fc1.sock --interval 5s\n  epochfs protect --config /etc/epochfs/protect.toml\n\nA file of machines:\n  overhead = 0.2                 # of all machines together\n  store-rate = \"50MiB\"           # bytes a second, of all machines together\n  [machines.web1]\n  qmp = \"/run/web1.qmp\"           # or firecracker, or cloud-hypervisor\n  rpo = \"2s\"                     # or interval = \"1s\"\n  overhead = 0.05\n  weight = 4.0                   # its work is worth four times another's\n  heartbeat = \"/run/web1.serial\" # a file that the guest changes\n  store-rate = \"20MiB\"           # bytes a second"
 )]
 pub struct Protect {
     /// The machine.
@@ -119,7 +119,7 @@ impl Protect {
             context.notice("no machine is named: nothing is protected until SIGHUP, when the file is read again");
         }
         let signals = signals()?;
-        let mut protector = Protector::new(here, config.overhead);
+        let mut protector = Protector::new(here);
         protector.apply(&config)?;
         let end = lasts.map_or_else(crossbeam_channel::never, crossbeam_channel::after);
         self.follow(context, &mut protector, &signals, &end)?;
@@ -136,8 +136,8 @@ impl Protect {
         epochfs_format::check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
         let described = self.described();
         described.target()?;
-        // One machine alone is bounded by its own share.
-        Ok(Config { overhead: 1000.0, keep: None, machines: [(machine.clone(), described)].into() })
+        let overhead = UNBOUNDED.time;
+        Ok(Config { overhead, store_rate: None, keep: None, machines: [(machine.clone(), described)].into() })
     }
 
     fn described(&self) -> MachineConfig {

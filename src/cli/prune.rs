@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::context::Context;
-use super::output::{table, time};
+use super::output::{parse_machine, table, time};
 use crate::error::{Error, Result};
 use crate::gc::retention::{Policy, parse_duration};
 use crate::gc::{Pruned, judge_machine};
@@ -28,7 +28,7 @@ use crate::platform::process::give_way;
 )]
 pub struct Prune {
     /// Only these machines; without any, all.
-    #[arg(value_name = "MACHINE")]
+    #[arg(value_name = "MACHINE", value_parser = parse_machine)]
     machines: Vec<String>,
     /// The newest epochs.
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]

@@ -19,7 +19,7 @@ use crate::capture::{Checkpoint, Fixed, Pace, Protection, Settings, Stop};
 use crate::epoch::{CommitOptions, EpochName, EpochStore};
 use crate::error::{Error, Result};
 use crate::fs::this_host;
-use crate::ha::ProtectionStatus;
+use crate::ha::{Pauses, ProtectionStatus};
 use crate::ops::control::socket_path;
 use crate::ops::daemon::{background, make_directory};
 use crate::ops::leased::Leased;
@@ -223,6 +223,8 @@ impl Run {
         let (mut runner, processors, protection) = match (&self.from, &store) {
             (Some(from), Some(store)) => {
                 let mut epoch = store.epoch(from)?;
+                // Before anything is made of it.
+                let spec = Machine::spec_of(&read_state(&epoch)?, self.tracking())?;
                 let protection = match &self.protect {
                     Some(machine) => {
                         let (protection, base) = self.protection(context, store, machine, Some(&epoch))?;
@@ -231,7 +233,6 @@ impl Run {
                     }
                     None => None,
                 };
-                let spec = Machine::spec_of(&read_state(&epoch)?, self.tracking())?;
                 let runner = Runner::restore(&epoch, self.tracking(), output, settings, &|tracker| tracker)?;
                 if !self.no_prefetch {
                     let settings = PrefetchSettings { threads: 1, rate: None, keeps_traces: true };
@@ -273,6 +274,7 @@ impl Run {
             machine: self.protect.clone().unwrap_or_default(),
             state: "protected".to_owned(),
             reason: "the interval is fixed".to_owned(),
+            how: "copied as it changes".to_owned(),
             interval_ms: self.interval.as_secs_f64() * 1000.0,
             ..ProtectionStatus::default()
         };
@@ -284,12 +286,22 @@ impl Run {
         let protection = protection.map(|protection| (protection, Box::new(Fixed(self.interval)) as Box<dyn Pace>));
         let ready_ms = since.elapsed().as_millis() as u64;
         let mut news = teller.as_mut().map(|teller| (teller, &mut status));
+        let (mut pauses, mut newest, mut taken) = (Pauses::default(), None, Duration::ZERO);
         let told = |checkpoint: &Checkpoint| {
             if let Some((teller, status)) = &mut news {
                 status.epochs += u64::from(checkpoint.epoch.is_some());
                 status.failures += u64::from(checkpoint.epoch.is_none());
                 status.newest_epoch = checkpoint.epoch.or(status.newest_epoch);
-                status.pause_ms = checkpoint.pause_us as f64 / 1000.0;
+                pauses.add(Duration::from_micros(checkpoint.pause_us), status);
+                let taken_us = checkpoint.pause_us + checkpoint.commit_us;
+                if checkpoint.epoch.is_some() {
+                    (newest, status.durable_ms) = (Some(Stopwatch::start()), taken_us as f64 / 1000.0);
+                    status.stored_bytes = checkpoint.stored_bytes;
+                    status.changed_pages = checkpoint.changed_pages;
+                    taken = Duration::from_micros(taken_us);
+                }
+                status.age_ms = newest.map(|newest: Stopwatch| (newest.elapsed() + taken).as_secs_f64() * 1000.0);
+                status.overhead = checkpoint.pause_us as f64 / checkpoint.interval_us.max(1) as f64;
                 teller.tell(status);
             }
             if let Some(file) = &mut file {

@@ -6,22 +6,22 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::context::Context;
-use super::output::{size, table};
+use super::output::{parse_machine, size, table};
 use crate::epoch::EpochStore;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::gc::shares;
 
 /// Show what the repository holds, and what deduplication and compression save; or, with --freed, who needs what.
 ///
 /// With --freed: what each machine's epochs need, and what `epochfs gc` would give back if the machine went; of the machines
-/// named also what it would if one of their epochs went, and no other. That counts packs: what small commits put into
-/// records of a log stays there.
+/// named also what it would if one of their epochs went, and no other.
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  epochfs stats\n  epochfs stats web1 web2 --json\n  epochfs stats --freed            (each machine)\n  epochfs stats --freed web1       (and each epoch of this one)"
 )]
 pub struct Stats {
     /// Only these machines; stored bytes are always those of the whole repository.
+    #[arg(value_name = "MACHINE", value_parser = parse_machine)]
     machines: Vec<String>,
     /// Say what would be given back if a machine, or an epoch, went.
     #[arg(long)]
@@ -30,11 +30,7 @@ pub struct Stats {
 
 impl Stats {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
-        let mut only: Vec<Arc<str>> = Vec::new();
-        for machine in &self.machines {
-            epochfs_format::check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
-            only.push(machine.as_str().into());
-        }
+        let only: Vec<Arc<str>> = self.machines.iter().map(|machine| machine.as_str().into()).collect();
         let store = context.open()?;
         if self.freed {
             return freed(context, &store, &only);
@@ -103,7 +99,7 @@ fn freed(context: &Context, store: &EpochStore, only: &[Arc<str>]) -> Result<Exi
             text += &table(&["epoch", ">freed if it went"], &epochs.collect::<Vec<_>>());
         }
         text + &format!(
-            "{} in packs, {} of them needed by several machines\n",
+            "{} in packs; {} are needed by several machines\n",
             size(shares.pack_bytes),
             size(shares.shared_bytes)
         )

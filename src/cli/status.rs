@@ -30,7 +30,10 @@ pub struct Status {
 impl Status {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         let paths: Vec<PathBuf> = match context.names_repository() {
-            true => vec![context.socket()?],
+            true => vec![match context.socket_of_daemon()? {
+                Some(path) => path,
+                None => context.socket()?,
+            }],
             false => sockets(&context.state_directory()),
         };
         let mut daemons = Vec::new();

@@ -23,7 +23,7 @@ mod parked;
 mod restores;
 mod store_status;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -36,7 +36,7 @@ pub use error::errno;
 pub use fuse::{Mount, MountOptions, Unmounter, mount};
 pub use inodes::Line;
 pub use names::Found;
-pub use owners::{name_host, this_host};
+pub use owners::{host_name, name_host, this_host};
 pub use restores::PageCache;
 pub use store_status::StoreStatus;
 
@@ -46,6 +46,7 @@ use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
 use crate::platform::lock::lock;
+use crate::platform::process::ProcessSeen;
 use crate::restore::{self, PrefetchStatus, Prefetcher};
 use inodes::{Handles, Inodes};
 use keeper::Keeper;
@@ -90,6 +91,8 @@ pub struct FileSystem {
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
     parked_bytes: AtomicI64,
+    /// Machines that an agent captures: its process, and when that began.
+    captured: Mutex<BTreeMap<String, (i32, String)>>,
 }
 
 /// What `status` shows of a mount.
@@ -169,6 +172,7 @@ impl FileSystem {
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             parked_bytes: AtomicI64::new(0),
+            captured: Mutex::default(),
         });
         for machine in machines_kept(&*file_system.live_settings.files, &file_system.live_settings.directory)? {
             // One that cannot be opened must not keep the others away.
@@ -221,8 +225,36 @@ impl FileSystem {
         self.freeze(machine, options)?.wait()
     }
 
+    /// The agent that is this process captures a machine, or nobody does any more.
+    pub fn captured_by(&self, machine: &str, process: Option<i32>) {
+        let agent = process.and_then(|pid| Some((pid, ProcessSeen::of(pid).ok()?.began)));
+        let mut captured = lock(&self.captured);
+        match agent {
+            Some(agent) => drop(captured.insert(machine.to_owned(), agent)),
+            None => drop(captured.remove(machine)),
+        }
+    }
+
+    /// Refuses an epoch between those of an agent: it would have the memory of one moment and the device state of another, and
+    /// being the newest it would be what the machine is started from.
+    fn check_moment(&self, machine: &str) -> Result<()> {
+        let agent = lock(&self.captured).get(machine).cloned();
+        // One that was killed captures nothing any more.
+        let lives = |pid, began: &str| ProcessSeen::of(pid).is_ok_and(|seen| seen.began == *began && !seen.has_ended);
+        match agent {
+            Some((pid, began)) if lives(pid, &began) => Err(Error::conflict(format!(
+                "{machine} is protected by an agent, which brings its memory, state and disks to one moment for each epoch"
+            ))
+            .hint(format!("tag its newest epoch instead: epochfs tag {machine} NAME; or end `epochfs protect` first"))),
+            _ => Ok(()),
+        }
+    }
+
     /// Freezes what the machine's live holds, and begins to make an epoch of it.
     pub fn freeze(&self, machine: &str, options: LiveCommit) -> Result<CommitTicket> {
+        if !options.is_capture && options.moves.is_none() {
+            self.check_moment(machine)?;
+        }
         let machine: Arc<str> = machine.into();
         if !self.owns(&machine) {
             self.store.repository().require(&machine)?;

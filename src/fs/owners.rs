@@ -21,8 +21,12 @@ pub fn this_host(directory: &Path) -> Result<Owner> {
 }
 
 pub(super) fn host(files: &dyn Files, directory: &Path) -> Result<Owner> {
-    let name = std::fs::read_to_string(directory.join(NAME)).map_or_else(|_| system_name(), |name| cleaned(&name));
-    Ok(Owner { host: host_id(files, directory)?, name, lease_ms: 0 })
+    Ok(Owner { host: host_id(files, directory)?, name: host_name(directory), lease_ms: 0 })
+}
+
+/// What this host is called.
+pub fn host_name(directory: &Path) -> String {
+    std::fs::read_to_string(directory.join(NAME)).map_or_else(|_| system_name(), |name| cleaned(&name))
 }
 
 /// Has this host called by a name from now on, instead of by the system's.

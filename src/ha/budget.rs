@@ -1,21 +1,20 @@
-//! What a host's machines may lose of their time together, shared out where it protects most.
+//! What a host's machines may take together, of their time or of the store's bytes, shared out where it protects most.
 //!
-//! Checkpointing a machine every `t` seconds, each of which costs it `c`, takes `c / t` of its time, and puts `t` of its work
-//! at risk. The weighted sum of what is at risk is the least, for a given sum of time, where each machine's share is
-//! proportional to the square root of its weight times its cost. No machine gets more than it has a use for; what is left
-//! goes to the others.
+//! Checkpointing a machine every `t` seconds, each of which costs `c`, takes `c / t` of what there is, and puts `t` of its work
+//! at risk. The weighted sum of what is at risk is the least, for a given total, where each machine's share is proportional to
+//! the square root of its weight times its cost. No machine gets more than it has a use for; what is left goes to the others.
 
 use std::time::Duration;
 
 /// What a machine would take.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Demand {
-    /// What a checkpoint costs it.
-    pub cost: Duration,
+    /// What a checkpoint costs: seconds of its time, or bytes.
+    pub cost: f64,
     /// The interval that it is asked to have.
     pub wanted: Duration,
-    /// The share that it may take at most.
-    pub overhead: f64,
+    /// What it may take in a second at most.
+    pub most: f64,
     /// How much more its work is worth than that of a machine with 1.
     pub weight: f64,
 }
@@ -23,7 +22,7 @@ pub struct Demand {
 impl Demand {
     /// The share that it has a use for.
     fn useful(&self) -> f64 {
-        (self.cost.as_secs_f64() / self.wanted.as_secs_f64().max(1e-6)).min(self.overhead)
+        (self.cost / self.wanted.as_secs_f64().max(1e-6)).min(self.most)
     }
 }
 
@@ -33,7 +32,7 @@ pub fn share(total: f64, demands: &[Demand]) -> Vec<f64> {
     if useful.iter().sum::<f64>() <= total {
         return vec![f64::INFINITY; demands.len()];
     }
-    let claim = |demand: &Demand| (demand.weight.max(1e-6) * demand.cost.as_secs_f64()).sqrt().max(1e-9);
+    let claim = |demand: &Demand| (demand.weight.max(1e-6) * demand.cost).sqrt().max(1e-9);
     let mut shares = vec![0.0; demands.len()];
     let mut open: Vec<usize> = (0..demands.len()).collect();
     let mut left = total;
@@ -61,17 +60,12 @@ mod tests {
     use super::*;
 
     fn demand(cost_ms: f64, wanted_ms: f64, weight: f64) -> Demand {
-        let duration = |ms: f64| Duration::from_secs_f64(ms / 1000.0);
-        Demand { cost: duration(cost_ms), wanted: duration(wanted_ms), overhead: 0.5, weight }
+        Demand { cost: cost_ms / 1000.0, wanted: Duration::from_secs_f64(wanted_ms / 1000.0), most: 0.5, weight }
     }
 
     /// The weighted work at risk under shares.
     fn risk(demands: &[Demand], shares: &[f64]) -> f64 {
-        demands
-            .iter()
-            .zip(shares)
-            .map(|(demand, share)| demand.weight * demand.cost.as_secs_f64() / share.max(1e-9))
-            .sum()
+        demands.iter().zip(shares).map(|(demand, share)| demand.weight * demand.cost / share.max(1e-9)).sum()
     }
 
     #[test]

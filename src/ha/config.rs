@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::host::Totals;
 use super::keep::Keep;
 use super::policy::Target;
 use crate::error::{Error, Result};
@@ -25,6 +26,8 @@ pub struct Config {
     /// The share of time that all machines may lose together: 0.2 is a fifth of one machine's.
     #[serde(default = "overhead_of_host")]
     pub overhead: f64,
+    /// Bytes a second that may be stored for all machines together, such as `50MiB`.
+    pub store_rate: Option<String>,
     /// Which epochs `prune` keeps of each machine, those included that are not named here.
     pub keep: Option<Keep>,
     #[serde(default)]
@@ -91,6 +94,7 @@ impl Config {
     pub fn parse(text: &str) -> Result<Self> {
         let config: Self = toml::from_str(text).map_err(|error| Error::usage(error.to_string()))?;
         check_share("overhead", config.overhead, 1000.0)?;
+        config.totals()?;
         for (name, machine) in &config.machines {
             epochfs_format::check_machine(name)
                 .map_err(|error| Error::usage(format!("[machines.{name:?}]: {error}")))?;
@@ -101,6 +105,12 @@ impl Config {
         }
         check_keep(&config.keep, || "[keep]".to_owned())?;
         Ok(config)
+    }
+
+    /// What all machines may take together.
+    pub fn totals(&self) -> Result<Totals> {
+        let store_rate = self.store_rate.as_deref().map(parse_bytes).transpose()?;
+        Ok(Totals { time: self.overhead, store_rate })
     }
 
     /// The machines that are protected, and not just named for what is kept of them.
@@ -227,10 +237,11 @@ mod tests {
     #[test]
     fn a_file_is_understood() {
         let config = Config::parse(
-            "overhead = 0.2\n[machines.web1]\nqmp = \"/run/web1.qmp\"\nrpo = \"500ms\"\noverhead = 0.1\nweight = 4.0\nstore-rate = \"10MiB\"\n[machines.db]\nqmp = \"/run/db.qmp\"\ninterval = \"1.5s\"\n",
+            "overhead = 0.2\nstore-rate = \"50MiB\"\n[machines.web1]\nqmp = \"/run/web1.qmp\"\nrpo = \"500ms\"\noverhead = 0.1\nweight = 4.0\nstore-rate = \"10MiB\"\n[machines.db]\nqmp = \"/run/db.qmp\"\ninterval = \"1.5s\"\n",
         )
         .unwrap();
-        assert_eq!((config.overhead, config.machines.len()), (0.2, 2));
+        assert_eq!(config.totals().unwrap(), Totals { time: 0.2, store_rate: Some(50 << 20) });
+        assert_eq!(config.machines.len(), 2);
         let expected =
             Target { fixed: None, rpo: Some(Duration::from_millis(500)), overhead: 0.1, store_rate: Some(10 << 20) };
         assert_eq!(config.machines["web1"].target().unwrap(), expected);
@@ -263,6 +274,7 @@ mod tests {
         for (text, part) in [
             ("overhed = 1".to_owned(), "overhed"),
             ("overhead = 0".to_owned(), "no share"),
+            ("store-rate = \"much\"".to_owned(), "much"),
             ("[machines.web1]".to_owned(), "one monitor"),
             (format!("{machine}firecracker = \"/y\""), "one monitor"),
             ("[machines.\"a/b\"]\nqmp = \"/x\"".to_owned(), "a/b"),

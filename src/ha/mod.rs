@@ -14,7 +14,7 @@ pub mod simulate;
 
 pub use budget::{Demand, share};
 pub use config::{Config, MachineConfig, parse_duration};
-pub use host::{Host, load_average};
+pub use host::{Host, Totals, load_average};
 pub use outputs::{OutputProgram, Outputs};
-pub use policy::{Decision, Limit, Observation, Policy, Target};
-pub use protect::{Epochs, Protection, ProtectionStatus, Stored, Ticket, protect};
+pub use policy::{Decision, Limit, Observation, Policy, Share, Target};
+pub use protect::{Epochs, Pauses, Protection, ProtectionStatus, Stored, Ticket, protect};

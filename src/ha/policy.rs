@@ -91,6 +91,8 @@ pub enum Limit {
     Store,
     /// The bytes that may be stored.
     StoreRate,
+    /// The bytes that its host may store.
+    HostStoreRate,
     /// The room that the store has left.
     Room,
     /// What else this host has to do.
@@ -108,10 +110,27 @@ impl Limit {
             Self::Host => "this host's machines together would lose more of their time than they may",
             Self::Store => "an epoch takes that long until it is durable",
             Self::StoreRate => "more bytes would be stored than may be",
+            Self::HostStoreRate => "this host's machines together would store more bytes than they may",
             Self::Room => "the store has little room left: prune and collect garbage, or give it more",
             Self::HostLoad => "this host has more to do than it can",
             Self::Failures => "checkpoints failed",
         }
+    }
+}
+
+/// What a machine's host leaves to it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    /// Of its time.
+    pub time: f64,
+    /// Bytes a second that may be stored.
+    pub bytes: f64,
+}
+
+impl From<f64> for Share {
+    /// A share of time, and as many bytes as it wants.
+    fn from(time: f64) -> Self {
+        Self { time, bytes: f64::INFINITY }
     }
 }
 
@@ -180,6 +199,11 @@ impl Policy {
         Duration::from_secs_f64(self.lost)
     }
 
+    /// What an epoch of it takes in the store, as far as is known: not the first one, which may hold the whole machine.
+    pub fn bytes(&self) -> f64 {
+        self.changed_bytes.unwrap_or(0.0)
+    }
+
     pub fn observe(&mut self, seen: &Observation) {
         // What was lost was lost, whether or not an epoch came of it.
         self.lost = expect(self.lost, seen.lost.as_secs_f64());
@@ -226,8 +250,9 @@ impl Policy {
         }
     }
 
-    /// When the next epoch is begun after the last one. `share` of the machine's time is what its host leaves to it.
-    pub fn decide(&mut self, share: f64) -> Decision {
+    /// When the next epoch is begun after the last one. `share` is what its host leaves to it.
+    pub fn decide(&mut self, share: impl Into<Share>) -> Decision {
+        let Share { time: share, bytes: host_rate } = share.into();
         let mut limits = vec![(self.wanted(), Limit::Target), (secs(self.durable * STORE_ROOM), Limit::Store)];
         if self.target.fixed.is_none() {
             let is_hosts = share < self.target.overhead;
@@ -245,6 +270,9 @@ impl Policy {
         }
         if let Some(rate) = self.target.store_rate {
             limits.push((secs(self.bytes / rate.max(1) as f64), Limit::StoreRate));
+        }
+        if host_rate.is_finite() {
+            limits.push((secs(self.bytes() / host_rate.max(1.0)), Limit::HostStoreRate));
         }
         if self.failures > 0 {
             let wait = self.wanted().saturating_mul(1 << self.failures.min(10));

@@ -53,6 +53,9 @@ pub trait Epochs: Send {
 #[serde(default)]
 pub struct ProtectionStatus {
     pub machine: String,
+    /// The process that says it.
+    #[serde(default)]
+    pub process: Option<i32>,
     /// When this was said, by the host's clock since it was started.
     pub said_at_ms: u64,
     /// `starting`, `protected`, `storing` (longer than usual), `failing`, `idle` (it stands still), `silent` (its guest gives
@@ -96,6 +99,31 @@ pub struct ProtectionStatus {
     pub room_bytes: Option<u64>,
 }
 
+/// The pauses of the last captures.
+#[derive(Default)]
+pub struct Pauses {
+    last: Vec<f64>,
+    next: usize,
+}
+
+impl Pauses {
+    /// One more, of which the status tells.
+    pub fn add(&mut self, pause: Duration, status: &mut ProtectionStatus) {
+        status.pause_ms = ms(pause);
+        if self.last.len() < PAUSES_KEPT {
+            self.last.push(ms(pause));
+        } else {
+            self.last[self.next] = ms(pause);
+        }
+        self.next = (self.next + 1) % PAUSES_KEPT;
+        let mut sorted = self.last.clone();
+        sorted.sort_by(f64::total_cmp);
+        let at = |share: f64| sorted[((sorted.len() as f64 * share) as usize).min(sorted.len() - 1)];
+        status.pause_mean_ms = sorted.iter().sum::<f64>() / sorted.len() as f64;
+        (status.pause_p50_ms, status.pause_p99_ms) = (at(0.5), at(0.99));
+    }
+}
+
 /// One machine's protection.
 pub struct Protection {
     pub machine: String,
@@ -120,8 +148,7 @@ struct Run<'a> {
     status: ProtectionStatus,
     /// When the state was captured that would be restored.
     newest: Option<Stopwatch>,
-    pauses: Vec<f64>,
-    next_pause: usize,
+    pauses: Pauses,
     is_missed: bool,
     tell: &'a mut dyn FnMut(&ProtectionStatus),
 }
@@ -161,20 +188,9 @@ impl Run<'_> {
 
     fn captured(&mut self, capture: &Capture) {
         capture.how.clone_into(&mut self.status.how);
-        self.status.pause_ms = ms(capture.pause);
         self.status.pause_parts_ms = capture.parts.iter().map(|(name, time)| ((*name).to_owned(), ms(*time))).collect();
         self.status.prepared_ms = ms(capture.prepared);
-        if self.pauses.len() < PAUSES_KEPT {
-            self.pauses.push(ms(capture.pause));
-        } else {
-            self.pauses[self.next_pause] = ms(capture.pause);
-        }
-        self.next_pause = (self.next_pause + 1) % PAUSES_KEPT;
-        let mut sorted = self.pauses.clone();
-        sorted.sort_by(f64::total_cmp);
-        let at = |share: f64| sorted[((sorted.len() as f64 * share) as usize).min(sorted.len() - 1)];
-        self.status.pause_mean_ms = sorted.iter().sum::<f64>() / sorted.len() as f64;
-        (self.status.pause_p50_ms, self.status.pause_p99_ms) = (at(0.5), at(0.99));
+        self.pauses.add(capture.pause, &mut self.status);
     }
 
     fn decided(&mut self, decision: &Decision) {
@@ -208,8 +224,7 @@ pub fn protect(
             ..ProtectionStatus::default()
         },
         newest: None,
-        pauses: Vec::new(),
-        next_pause: 0,
+        pauses: Pauses::default(),
         is_missed: false,
         tell,
     };
@@ -258,6 +273,8 @@ fn run_until_stopped(protection: &mut Protection, once: bool, stop: &Receiver<()
             }
         }
         moment += 1;
+        // From here on nobody else is to make an epoch, however long the first one takes.
+        run.tell();
         let (seen, result) = checkpoint(protection, moment, stop, run);
         let seen = Observation { host_load: host_load(), ..seen };
         run.status.host_load = seen.host_load;

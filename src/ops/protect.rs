@@ -13,7 +13,7 @@ use super::machine::processor_notes;
 use crate::error::{Error, Kind, Result};
 use crate::ha::{
     Config, Epochs, Host, MachineConfig, OutputProgram, Outputs, Policy, Protection, ProtectionStatus, Stored, Ticket,
-    protect,
+    Totals, protect,
 };
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::LeaseClaim;
@@ -45,7 +45,8 @@ impl Epochs for DaemonEpochs {
     fn freeze(&mut self) -> Result<Ticket> {
         let mut client = Client::connect(&self.socket)?.ok_or_else(|| no_daemon(&self.socket))?;
         let machine = self.machine.clone();
-        let request = CommitRequest { machine, notes: processor_notes(), ..CommitRequest::default() };
+        let notes = processor_notes();
+        let request = CommitRequest { machine, notes, is_capture: true, ..CommitRequest::default() };
         let (done, is_done) = bounded(1);
         let (frozen, is_frozen) = bounded(1);
         std::thread::Builder::new()
@@ -119,7 +120,8 @@ impl Teller {
             None => Client::connect(&self.socket).ok().flatten(),
         };
         // It may wait in the socket for a while.
-        let status = &ProtectionStatus { said_at_ms: BootClock.elapsed().as_millis() as u64, ..status.clone() };
+        let (said_at_ms, process) = (BootClock.elapsed().as_millis() as u64, i32::try_from(std::process::id()).ok());
+        let status = &ProtectionStatus { said_at_ms, process, ..status.clone() };
         self.client = client.and_then(|mut client| client.tell_protection(status).ok().map(|()| client));
     }
 }
@@ -152,14 +154,18 @@ impl Running {
     }
 }
 
+/// One machine alone is bounded by its own share.
+pub const UNBOUNDED: Totals = Totals { time: 1000.0, store_rate: None };
+
 impl Protector {
-    pub fn new(here: Here, overhead: f64) -> Self {
+    pub fn new(here: Here) -> Self {
         let (sender, news) = unbounded();
-        Self { here, host: Arc::new(Host::new(overhead)), running: BTreeMap::new(), sender, news }
+        Self { here, host: Arc::new(Host::new(UNBOUNDED)), running: BTreeMap::new(), sender, news }
     }
 
     /// From now on these machines are protected, and no others. Those whose description is the same go on as they are.
     pub fn apply(&mut self, config: &Config) -> Result<()> {
+        self.host.bound(config.totals()?);
         let is_kept = |name: &str, running: &Running| config.machines.get(name) == Some(&running.config);
         let running = std::mem::take(&mut self.running).into_iter();
         let (kept, mut gone): (BTreeMap<_, _>, BTreeMap<_, _>) =
@@ -200,8 +206,10 @@ impl Protector {
     /// One epoch of one machine.
     pub fn once(here: &Here, machine: &str, config: &MachineConfig) -> Result<ProtectionStatus> {
         let (_stop, stopped) = bounded(0);
-        let protection = protection(here, machine, config, Policy::new(config.target()?), &Arc::new(Host::new(1.0)))?;
-        protect(protection, true, &stopped, &mut |_| ())
+        let protection =
+            protection(here, machine, config, Policy::new(config.target()?), &Arc::new(Host::new(UNBOUNDED)))?;
+        let mut teller = Teller::new(here.socket.clone());
+        protect(protection, true, &stopped, &mut |status| teller.tell(status))
     }
 }
 

@@ -19,6 +19,24 @@ pub struct Running {
     _file: File,
 }
 
+/// Held by the one process of a host that does what only one may do.
+pub struct Alone {
+    _file: File,
+}
+
+impl Alone {
+    /// Takes the lock with this name, or nothing where another process has it.
+    pub fn take(directory: &Path, name: &str) -> Result<Option<Self>> {
+        let path = directory.join(name);
+        let file = opened(&path)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Self { _file: file })),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(failed(&path)(error.into())),
+        }
+    }
+}
+
 impl Running {
     pub fn hold(directory: &Path, machine: &str) -> Result<Self> {
         let (file, path) = open(directory, machine)?;
@@ -45,10 +63,14 @@ impl Running {
 fn open(directory: &Path, machine: &str) -> Result<(File, PathBuf)> {
     let directory = directory.join(DIRECTORY);
     DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(failed(&directory))?;
-    // Never removed: who opens it before and who opens it after a removal would each hold a lock.
     let path = directory.join(encode_component(machine));
-    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-    Ok((opened.map_err(failed(&path))?, path))
+    Ok((opened(&path)?, path))
+}
+
+/// Never removed: who opens it before and who opens it after a removal would each hold a lock.
+fn opened(path: &Path) -> Result<File> {
+    let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+    opened.map_err(failed(path))
 }
 
 fn failed(path: &Path) -> impl Fn(std::io::Error) -> Error {
@@ -70,5 +92,15 @@ mod tests {
         assert!(is_held());
         drop(warden);
         assert!(!is_held());
+    }
+
+    #[test]
+    fn one_is_alone_until_it_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let take = |name| Alone::take(dir.path(), name).unwrap();
+        let one = take("one.lock");
+        assert!(one.is_some() && take("one.lock").is_none() && take("two.lock").is_some());
+        drop(one);
+        assert!(take("one.lock").is_some());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use epochfs::ha::{Epochs, Host, OutputProgram, Outputs, Policy, Protection, Stored, Target, Ticket, protect};
+use epochfs::ha::{Epochs, Host, OutputProgram, Outputs, Policy, Protection, Stored, Target, Ticket, Totals, protect};
 use epochfs::vmm::agent::{Agent, Capture, Health};
 use epochfs::{Error, Result};
 
@@ -61,7 +61,7 @@ fn told(stores: bool, holds: bool) -> (bool, Vec<String>) {
         weight: 1.0,
         agent: Box::new(Machine(told.clone())),
         epochs: Box::new(Store(told.clone(), stores)),
-        host: Arc::new(Host::new(1.0)),
+        host: Arc::new(Host::new(Totals { time: 1.0, store_rate: None })),
         heartbeat: None,
         outputs: Some(Box::new(Buffer(told.clone(), holds))),
     };

@@ -152,9 +152,9 @@ pub fn simulate(scenario: &Scenario) -> Outcome {
         let demands: Vec<Demand> = machines
             .iter()
             .map(|machine| Demand {
-                cost: machine.policy.cost(),
+                cost: machine.policy.cost().as_secs_f64(),
                 wanted: machine.policy.wanted(),
-                overhead: scenario.target.overhead,
+                most: scenario.target.overhead,
                 weight: machine.weight,
             })
             .collect();

@@ -8,6 +8,9 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use epochfs::ha::ProtectionStatus;
+use epochfs::ops::control::{Client, CommitRequest};
+use epochfs::ops::protect::Teller;
 use epochfs::platform::clock::Stopwatch;
 use rustix::fs::{Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
@@ -256,6 +259,38 @@ fn files_are_not_committed_over_what_the_mount_here_has() {
     }
     // Nobody was fenced.
     mount.ok(["commit", "web1"]);
+    mount.finish();
+}
+
+/// An epoch that somebody else makes between two of an agent has the memory of one moment and the device state of another.
+#[test]
+fn no_epoch_comes_between_those_of_an_agent() {
+    let options = Options { expected: vec!["is protected by an agent"], ..Options::default() };
+    let Some(mount) = Mount::with("no_epoch_comes_between_those_of_an_agent", options) else { return };
+    for machine in ["web1", "web2"] {
+        fs::write(mount.make_machine(machine).join("memory"), noise(1, PAGE)).unwrap();
+    }
+    let socket = mount.json(["status"])["daemons"][0]["socket"].as_str().unwrap().to_owned();
+    let tell = |state: &str| {
+        let status = ProtectionStatus { machine: "web1".into(), state: state.into(), ..ProtectionStatus::default() };
+        Teller::new(socket.clone().into()).tell(&status);
+        // Whoever asks then asks behind it.
+        let told = |status: &serde_json::Value| status["daemons"][0]["protected"].to_string().contains(state);
+        while !told(&mount.json(["status"])) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    tell("protected");
+    assert_eq!(errno(&mount.commit("web1", "between").unwrap_err()), Some(Errno::BUSY));
+    let output = mount.run(["commit", "web1"]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(4) && text.contains("epochfs tag web1"), "{text}");
+    // What the agent asks for itself is made, and other machines are none of its business.
+    let request = CommitRequest { machine: "web1".into(), is_capture: true, ..CommitRequest::default() };
+    Client::connect(socket.as_ref()).unwrap().unwrap().commit(request, &mut |_| ()).unwrap();
+    mount.commit("web2", "other").unwrap();
+    tell("ended");
+    mount.commit("web1", "behind").unwrap();
     mount.finish();
 }
 

@@ -79,6 +79,9 @@ pub struct CommitRequest {
     /// to the next epoch.
     #[serde(default)]
     pub tells_frozen: bool,
+    /// Whether who asks has brought everything to one moment, as an agent does.
+    #[serde(default)]
+    pub is_capture: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -367,6 +370,7 @@ mod tests {
             tags: vec!["a".into()],
             notes: vec![("b".into(), "c".into())],
             tells_frozen: true,
+            is_capture: true,
         };
         for request in [Request::Ping, Request::Status, Request::Commit(commit), Request::Umount { lazy: true }] {
             let line = request.encode().unwrap();

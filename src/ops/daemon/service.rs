@@ -263,8 +263,8 @@ impl DaemonService {
     }
 
     fn commit(&self, request: CommitRequest, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<CommitSummary> {
-        let CommitRequest { machine, message, tags, notes, tells_frozen } = request;
-        let options = LiveCommit { message, tags, notes, ..LiveCommit::default() };
+        let CommitRequest { machine, message, tags, notes, tells_frozen, is_capture } = request;
+        let options = LiveCommit { message, tags, notes, is_capture, ..LiveCommit::default() };
         self.commit_live(&machine, options, tells_frozen, tell)
     }
 
@@ -364,6 +364,11 @@ impl Service for DaemonService {
                 Ok(Value::Bool(filesystem.forget_removed(&machine)?))
             }
             Request::Protection(status) => {
+                if let Ok((_, filesystem)) = self.served() {
+                    let is_captured =
+                        matches!(&*status.state, "starting" | "protected" | "storing" | "silent" | "failing");
+                    filesystem.captured_by(&status.machine, status.process.filter(|_| is_captured));
+                }
                 lock(&self.protected).insert(status.machine.clone(), (Stopwatch::start(), *status));
                 Ok(Value::Null)
             }

@@ -11,7 +11,7 @@ use epochfs_format::{HostPurpose, hex};
 use super::here::Here;
 use super::live::{live_plan, machines_of};
 use super::standby::{Standby, Warmed};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fs::this_host;
 use crate::ha::failover::{Limits, MachineReport, Progress, Stage, execute};
 use crate::ha::hosts::{HEARTBEAT_INTERVAL, HostSeen};
@@ -19,7 +19,10 @@ use crate::ops::control::Client;
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lease::lease_of_host;
 use crate::platform::lock::lock;
-use crate::platform::running::Running;
+use crate::platform::running::{Alone, Running};
+
+/// One process of a host watches the others.
+const LOCK: &str = "serve.lock";
 
 /// How often the others are looked at least, where this host's lease is short.
 const LOOK_MIN: Duration = Duration::from_millis(100);
@@ -73,6 +76,10 @@ impl Serve {
         told: &dyn Told,
         took: &mut dyn FnMut(&Took) -> Result<()>,
     ) -> Result<()> {
+        let Some(_alone) = Alone::take(&self.here.directory, LOCK)? else {
+            return Err(Error::conflict("another `epochfs failover serve` watches the hosts of this repository here")
+                .hint("one is enough for all machines: end it first, to start one with other rules"));
+        };
         let standby = Standby::new(self.here.clone())?;
         std::thread::scope(|scope| {
             if standby.is_needed() {
