@@ -28,7 +28,8 @@ impl ProcessSeen {
         let field = |at: usize| fields.get(at).copied().unwrap_or_default();
         Self {
             parent: field(1).parse().unwrap_or_default(),
-            has_ended: matches!(field(0), "Z" | "X"),
+            // Its first thread may have ended, and others not.
+            has_ended: matches!(field(0), "Z" | "X") && field(17).parse().unwrap_or(0) <= 1,
             began: field(19).to_owned(),
         }
     }
@@ -79,6 +80,8 @@ mod tests {
         let seen = ProcessSeen::parse(text);
         assert_eq!(seen, ProcessSeen { parent: 3, has_ended: false, began: "987654".to_owned() });
         assert!(ProcessSeen::parse("7 (a) Z 3").has_ended);
+        let of_threads = |threads| text.replacen(" S ", " Z ", 1).replacen("20 0 1 0", &format!("20 0 {threads} 0"), 1);
+        assert!(ProcessSeen::parse(&of_threads(1)).has_ended && !ProcessSeen::parse(&of_threads(2)).has_ended);
         let own = ProcessSeen::of(std::process::id().cast_signed()).unwrap();
         assert!(own.parent > 0 && !own.has_ended && own.began.parse::<u64>().is_ok());
     }

@@ -50,6 +50,16 @@ pub fn is_alive(pid: i32) -> bool {
     threads.flatten().any(|thread| may_run(&thread.path()))
 }
 
+/// Whether nothing is left of it but that it was: what it held is free.
+pub fn is_gone(pid: i32) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return true };
+    let has_ended = |thread: fs::DirEntry| match fs::read_to_string(thread.path().join("stat")) {
+        Ok(text) => text.rsplit(") ").next().is_some_and(|fields| fields.starts_with(['Z', 'X'])),
+        Err(_) => true,
+    };
+    threads.flatten().all(has_ended)
+}
+
 /// A thread is on its way out.
 const PF_EXITING: u64 = 4;
 /// SIGKILL among the signals that wait for a thread.
@@ -253,7 +263,7 @@ impl Host {
     pub fn kill_daemon(&mut self) {
         if let Some(pid) = self.daemon.take() {
             signal(pid, Signal::KILL);
-            assert!(becomes(Duration::from_secs(20), || !is_alive(pid)), "the daemon {pid} does not end");
+            assert!(becomes(Duration::from_secs(20), || is_gone(pid)), "the daemon {pid} does not end");
         }
     }
 
