@@ -107,6 +107,10 @@ fn a_guest_that_is_killed_again_and_again_counts_to_its_end() {
         "{finished}"
     );
     eprintln!("{TEST}: {kills} kills, {} epochs", host.epochs("web1"));
+    // One that has finished is so still when it is restored.
+    let again = host.run(&["run", "--from", "web1", "--time", "60s", "--json", "--quiet"]);
+    let again: Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!((again["ended"].as_str(), again["counts"].as_u64()), (Some("finished"), Some(120_000)), "{again}");
     assert!(kills > 0);
     assert_eq!(host.run(&["verify"]).status.code(), Some(0));
 }

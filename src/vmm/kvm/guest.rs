@@ -21,6 +21,8 @@ pub const CODE: u64 = 0x40000;
 /// 256 bytes for each processor, which the host may read while the guest runs.
 pub const BOARD: u64 = 0x50000;
 pub const BOARD_LEN: u64 = 256;
+/// Where on its board a processor notes what it reports.
+pub const REPORTED: u64 = 16;
 /// Times that the timer interrupted, as a word.
 pub const TICKS: u64 = 0x51000;
 /// Each processor's stack ends 4 KiB after the one before.
@@ -253,6 +255,8 @@ fn next_random(code: &mut Assembler) {
 
 /// Reports what is in `rax`, and stops this processor.
 fn report(code: &mut Assembler) {
+    // Whoever restores it learns what it has reported already, for it does not say it again.
+    code.store(Rbp, REPORTED as i32, Rax);
     code.set(Rdx, u64::from(REPORT_PORT));
     code.out_word_dx();
     halt(code);

@@ -14,7 +14,9 @@ mod shape;
 mod state;
 mod vmstate;
 
-pub use guest::{BOARD, BOARD_LEN, Counter, Guest, INCREMENT, Load, MULTIPLIER, Report, TICKS, WORK_START, seed_of};
+pub use guest::{
+    BOARD, BOARD_LEN, Counter, Guest, INCREMENT, Load, MULTIPLIER, REPORTED, Report, TICKS, WORK_START, seed_of,
+};
 pub use machine::{Machine, Made, Output, Spec, Tracking, time_stamp_khz};
 pub use processor::{Board, Event};
 pub use run::{Ended, MEMORY, Orders, Runner, STATE, Wrap, own, read_state, run};

@@ -1,9 +1,10 @@
 //! Running a guest: from its beginning or from an epoch, protected or not.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::guest::{Guest, Report};
+use super::guest::{BOARD, BOARD_LEN, Guest, REPORTED, Report};
 use super::machine::{Machine, Made, Output, Spec, Tracking};
 use super::processor::Event;
 use super::vmstate::VmState;
@@ -117,6 +118,17 @@ pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
     let Orders { time, stop, processors, protection, mut told } = orders;
     let Runner { machine, capture, .. } = runner;
     let board = machine.board();
+    // Those that have reported before the epoch that this goes on from stand still, and do not do it again.
+    let mut finished = BTreeSet::new();
+    for processor in 0..processors as u16 {
+        match capture.memory().word(BOARD + u64::from(processor) * BOARD_LEN + REPORTED)? {
+            0 => {}
+            number => match Report::of(number as u32) {
+                Report::Finished => drop(finished.insert(processor)),
+                report => return Err(found_wrong(processor, report)),
+            },
+        }
+    }
     match &protection {
         // A guest at its beginning: what it does is only known to the world once it can be restored from an epoch.
         Some((protection, _)) if capture.base().is_none() => {
@@ -145,20 +157,13 @@ pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
                 result.and(last)
             })
         });
-        let mut finished = 0;
         let ended = loop {
+            if finished.len() == processors {
+                break Ok(Ended::Finished);
+            }
             match board.wait(LOOK) {
-                Some(Event::Report(_, Report::Finished)) => {
-                    finished += 1;
-                    if finished == processors {
-                        break Ok(Ended::Finished);
-                    }
-                }
-                Some(Event::Report(processor, report)) => {
-                    break Err(Error::damaged(format!(
-                        "the guest found its processor {processor} or memory wrong: {report}"
-                    )));
-                }
+                Some(Event::Report(processor, Report::Finished)) => drop(finished.insert(processor)),
+                Some(Event::Report(processor, report)) => break Err(found_wrong(processor, report)),
                 Some(Event::Failed(_, error)) => break Err(error),
                 None if stop.wait(Duration::ZERO) => break Ok(Ended::Stopped),
                 None if time.is_some_and(|time| since.elapsed() >= time) => break Ok(Ended::Stopped),
@@ -175,6 +180,10 @@ pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
         };
         ended.and_then(|ended| protected.map(|()| ended))
     })
+}
+
+fn found_wrong(processor: u16, report: Report) -> Error {
+    Error::damaged(format!("the guest found its processor {processor} or memory wrong: {report}"))
 }
 
 /// A machine to be protected as: made if it is not there, and owned. With an epoch to go on from, the newest of a machine of
