@@ -20,7 +20,7 @@ pub const INLINE_LEN_MAX: usize = 128 << 10;
 /// The same where each object is a round trip, which takes longer than the bytes do.
 pub const REMOTE_INLINE_LEN_MAX: usize = 2 << 20;
 
-/// And no more blocks than that the record is among the last 32 KiB of its object, which is what its readers read first.
+/// And then no more blocks than that the record is among the last 32 KiB of its object, which is what its readers read first.
 const INLINE_BLOCKS_MAX: usize = 760;
 
 /// Blocks held back until it is clear that the pack is worth streaming.
@@ -206,7 +206,7 @@ impl<'a> PackWriter<'a> {
             && self.pages.as_ref().is_none_or(|pack| {
                 pack.writer.is_none()
                     && pack.buffer.len() <= self.inline_len_max
-                    && pack.footer.block_count() <= INLINE_BLOCKS_MAX
+                    && (pack.buffer.len() <= INLINE_LEN_MAX || pack.footer.block_count() <= INLINE_BLOCKS_MAX)
             })
     }
 
