@@ -147,6 +147,11 @@ impl Context {
         {
             return Ok(path);
         }
+        self.own_socket()
+    }
+
+    /// The socket that this host's daemon would have, by what the repository says of itself.
+    pub fn own_socket(&self) -> Result<PathBuf> {
         Ok(socket_path(&self.local_directory(&self.open()?)))
     }
 

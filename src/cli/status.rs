@@ -32,7 +32,7 @@ impl Status {
         let paths: Vec<PathBuf> = match context.names_repository() {
             true => vec![match context.socket_of_daemon()? {
                 Some(path) => path,
-                None => context.socket()?,
+                None => context.own_socket()?,
             }],
             false => sockets(&context.state_directory()),
         };

@@ -18,10 +18,7 @@ use super::source::{BytesSource, Source};
 use super::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
-use crate::repo::{
-    Birth, Draft, FIRST_TERM, Head, INLINE_LEN_MAX, Index, Inline, PackWriter, REMOTE_INLINE_LEN_MAX, Rebase,
-    Repository, object_key,
-};
+use crate::repo::{Birth, Draft, FIRST_TERM, Head, Index, Inline, PackWriter, Rebase, Repository, object_key};
 
 /// How to commit. Plain data.
 #[derive(Clone, Debug)]
@@ -183,19 +180,16 @@ impl CommitBuilder {
             threads => threads.min(64),
         };
         let learner = index.clone();
-        let packs = PackWriter::new(
+        let mut packs = PackWriter::new(
             repository.objects().clone(),
             Box::new(move |object, footer| {
                 learner.learn(object, footer);
                 Ok(())
             }),
-        )
-        .with_inline_len_max(options.inline_len_max.unwrap_or(
-            match repository.objects().store().is_remote() {
-                true => REMOTE_INLINE_LEN_MAX,
-                false => INLINE_LEN_MAX,
-            },
-        ));
+        );
+        if let Some(len) = options.inline_len_max {
+            packs = packs.with_inline_len_max(len);
+        }
         Ok(Self {
             workers: (0..threads).map(|_| Worker::new(options.compression_level)).collect(),
             shared: Shared {
@@ -385,14 +379,14 @@ impl CommitBuilder {
             let (packs, mut inline) = packs.finish(true)?;
             tracing::debug!(packs = packs.len(), "packs are durable");
             for stream in streams {
-                let root = place_in_record(stream.root, &mut inline, &self.shared);
+                let root = stream.root.put_in_record(&mut inline, &self.shared);
                 entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
             }
             let manifest = manifest_of(entries)?;
             (packs, inline, ManifestPlace::Inline(manifest.clone()), manifest)
         } else {
             for stream in streams {
-                let root = place_in_pack(stream.root, &mut self.packs, &self.shared)?;
+                let root = stream.root.put_in_pack(&mut self.packs, &self.shared)?;
                 entries.push(stream_entry(stream.path, stream.attributes, stream.length, root));
             }
             let manifest = manifest_of(entries)?;
@@ -433,7 +427,7 @@ impl CommitBuilder {
         let packs = std::mem::replace(&mut self.packs, unused_packs(&self.repository));
         // The streams' roots are named by the packs they lie in, so these must be packs.
         let (packs, mut inline) = packs.finish(false)?;
-        let root = place_in_record(root, &mut inline, &self.shared);
+        let root = root.put_in_record(&mut inline, &self.shared);
         Ok((Image { length: source.len(), root }, packs, inline))
     }
 
@@ -525,25 +519,6 @@ fn manifest_of(entries: Vec<ManifestEntry>) -> Result<Manifest> {
 
 fn stream_entry(path: Vec<u8>, attributes: Attributes, length: u64, root: Option<Root>) -> ManifestEntry {
     ManifestEntry { path, attributes, kind: EntryKind::Stream(Image { length, root }) }
-}
-
-fn place_in_record(root: NewRoot, inline: &mut Inline, shared: &Shared) -> Option<Root> {
-    match root {
-        NewRoot::Empty => None,
-        NewRoot::Stored(root) => Some(root),
-        NewRoot::New(new) => {
-            let place = inline.push_node(new.digest(), |own, out| new.put(own, out));
-            Some(new.made(place, shared))
-        }
-    }
-}
-
-fn place_in_pack(root: NewRoot, packs: &mut PackWriter<'_>, shared: &Shared) -> Result<Option<Root>> {
-    match root {
-        NewRoot::Empty => Ok(None),
-        NewRoot::Stored(root) => Ok(Some(root)),
-        NewRoot::New(new) => new.put_in_pack(packs, shared).map(Some),
-    }
 }
 
 fn not_the_parent(machine: &str, newest: u64, expected: u64) -> Error {

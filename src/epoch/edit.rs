@@ -14,7 +14,7 @@ use super::nodes::{LoadedNode, Stored};
 use super::tree::{child, page_count};
 use crate::error::Result;
 use crate::platform::lock::lock;
-use crate::repo::PackWriter;
+use crate::repo::{Inline, PackWriter};
 
 /// A node that is not stored yet.
 pub struct NewNode {
@@ -49,14 +49,8 @@ impl NewNode {
         self.digest
     }
 
-    /// Stores the node in a pack.
-    pub fn put_in_pack(self, packs: &mut PackWriter<'_>, shared: &Shared) -> Result<Root> {
-        let place = packs.push_node(self.digest, |own, out| self.put(own, out))?;
-        Ok(self.made(place, shared))
-    }
-
     /// It is stored there.
-    pub fn made(self, place: Place, shared: &Shared) -> Root {
+    fn made(self, place: Place, shared: &Shared) -> Root {
         let root = Root { digest: self.digest, place };
         let stored = self.patch.map_or(Stored::Whole, |(base, slots)| Stored::Patch { base, slots });
         lock(&shared.made).add(&shared.nodes, self.node, root.clone(), stored);
@@ -64,7 +58,7 @@ impl NewNode {
     }
 
     /// Appends the node's block, as part of the object `own`.
-    pub fn put(&self, own: &ObjectRef, out: &mut Vec<u8>) -> (BlockKind, u32) {
+    fn put(&self, own: &ObjectRef, out: &mut Vec<u8>) -> (BlockKind, u32) {
         match &self.patch {
             Some((base, slots)) => (BlockKind::Patch, self.node.put_patch(base, slots, Some(own), out)),
             None => (BlockKind::Node, self.node.put_whole(Some(own), out)),
@@ -80,6 +74,32 @@ pub enum NewRoot {
     Stored(Root),
     /// To be stored with the record.
     New(Box<NewNode>),
+}
+
+impl NewRoot {
+    /// Where the tree is then, of which the last node goes into a pack if it is new.
+    pub fn put_in_pack(self, packs: &mut PackWriter<'_>, shared: &Shared) -> Result<Option<Root>> {
+        match self {
+            Self::Empty => Ok(None),
+            Self::Stored(root) => Ok(Some(root)),
+            Self::New(new) => {
+                let place = packs.push_node(new.digest, |own, out| new.put(own, out))?;
+                Ok(Some(new.made(place, shared)))
+            }
+        }
+    }
+
+    /// The same with the record.
+    pub fn put_in_record(self, inline: &mut Inline, shared: &Shared) -> Option<Root> {
+        match self {
+            Self::Empty => None,
+            Self::Stored(root) => Some(root),
+            Self::New(new) => {
+                let place = inline.push_node(new.digest, |own, out| new.put(own, out));
+                Some(new.made(place, shared))
+            }
+        }
+    }
 }
 
 /// A node on the path to the leaf that is being set.
@@ -383,13 +403,9 @@ fn set_child(
     packs: &mut PackWriter<'_>,
     shared: &Shared,
 ) -> Result<()> {
-    match closed {
-        NewRoot::Empty => editor.clear(slot),
-        NewRoot::Stored(root) => editor.set(slot, root.digest, &root.place),
-        NewRoot::New(new) => {
-            let root = new.put_in_pack(packs, shared)?;
-            editor.set(slot, root.digest, &root.place);
-        }
+    match closed.put_in_pack(packs, shared)? {
+        None => editor.clear(slot),
+        Some(root) => editor.set(slot, root.digest, &root.place),
     }
     Ok(())
 }

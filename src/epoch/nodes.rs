@@ -84,10 +84,8 @@ impl Nodes {
 
     /// A node that will be loaded soon.
     pub fn will_need(&self, root: &Root) {
-        let place = &root.place;
-        if lock(&self.cache).get(place).is_none() {
-            let start = u64::from(place.offset);
-            self.objects.will_need(&place.object, start..start + u64::from(place.len));
+        if lock(&self.cache).get(&root.place).is_none() {
+            self.objects.will_need_block(&root.place);
         }
     }
 
@@ -107,8 +105,7 @@ impl Nodes {
     /// The whole node that a node will be loaded with, if it is a patch.
     pub fn will_need_base(&self, root: &Root) -> Result<()> {
         if let StoredNode::Patch(patch) = self.decode(&root.place)? {
-            let (start, len) = (u64::from(patch.base.offset), u64::from(patch.base.len));
-            self.objects.will_need(&patch.base.object, start..start + len);
+            self.objects.will_need_block(&patch.base);
         }
         Ok(())
     }

@@ -77,9 +77,7 @@ impl Window {
             let mut order: Vec<usize> = (0..group.len()).collect();
             order.sort_by_key(|at| (&group[*at].place.object, group[*at].place.offset));
             for at in &order {
-                let place = &group[*at].place;
-                let start = u64::from(place.offset);
-                nodes.objects().will_need(&place.object, start..start + u64::from(place.len));
+                nodes.objects().will_need_block(&group[*at].place);
             }
             for at in order {
                 let block = nodes.objects().read(&group[at].place)?;

@@ -46,7 +46,7 @@ use crate::epoch::{Committed, EpochStore};
 use crate::error::{Error, Result};
 use crate::platform::files::{Files, RealFiles};
 use crate::platform::lock::lock;
-use crate::platform::process::ProcessSeen;
+use crate::platform::process::NamedProcess;
 use crate::restore::{self, PrefetchStatus, Prefetcher};
 use inodes::{Handles, Inodes};
 use keeper::Keeper;
@@ -91,8 +91,8 @@ pub struct FileSystem {
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
     parked_bytes: AtomicI64,
-    /// Machines that an agent captures: its process, and when that began.
-    captured: Mutex<BTreeMap<String, (i32, String)>>,
+    /// Machines that an agent captures, and its process.
+    captured: Mutex<BTreeMap<String, NamedProcess>>,
 }
 
 /// What `status` shows of a mount.
@@ -226,8 +226,7 @@ impl FileSystem {
     }
 
     /// The agent that is this process captures a machine, or nobody does any more.
-    pub fn captured_by(&self, machine: &str, process: Option<i32>) {
-        let agent = process.and_then(|pid| Some((pid, ProcessSeen::of(pid).ok()?.began)));
+    pub fn captured_by(&self, machine: &str, agent: Option<NamedProcess>) {
         let mut captured = lock(&self.captured);
         match agent {
             Some(agent) => drop(captured.insert(machine.to_owned(), agent)),
@@ -239,10 +238,9 @@ impl FileSystem {
     /// being the newest it would be what the machine is started from.
     fn check_moment(&self, machine: &str) -> Result<()> {
         let agent = lock(&self.captured).get(machine).cloned();
-        // One that was killed captures nothing any more.
-        let lives = |pid, began: &str| ProcessSeen::of(pid).is_ok_and(|seen| seen.began == *began && !seen.has_ended);
         match agent {
-            Some((pid, began)) if lives(pid, &began) => Err(Error::conflict(format!(
+            // One that was killed captures nothing any more.
+            Some(agent) if agent.runs() => Err(Error::conflict(format!(
                 "{machine} is protected by an agent, which brings its memory, state and disks to one moment for each epoch"
             ))
             .hint(format!("tag its newest epoch instead: epochfs tag {machine} NAME; or end `epochfs protect` first"))),

@@ -201,9 +201,9 @@ impl FileSystem {
                     Err(error) if error.kind() == Kind::NotFound => {}
                     Err(error) => return Err(error.into()),
                 }
-                self.check_moment(&machine).map_err(|_| Refusal::Busy)?;
                 let options = LiveCommit { tags: vec![tag.to_owned()], ..LiveCommit::default() };
                 let committed = self.commit(&machine, options).map_err(|error| match error.kind() {
+                    Kind::Conflict if self.check_moment(&machine).is_err() => Refusal::Busy,
                     Kind::Conflict => Refusal::ReadOnly,
                     _ => error.into(),
                 })?;

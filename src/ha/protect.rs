@@ -12,6 +12,7 @@ use super::outputs::Outputs;
 use super::policy::{Decision, Limit, Observation, Policy};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::process::NamedProcess;
 use crate::vmm::agent::{Agent, Capture, Health, Heartbeat};
 
 /// How often a machine is looked at that cannot be captured, and news are told while nothing happens.
@@ -55,7 +56,7 @@ pub struct ProtectionStatus {
     pub machine: String,
     /// The process that says it.
     #[serde(default)]
-    pub process: Option<i32>,
+    pub process: Option<NamedProcess>,
     /// When this was said, by the host's clock since it was started.
     pub said_at_ms: u64,
     /// `starting`, `protected`, `storing` (longer than usual), `failing`, `idle` (it stands still), `silent` (its guest gives

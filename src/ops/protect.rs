@@ -17,6 +17,7 @@ use crate::ha::{
 };
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::LeaseClaim;
+use crate::platform::process::NamedProcess;
 use crate::vmm::agent::{Lessor, MachineAgent};
 
 /// How often it is tried to reach a machine that is not there.
@@ -101,11 +102,14 @@ pub struct Teller {
     socket: PathBuf,
     client: Option<Client>,
     told: Option<Stopwatch>,
+    /// This one.
+    process: Option<NamedProcess>,
 }
 
 impl Teller {
     pub fn new(socket: PathBuf) -> Self {
-        Self { socket, client: None, told: None }
+        let process = NamedProcess::of(std::process::id().cast_signed()).ok();
+        Self { socket, client: None, told: None, process }
     }
 
     pub fn tell(&mut self, status: &ProtectionStatus) {
@@ -120,7 +124,7 @@ impl Teller {
             None => Client::connect(&self.socket).ok().flatten(),
         };
         // It may wait in the socket for a while.
-        let (said_at_ms, process) = (BootClock.elapsed().as_millis() as u64, i32::try_from(std::process::id()).ok());
+        let (said_at_ms, process) = (BootClock.elapsed().as_millis() as u64, self.process.clone());
         let status = &ProtectionStatus { said_at_ms, process, ..status.clone() };
         self.client = client.and_then(|mut client| client.tell_protection(status).ok().map(|()| client));
     }

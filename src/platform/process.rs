@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 
 /// A process as `/proc` shows it.
@@ -32,6 +34,24 @@ impl ProcessSeen {
             has_ended: matches!(field(0), "Z" | "X") && field(17).parse().unwrap_or(0) <= 1,
             began: field(19).to_owned(),
         }
+    }
+}
+
+/// A process by its number and when it began: numbers are used again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedProcess {
+    pub pid: i32,
+    pub began: String,
+}
+
+impl NamedProcess {
+    pub fn of(pid: i32) -> io::Result<Self> {
+        Ok(Self { pid, began: ProcessSeen::of(pid)?.began })
+    }
+
+    /// Whether it is there still, and not another with its number.
+    pub fn runs(&self) -> bool {
+        ProcessSeen::of(self.pid).is_ok_and(|seen| seen.began == self.began && !seen.has_ended)
     }
 }
 
@@ -84,5 +104,7 @@ mod tests {
         assert!(ProcessSeen::parse(&of_threads(1)).has_ended && !ProcessSeen::parse(&of_threads(2)).has_ended);
         let own = ProcessSeen::of(std::process::id().cast_signed()).unwrap();
         assert!(own.parent > 0 && !own.has_ended && own.began.parse::<u64>().is_ok());
+        let named = NamedProcess::of(std::process::id().cast_signed()).unwrap();
+        assert!(named.runs() && !NamedProcess { began: "1".into(), ..named }.runs());
     }
 }

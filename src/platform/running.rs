@@ -2,7 +2,7 @@
 //! it. They end when the machine does, whatever becomes of its agent and of the daemon; and the kernel lets go of what they hold.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use epochfs_format::encode_component;
@@ -19,21 +19,29 @@ pub struct Running {
     _file: File,
 }
 
-/// Held by the one process of a host that does what only one may do.
+/// Held by the one process of a host that does what only one may do. The kernel lets go of it when the process ends.
 pub struct Alone {
-    _file: File,
+    file: File,
 }
 
 impl Alone {
     /// Takes the lock with this name, or nothing where another process has it.
     pub fn take(directory: &Path, name: &str) -> Result<Option<Self>> {
-        let path = directory.join(name);
-        let file = opened(&path)?;
+        Self::of(opened(&directory.join(name))?, &directory.join(name))
+    }
+
+    fn of(file: File, path: &Path) -> Result<Option<Self>> {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(Self { _file: file })),
+            Ok(()) => Ok(Some(Self { file })),
             Err(Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(failed(&path)(error.into())),
+            Err(error) => Err(failed(path)(error.into())),
         }
+    }
+
+    /// Says who this is to whoever finds the lock taken, and reads its file.
+    pub fn introduce(&self, text: &[u8]) -> std::io::Result<()> {
+        self.file.set_len(0)?;
+        self.file.write_all_at(text, 0)
     }
 }
 
@@ -52,11 +60,7 @@ impl Running {
 
     pub fn is_held(directory: &Path, machine: &str) -> Result<bool> {
         let (file, path) = open(directory, machine)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(false),
-            Err(Errno::WOULDBLOCK) => Ok(true),
-            Err(error) => Err(failed(&path)(error.into())),
-        }
+        Ok(Alone::of(file, &path)?.is_none())
     }
 }
 

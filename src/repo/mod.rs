@@ -24,7 +24,7 @@ pub use index::{Index, IndexCounters, IndexState, Rebuilt};
 pub use keyring::{KeyEntry, Keyring};
 pub use log::{EpochList, Head, MachineState, machines, objects_of};
 pub use objects::{Objects, object_key};
-pub use packs::{INLINE_LEN_MAX, Inline, PackWriter, REMOTE_INLINE_LEN_MAX};
+pub use packs::{Inline, PackWriter};
 pub use quarantine::Quarantined;
 pub use readers::{Hold, LeaseSettings, Opening, Readers};
 pub use repository::{FIRST_TERM, Repository, state_dir};

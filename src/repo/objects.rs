@@ -162,6 +162,11 @@ impl Objects {
         }
     }
 
+    /// The same of a block.
+    pub fn will_need_block(&self, place: &Place) {
+        self.will_need(&place.object, place.range());
+    }
+
     /// These bytes of a record that was read lately.
     fn tail_range(&self, object: &ObjectRef, range: &Range<u64>) -> Option<Bytes> {
         if !is_record(object) {
@@ -360,9 +365,7 @@ impl Objects {
             let by_footer =
                 is_record(object) || group.len() >= FOOTER_FROM_CLAIMS || lock(&self.footers).get(object).is_some();
             if !by_footer && group.len() > 1 && self.store.is_remote() {
-                for Place { offset, len, .. } in group.iter().map(|claim| &claims[*claim].1) {
-                    self.will_need(object, u64::from(*offset)..u64::from(*offset) + u64::from(*len));
-                }
+                group.iter().for_each(|claim| self.will_need_block(&claims[*claim].1));
             }
             let exists = self.exists(object);
             let mut is_gone = matches!(exists, Ok(false));
@@ -417,8 +420,7 @@ impl Objects {
 
     /// Whether the block at this place is a page with this hash.
     fn proves(&self, hash: &Hash, place: &Place, decoder: &mut PageDecoder) -> Result<bool> {
-        let start = u64::from(place.offset);
-        match self.store.get_range(&object_key(&place.object), start..start + u64::from(place.len)) {
+        match self.store.get_range(&object_key(&place.object), place.range()) {
             Ok(block) => Ok(decoder.decode(&block, hash, &mut [0; PAGE_SIZE]).is_ok()),
             Err(error) => Err(error),
         }

@@ -15,10 +15,10 @@ use crate::platform::random;
 use crate::platform::store::{ObjectWriter, Put};
 
 /// A commit with at most this many bytes of blocks is carried by its record: one object and not two.
-pub const INLINE_LEN_MAX: usize = 128 << 10;
+const INLINE_LEN_MAX: usize = 128 << 10;
 
 /// The same where each object is a round trip, which takes longer than the bytes do.
-pub const REMOTE_INLINE_LEN_MAX: usize = 2 << 20;
+const REMOTE_INLINE_LEN_MAX: usize = 2 << 20;
 
 /// And then no more blocks than that the record is among the last 32 KiB of its object, which is what its readers read first.
 const INLINE_BLOCKS_MAX: usize = 760;
@@ -134,10 +134,11 @@ pub struct PackWriter<'a> {
 
 impl<'a> PackWriter<'a> {
     pub fn new(objects: Arc<Objects>, on_pack: OnPack<'a>) -> Self {
-        Self { objects, pages: None, nodes: None, finished: Vec::new(), inline_len_max: INLINE_LEN_MAX, on_pack }
+        let inline_len_max = if objects.store().is_remote() { REMOTE_INLINE_LEN_MAX } else { INLINE_LEN_MAX };
+        Self { objects, pages: None, nodes: None, finished: Vec::new(), inline_len_max, on_pack }
     }
 
-    /// Lets a commit with this many bytes of blocks be carried by its record.
+    /// Lets a commit with this many bytes of blocks be carried by its record, instead of what suits the store.
     #[must_use]
     pub fn with_inline_len_max(self, inline_len_max: usize) -> Self {
         Self { inline_len_max, ..self }

@@ -1,5 +1,6 @@
 //! Where bytes lie: which object, and where in it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::block::BLOCK_HEADER_LEN;
@@ -81,6 +82,12 @@ pub struct Place {
 }
 
 impl Place {
+    /// Where it lies in its object.
+    pub fn range(&self) -> Range<u64> {
+        let start = u64::from(self.offset);
+        start..start + u64::from(self.len)
+    }
+
     pub(crate) fn put(&self, own: Option<&ObjectRef>, out: &mut Vec<u8>) {
         self.object.put(own, out);
         out.put_u32(self.offset);

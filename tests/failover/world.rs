@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use epochfs::EpochStore;
 use epochfs::platform::clock::Stopwatch;
+use epochfs::platform::process::ProcessSeen;
 use epochfs::platform::store::{Location, WEATHER_VARIABLE};
 use epochfs::repo::Repository;
 use rustix::process::{Pid, Signal, kill_process};
@@ -48,16 +49,6 @@ pub struct Host {
 pub fn is_alive(pid: i32) -> bool {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return false };
     threads.flatten().any(|thread| may_run(&thread.path()))
-}
-
-/// Whether nothing is left of it but that it was: what it held is free.
-pub fn is_gone(pid: i32) -> bool {
-    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return true };
-    let has_ended = |thread: fs::DirEntry| match fs::read_to_string(thread.path().join("stat")) {
-        Ok(text) => text.rsplit(") ").next().is_some_and(|fields| fields.starts_with(['Z', 'X'])),
-        Err(_) => true,
-    };
-    threads.flatten().all(has_ended)
 }
 
 /// A thread is on its way out.
@@ -263,7 +254,10 @@ impl Host {
     pub fn kill_daemon(&mut self) {
         if let Some(pid) = self.daemon.take() {
             signal(pid, Signal::KILL);
-            assert!(becomes(Duration::from_secs(20), || is_gone(pid)), "the daemon {pid} does not end");
+            assert!(
+                becomes(Duration::from_secs(20), || ProcessSeen::of(pid).map_or(true, |seen| seen.has_ended)),
+                "the daemon {pid} does not end"
+            );
         }
     }
 

@@ -1,15 +1,13 @@
 //! The lock that the daemon of a repository holds as long as it lives, however it ends.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::platform::running::Alone;
 
 const LOCK: &str = "daemon.lock";
 
@@ -21,42 +19,29 @@ pub struct Holder {
     pub mountpoint: String,
 }
 
-/// Held by the one daemon of a repository and state directory. The kernel releases it when the process ends.
+/// Held by the one daemon of a repository and state directory.
 pub struct DaemonLock {
-    _file: File,
+    _alone: Alone,
 }
 
 impl DaemonLock {
     /// Takes the lock in this directory, or says who has it.
     pub fn take(directory: &Path, holder: &Holder) -> Result<Self> {
-        let path = directory.join(LOCK);
-        let failed = |error| Error::io(format!("cannot lock {}", path.display()), error);
-        // Never removed: who opens it before and who opens it after a removal would each hold a lock.
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(taken(&mut file, holder)),
-            Err(error) => return Err(failed(error.into())),
-        }
+        let Some(alone) = Alone::take(directory, LOCK)? else { return Err(taken(&directory.join(LOCK), holder)) };
         let text = serde_json::to_vec(holder).unwrap_or_default();
-        file.set_len(0).and_then(|()| file.write_all_at(&text, 0)).map_err(failed)?;
-        Ok(Self { _file: file })
+        alone
+            .introduce(&text)
+            .map_err(|error| Error::io(format!("cannot lock {}", directory.join(LOCK).display()), error))?;
+        Ok(Self { _alone: alone })
     }
 }
 
 /// The longest text that is read from the file.
 const HOLDER_LEN_MAX: u64 = 64 << 10;
 
-fn taken(file: &mut File, wanted: &Holder) -> Error {
+fn taken(path: &Path, wanted: &Holder) -> Error {
     let mut text = Vec::new();
-    let read = file.take(HOLDER_LEN_MAX).read_to_end(&mut text);
+    let read = File::open(path).and_then(|file| file.take(HOLDER_LEN_MAX).read_to_end(&mut text));
     match read.ok().and_then(|_| serde_json::from_slice::<Holder>(&text).ok()) {
         Some(holder) => Error::conflict(format!(
             "{} is mounted at {} already, by process {}",
@@ -97,7 +82,7 @@ mod tests {
     fn a_holder_that_has_not_introduced_itself_is_one() {
         let dir = tempfile::tempdir().unwrap();
         let file = File::create(dir.path().join(LOCK)).unwrap();
-        rustix::fs::flock(&file, FlockOperation::LockExclusive).unwrap();
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
         let error = DaemonLock::take(dir.path(), &holder(18)).err().unwrap();
         assert_eq!(error.kind(), Kind::Conflict);
         drop(file);

@@ -367,7 +367,7 @@ impl Service for DaemonService {
                 if let Ok((_, filesystem)) = self.served() {
                     let is_captured =
                         matches!(&*status.state, "starting" | "protected" | "storing" | "silent" | "failing");
-                    filesystem.captured_by(&status.machine, status.process.filter(|_| is_captured));
+                    filesystem.captured_by(&status.machine, status.process.clone().filter(|_| is_captured));
                 }
                 lock(&self.protected).insert(status.machine.clone(), (Stopwatch::start(), *status));
                 Ok(Value::Null)

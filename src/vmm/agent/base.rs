@@ -47,7 +47,7 @@ fn process_behind(socket: &Path) -> Result<String> {
     let stream = socket::connect(socket).map_err(failed)?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| failed(error.into()))?;
     let pid = peer.pid.as_raw_nonzero();
-    let began = super::guard::began(pid.get())?;
+    let began = super::guard::name_of(pid.get())?.began;
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(failed)?;
     Ok(format!("{pid} {began} {}\n", boot.trim()))
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::cloud_hypervisor::CloudHypervisorControl;
 use super::firecracker::FirecrackerControl;
-use super::guard::{Guard, Guarded, GuardedLease, NamedProcess, go_on};
+use super::guard::{Guard, Guarded, GuardedLease, go_on, named};
 use super::qemu::QemuControl;
 use super::{Agent, Capture, Control, Health, MonitorAt};
 use crate::error::{Error, Kind, Result};
@@ -95,7 +95,7 @@ impl MachineAgent {
         self.is_leased = claim.is_some();
         // The machine behind the monitor may be another than before.
         let machine = self.control.peer()?;
-        let process = Some(NamedProcess::of(&machine)?);
+        let process = Some(named(&machine)?);
         self.machine = Some(machine);
         let name = self.live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
         self.running = claim.as_ref().map(|claim| Running::hold(claim.directory(), &name)).transpose()?;

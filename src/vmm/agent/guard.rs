@@ -18,7 +18,7 @@ use super::MonitorAt;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::{LeaseClaim, watch_claim};
-use crate::platform::process::ProcessSeen;
+use crate::platform::process::NamedProcess;
 use crate::platform::running::Running;
 use crate::platform::socket;
 use crate::uffd::Peer;
@@ -159,7 +159,7 @@ pub fn guard(guarded: &Guarded, patience: Duration, lease: Option<&GuardedLease>
 fn hold(guarded: &Guarded, lease: &GuardedLease) -> Result<Peer> {
     let Guarded::Monitor(monitor) = guarded else { return parent() };
     let named = lease.process.as_ref().ok_or_else(|| Error::usage("the machine's process is not named"))?;
-    let machine = named.hold()?;
+    let machine = held(named)?;
     match &lease.live {
         // The others' memory is their own.
         Some(live) if matches!(monitor, MonitorAt::Qemu(_)) && !has_mapped(machine.pid(), live)? => {
@@ -177,39 +177,29 @@ fn running(lease: &GuardedLease) -> Result<Running> {
     Running::hold(lease.claim.directory(), &lease.machine)
 }
 
-/// A process by its number and when it began: numbers are used again.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NamedProcess {
-    pid: i32,
-    began: String,
-}
-
-impl NamedProcess {
-    /// The name of a process that is held.
-    pub fn of(process: &Peer) -> Result<Self> {
-        let began = began(process.pid())?;
-        match process.has_ended() {
-            true => Err(Error::new(Kind::Io, format!("{process} has ended"))),
-            false => Ok(Self { pid: process.pid(), began }),
-        }
-    }
-
-    fn hold(&self) -> Result<Peer> {
-        let gone = || Error::new(Kind::Io, format!("process {}, the machine, is gone", self.pid));
-        let pid = Pid::from_raw(self.pid).ok_or_else(gone)?;
-        let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|_| gone())?;
-        // What is held now is what the number stood for when it was named.
-        match began(self.pid)? == self.began {
-            true => Ok(Peer::found(self.pid, process)),
-            false => Err(gone()),
-        }
+/// The name of a process that is held.
+pub(super) fn named(process: &Peer) -> Result<NamedProcess> {
+    let named = name_of(process.pid())?;
+    match process.has_ended() {
+        true => Err(Error::new(Kind::Io, format!("{process} has ended"))),
+        false => Ok(named),
     }
 }
 
-/// When a process began, as the kernel counts.
-pub(super) fn began(pid: i32) -> Result<String> {
-    let failed = |error| Error::io(format!("cannot tell when process {pid} began"), error);
-    Ok(ProcessSeen::of(pid).map_err(failed)?.began)
+/// Holds the process that was named.
+fn held(named: &NamedProcess) -> Result<Peer> {
+    let gone = || Error::new(Kind::Io, format!("process {}, the machine, is gone", named.pid));
+    let pid = Pid::from_raw(named.pid).ok_or_else(gone)?;
+    let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|_| gone())?;
+    // What is held now is what the number stood for when it was named.
+    match name_of(named.pid)? == *named {
+        true => Ok(Peer::found(named.pid, process)),
+        false => Err(gone()),
+    }
+}
+
+pub(super) fn name_of(pid: i32) -> Result<NamedProcess> {
+    NamedProcess::of(pid).map_err(|error| Error::io(format!("cannot tell when process {pid} began"), error))
 }
 
 /// The process that listens at the socket of a monitor that takes several clients.

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 pub use base::Base;
 pub use capture::{Lessor, MachineAgent};
-pub use guard::{Guard, Guarded, GuardedLease, NamedProcess, guard};
+pub use guard::{Guard, Guarded, GuardedLease, guard};
 pub use heartbeat::Heartbeat;
 
 use super::http::send;

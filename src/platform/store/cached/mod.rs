@@ -48,6 +48,11 @@ fn is_immutable(key: &str) -> bool {
     key.starts_with("packs/") || key.starts_with("machines/")
 }
 
+/// Whether these bytes of an object are looked for here, and kept.
+fn is_kept(key: &str, start: u64, buffer: &[u8]) -> bool {
+    is_immutable(key) && !buffer.is_empty() && start.checked_add(buffer.len() as u64).is_some()
+}
+
 impl Store for CachedStore {
     fn url(&self) -> String {
         self.inner.url()
@@ -116,7 +121,7 @@ impl Store for CachedStore {
     }
 
     fn read_into(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<()> {
-        if buffer.is_empty() || !is_immutable(key) || start.checked_add(buffer.len() as u64).is_none() {
+        if !is_kept(key, start, buffer) {
             return self.inner.read_into(key, start, buffer);
         }
         if !self.cache.read_into(key, start, buffer) {
@@ -127,7 +132,7 @@ impl Store for CachedStore {
     }
 
     fn read_within(&self, key: &str, start: u64, buffer: &mut [u8]) -> Result<usize> {
-        if buffer.is_empty() || !is_immutable(key) || start.checked_add(buffer.len() as u64).is_none() {
+        if !is_kept(key, start, buffer) {
             return self.inner.read_within(key, start, buffer);
         }
         if let Some(len) = self.cache.read_within_into(key, start, buffer) {
