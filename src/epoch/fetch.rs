@@ -12,9 +12,10 @@ use crate::repo::Objects;
 /// Blocks closer together than this are fetched in one read.
 const BRIDGED_GAP_LEN: u64 = 64 << 10;
 
-/// Where many reads of a store that is far away are on their way together, so many more of a hundred cost nearly nothing: the
-/// widest gaps are not read then.
-const MORE_READS_PERCENT: usize = 25;
+/// Of a store that is far away, what lies between pages and is read with them is at most one in so many bytes of theirs, and so
+/// much: reads that are on their way together cost little time, but each costs something.
+const BRIDGED_SHARE: u64 = 8;
+const BRIDGED_LEN: u64 = 8 << 10;
 
 /// The longest single read.
 const READ_LEN_MAX: u64 = 4 << 20;
@@ -63,30 +64,22 @@ impl Fetcher {
 
     /// Fetches pages that are in the order in which they lie.
     fn fetch_each(&mut self, objects: &Objects, wanted: &[Wanted], first: u64, pages: &mut [Page]) -> Result<()> {
+        let is_bridged = bridged(wanted, objects.store().is_remote());
         let mut groups = Vec::new();
-        let bridged = if objects.store().is_remote() { bridged_gap(wanted) } else { BRIDGED_GAP_LEN };
-        let mut rest = wanted;
-        while let Some(next) = rest.first() {
+        let mut rest = 0..wanted.len();
+        while let Some(next) = wanted[rest.clone()].first() {
             let start = u64::from(next.place.offset);
-            let mut end = start + u64::from(next.place.len);
-            let count = rest
-                .iter()
-                .take_while(|other| {
-                    let other_start = u64::from(other.place.offset);
-                    let other_end = other_start + u64::from(other.place.len);
-                    let near = other.place.object == next.place.object
-                        && other_start <= end + bridged
-                        && other_end.max(end) - start <= READ_LEN_MAX;
-                    if near {
-                        end = end.max(other_end);
-                    }
-                    near
-                })
-                .count()
-                .max(1);
-            let (group, behind) = rest.split_at(count);
-            rest = behind;
-            groups.push((start..end, group));
+            let mut end = next.place.range().end;
+            let mut behind = rest.start + 1;
+            while behind < rest.end && is_bridged[behind - 1] {
+                let with_it = wanted[behind].place.range().end.max(end);
+                if with_it - start > READ_LEN_MAX {
+                    break;
+                }
+                (end, behind) = (with_it, behind + 1);
+            }
+            groups.push((start..end, &wanted[rest.start..behind]));
+            rest.start = behind;
         }
         if groups.len() > 1 {
             // All at once, instead of one after the other.
@@ -154,23 +147,25 @@ impl Fetcher {
     }
 }
 
-/// The widest gap between pages, in the order in which they lie, that is worth reading.
-fn bridged_gap(wanted: &[Wanted]) -> u64 {
-    let mut gaps: Vec<u64> = wanted
-        .windows(2)
-        .filter(|pair| pair[0].place.object == pair[1].place.object)
-        .map(|pair| {
-            let end = u64::from(pair[0].place.offset) + u64::from(pair[0].place.len);
-            u64::from(pair[1].place.offset).saturating_sub(end)
-        })
-        .filter(|gap| *gap <= BRIDGED_GAP_LEN)
-        .collect();
-    let fewest = wanted.len() - gaps.len();
-    match fewest * MORE_READS_PERCENT / 100 {
-        0 => BRIDGED_GAP_LEN,
-        more if more < gaps.len() => *gaps.select_nth_unstable_by(more, |a, b| b.cmp(a)).1,
-        _ => 0,
+/// Of pages in the order in which they lie, whether each is read together with the next, and with what lies between.
+fn bridged(wanted: &[Wanted], is_remote: bool) -> Vec<bool> {
+    let gap = |pair: &[Wanted]| match pair[0].place.object == pair[1].place.object {
+        true => Some(pair[1].place.range().start.saturating_sub(pair[0].place.range().end)),
+        false => None,
+    };
+    let gaps = wanted.windows(2).map(|pair| gap(pair).filter(|gap| *gap <= BRIDGED_GAP_LEN));
+    if !is_remote {
+        return gaps.map(|gap| gap.is_some()).collect();
     }
+    let mut gaps: Vec<(u64, usize)> = gaps.enumerate().filter_map(|(at, gap)| Some((gap?, at))).collect();
+    gaps.sort_unstable();
+    let mut is_bridged = vec![false; wanted.len().saturating_sub(1)];
+    let mut left = wanted.iter().map(|wanted| u64::from(wanted.place.len)).sum::<u64>() / BRIDGED_SHARE + BRIDGED_LEN;
+    for (gap, at) in gaps {
+        let Some(less) = left.checked_sub(gap) else { break };
+        (left, is_bridged[at]) = (less, true);
+    }
+    is_bridged
 }
 
 const ZERO_PAGE: Page = [0; PAGE_SIZE];
@@ -187,15 +182,17 @@ mod tests {
     }
 
     #[test]
-    fn a_few_more_reads_spare_the_widest_gaps_where_there_are_many_anyway() {
-        // One read of all, whatever lies between.
-        let mut pages: Vec<_> = [0, 5000, 9000, 60_000].map(|offset| wanted(0, offset)).to_vec();
-        assert_eq!(bridged_gap(&pages), BRIDGED_GAP_LEN);
-        // Eight reads, so that two gaps are left out: those of 50,000 and 4,000.
-        pages.extend((1..8).map(|pack| wanted(pack, 0)));
-        assert_eq!(bridged_gap(&pages), 3000);
-        // More than there are gaps.
-        pages.extend((8..20).map(|pack| wanted(pack, 0)));
-        assert_eq!(bridged_gap(&pages), 0);
+    fn of_a_store_that_is_far_away_little_is_read_that_nobody_wants() {
+        // One object with gaps of nothing, 4,000, 50,000 and 3,500 bytes, and another.
+        let offsets = [0, 1000, 6000, 57_000, 61_500];
+        let mut pages: Vec<_> = offsets.map(|offset| wanted(0, offset)).to_vec();
+        pages.push(wanted(1, 62_500));
+        assert_eq!(bridged(&pages, false), [true, true, true, true, false]);
+        // 6,000 / 8 and 8,192 bytes: the two small ones.
+        assert_eq!(bridged(&pages, true), [true, true, false, true, false]);
+        // Of equal gaps as many as may be.
+        let pages: Vec<_> = (0..100).map(|at| wanted(0, at * 4000)).collect();
+        assert_eq!(bridged(&pages, true).iter().filter(|is_bridged| **is_bridged).count(), (12_500 + 8192) / 3000);
+        assert!(bridged(&[], true).is_empty() && bridged(&pages[..1], true).is_empty());
     }
 }

@@ -174,6 +174,7 @@ impl FileSystem {
             parked_bytes: AtomicI64::new(0),
             captured: Mutex::default(),
         });
+        file_system.store.readers().prepare();
         for machine in machines_kept(&*file_system.live_settings.files, &file_system.live_settings.directory)? {
             // One that cannot be opened must not keep the others away.
             match file_system.live(&machine) {

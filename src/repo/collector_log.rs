@@ -4,7 +4,7 @@
 //! meanwhile is to be deleted; it is deleted. Whoever creates the next record decides, so that collectors need no lock.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use epochfs_format::{
     BIRTHS_PREFIX, Body, GC_LOG_PREFIX, GcBody, GcRecord, ObjectRef, birth_key, gc_record_key, record_seq,
@@ -67,6 +67,8 @@ pub struct CollectorLog {
 #[derive(Default)]
 struct Known {
     seq: u64,
+    /// Whether it was looked for by listing: what is new follows what is known then, if only the first record.
+    is_listed: bool,
     dead: Arc<HashSet<ObjectRef>>,
 }
 
@@ -159,14 +161,21 @@ impl CollectorLog {
         self.read().dead.clone()
     }
 
-    fn read(&self) -> std::sync::RwLockReadGuard<'_, Known> {
+    fn read(&self) -> RwLockReadGuard<'_, Known> {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Known> {
+        self.known.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn catch_up(&self) -> Result<()> {
         let _reading: MutexGuard<'_, ()> = lock(&self.reading);
-        let from = self.read().seq;
-        if from > 0 {
+        let (from, is_listed) = {
+            let known = self.read();
+            (known.seq, known.is_listed)
+        };
+        if is_listed {
             for seq in from + 1..=from + CATCH_UP_MAX {
                 match record(&self.objects, seq)? {
                     Some(record) => self.apply(record)?,
@@ -174,7 +183,10 @@ impl CollectorLog {
                 }
             }
         }
-        let Some(newest) = newest(&self.objects, self.read().seq)? else { return Ok(()) };
+        let Some(newest) = newest(&self.objects, self.read().seq)? else {
+            self.write().is_listed = true;
+            return Ok(());
+        };
         // Footers kept from before may be of objects that are gone.
         self.objects.forget_all();
         let condemned = condemnation_at(newest.seq);
@@ -187,12 +199,12 @@ impl CollectorLog {
                 self.condemned(condemned)?.into_iter().filter(|object| !kept.contains(object)).collect()
             }
         };
-        *self.known.write().unwrap_or_else(PoisonError::into_inner) = Known { seq: newest.seq, dead: Arc::new(dead) };
+        *self.write() = Known { seq: newest.seq, is_listed: true, dead: Arc::new(dead) };
         Ok(())
     }
 
     fn apply(&self, record: GcRecord) -> Result<()> {
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.write();
         match record.body {
             GcBody::Condemn { objects } => known.dead = Arc::new(objects.into_iter().collect()),
             GcBody::Fence { .. } => {}

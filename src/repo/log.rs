@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use epochfs_format::{
     Body, EpochSet, Hash, ObjectRef, Record, SUMMARY_STEP, Summary, check_machine, decode_component, log_prefix,
-    record_seq,
+    record_seq, segment_name,
 };
 
 use super::objects::Objects;
@@ -44,17 +44,34 @@ pub fn objects_of(objects: &Objects) -> Result<Vec<ObjectRef>> {
     Ok(all)
 }
 
-/// The number of the log's newest record, by listing: two requests, whatever the log's length.
+/// Of a store that is far away, so many segments are listed before it is known whether they are the newest: most logs end there.
+const FIRST_SEGMENTS: u64 = 2;
+
+/// The number of the log's newest record, by listing: two requests behind each other, whatever the log's length, or one.
 fn newest_seq(objects: &Objects, machine: &str) -> Result<Option<u64>> {
     let prefix = log_prefix(machine);
-    let segments = objects.store().list_dirs(&prefix)?;
-    // The newest segment may be an empty directory, if whoever made it never came to write its record.
-    for segment in segments.iter().rev() {
+    let newest_of = |segment: &str| {
         let mut newest = None;
         objects.store().list(&format!("{prefix}{segment}/"), None, &mut |info| {
             newest = record_seq(&info.key).max(newest);
             Ok(true)
         })?;
+        Ok(newest)
+    };
+    let first_segments = if objects.store().is_remote() { 0..FIRST_SEGMENTS } else { 0..0 };
+    let (segments, mut listed) = std::thread::scope(|scope| {
+        let first_segments = first_segments.map(segment_name);
+        let first: Vec<_> = first_segments.map(|name| (name.clone(), scope.spawn(move || newest_of(&name)))).collect();
+        let segments = objects.store().list_dirs(&prefix)?;
+        let joined = first.into_iter().map(|(name, listing)| (name, listing.join()));
+        Ok::<_, Error>((segments, joined.collect::<BTreeMap<_, _>>()))
+    })?;
+    // The newest segment may be an empty directory, if whoever made it never came to write its record.
+    for segment in segments.iter().rev() {
+        let newest = match listed.remove(segment) {
+            Some(listed) => listed.unwrap_or_else(|_| Err(Error::new(Kind::Io, "a listing thread failed")))?,
+            None => newest_of(segment)?,
+        };
         if newest.is_some() {
             return Ok(newest);
         }

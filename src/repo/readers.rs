@@ -147,15 +147,22 @@ impl Readers {
 
     /// Somebody will look for an epoch soon: of a store that is far away, a lease is on its way while he looks at the log.
     pub fn expect(&self) {
+        self.ahead(|readers| drop(readers.opening()));
+    }
+
+    /// Somebody may look for an epoch one day: what the first lease has to say is known by then.
+    pub fn prepare(&self) {
+        self.ahead(|readers| drop(readers.shared.log.heed_newest()));
+    }
+
+    /// Does something beside, of a store that is far away. Whoever needs it says what is wrong.
+    fn ahead(&self, work: impl FnOnce(&Self) + Send + 'static) {
         if !self.shared.settings.enabled || !self.shared.settings.background || !self.shared.objects.store().is_remote()
         {
             return;
         }
-        let ahead = Self { shared: self.shared.clone() };
-        let spawned = std::thread::Builder::new().name("lease-ahead".into()).spawn(move || {
-            // Whoever looks for it says what is wrong.
-            let _ = ahead.opening();
-        });
+        let readers = Self { shared: self.shared.clone() };
+        let spawned = std::thread::Builder::new().name("lease-ahead".into()).spawn(move || work(&readers));
         if let Err(error) = spawned {
             tracing::debug!("no lease is made ahead: {error}");
         }

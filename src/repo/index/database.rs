@@ -52,6 +52,9 @@ fn options() -> Options {
     options.set_block_based_table_factory(&table);
     options.set_write_buffer_size(WRITE_BUFFER_LEN);
     options.set_max_write_buffer_number(2);
+    // What was learnt last is asked for with every new page, which it seldom has.
+    options.set_memtable_prefix_bloom_ratio(0.1);
+    options.set_memtable_whole_key_filtering(true);
     options.set_max_open_files(64);
     options.set_keep_log_file_num(1);
     options.set_log_level(rocksdb::LogLevel::Warn);
