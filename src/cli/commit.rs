@@ -15,7 +15,7 @@ use crate::epoch::{CommitOptions, EpochStore, FileSource, Ranges, Source};
 use crate::error::{Error, Kind, Result};
 use crate::ops::control::{Client, CommitRequest, CommitSummary, socket_path};
 use crate::platform::clock::Stopwatch;
-use crate::platform::flush::flush_files;
+use crate::platform::flush::hand_over_files;
 
 /// A stream's name and the file it is read from.
 #[derive(Clone, Debug)]
@@ -29,8 +29,8 @@ struct StreamArgument {
 /// The files named are all of the new epoch: its memory, device state and disks of one instant. The machine comes into
 /// being with its first epoch. Pages that the repository holds already, from any machine, are not stored again.
 ///
-/// Without files, the machine's live on this host's mount is committed: its files are synced, frozen at one instant, and
-/// stored. This returns when the epoch is durable; writing to live may go on meanwhile.
+/// Without files, the machine's live on this host's mount is committed: its files are frozen at one instant, with what is
+/// stored in mappings of them, and kept. This returns when the epoch is durable; writing to live may go on meanwhile.
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  epochfs commit web1 memory=/run/web1/mem.raw vmstate=/run/web1/state disk0=/srv/web1.img\n  epochfs commit web1 memory=/run/web1/mem.raw --dirty memory=/run/web1/dirty --keep disk0\n  epochfs commit web1 --tag before-upgrade (what it has on the mount)\n\nA file of dirty ranges has one range a line: OFFSET LENGTH in bytes, decimal or 0x...; # begins a comment.\nAn = or a backslash in a stream's name is written with a backslash before it."
@@ -260,10 +260,10 @@ impl Commit {
         who.check_seen()?;
         let started = Stopwatch::start();
         let live = Path::new(&who.mountpoint).join(&self.machine).join("live");
-        let bar = context.progress(&format!("syncing {}", live.display()));
-        let flushed = flush_files(&live, &mut |files| bar.set_items(files, files));
+        let bar = context.progress(&format!("handing over {}", live.display()));
+        let handed_over = hand_over_files(&live, &mut |files| bar.set_items(files, files));
         bar.finish();
-        if let Err(error) = flushed {
+        if let Err(error) = handed_over {
             return Err(self.explain(error, &mut client, &who.mountpoint));
         }
         let (machine, message, tags) = (self.machine.clone(), self.message.clone(), self.tag.clone());
@@ -271,7 +271,7 @@ impl Commit {
         let mut told = Ok(());
         let mut summary = client.commit(request, &mut |_| told = self.tell_frozen())?;
         told.map_err(|error| error.context(format!("{}@{} is committed, but", summary.machine, summary.epoch)))?;
-        // What the caller waited for is the sync too.
+        // What the caller waited for is the handing over too.
         summary.elapsed_ms = started.elapsed().as_secs_f64() * 1000.0;
         Ok(summary)
     }

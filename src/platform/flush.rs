@@ -1,31 +1,19 @@
-//! Handing over what a machine's live holds in the kernel only: stores to mapped files reach the daemon by fsync, and a
-//! daemon must never do that on its own mount.
+//! Handing over what a machine's live holds in the kernel only: stores to mapped files reach the daemon when they are written
+//! back, and a daemon must never wait for that on its own mount.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
-/// Syncs every regular file below a directory, and says how many there were. `progress` is told how many are done.
-pub fn flush_files(directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<u64> {
-    each_file(directory, &|file| rustix::fs::fsync(file), progress)
-}
-
 /// Hands what was stored into mapped files below a directory over to their filesystem, whose own business it then is to keep
-/// it: nothing is durable by this, and no disk is waited for.
-pub fn hand_over_files(directory: &Path) -> Result<u64> {
-    each_file(directory, &|file| hand_over(file), &mut |_| ())
-}
-
-fn each_file(
-    directory: &Path,
-    flush: &dyn Fn(&OwnedFd) -> rustix::io::Result<()>,
-    progress: &mut dyn FnMut(u64),
-) -> Result<u64> {
+/// it: nothing is durable by this, and no disk is waited for. Says how many files there were; `progress` is told how many are
+/// done.
+pub fn hand_over_files(directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<u64> {
     let mut files = 0;
     let mut directories = vec![directory.to_owned()];
     while let Some(directory) = directories.pop() {
@@ -40,7 +28,7 @@ fn each_file(
             match entry.file_type() {
                 Ok(kind) if kind.is_dir() => directories.push(path),
                 Ok(kind) if kind.is_file() => {
-                    flush_file(&path, flush)?;
+                    hand_over_file(&path)?;
                     files += 1;
                     progress(files);
                 }
@@ -53,14 +41,14 @@ fn each_file(
     Ok(files)
 }
 
-fn flush_file(path: &PathBuf, flush: &dyn Fn(&OwnedFd) -> rustix::io::Result<()>) -> Result<()> {
+fn hand_over_file(path: &Path) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(file) => file,
         Err(Errno::NOENT) => return Ok(()),
         Err(error) => return Err(Error::io(format!("cannot open {} to sync it", path.display()), error.into())),
     };
-    flush(&file).map_err(|error| Error::io(format!("cannot sync {}", path.display()), error.into()))
+    hand_over(&file).map_err(|error| Error::io(format!("cannot sync {}", path.display()), error.into()))
 }
 
 /// Writes the dirty pages of a file back, and waits for that.
@@ -87,10 +75,9 @@ mod tests {
         std::os::unix::fs::symlink("/nonexistent", dir.path().join("link")).unwrap();
         std::os::unix::fs::symlink("a", dir.path().join("loop")).unwrap();
         let mut told = Vec::new();
-        assert_eq!(flush_files(dir.path(), &mut |done| told.push(done)).unwrap(), 3);
+        assert_eq!(hand_over_files(dir.path(), &mut |done| told.push(done)).unwrap(), 3);
         assert_eq!(told, [1, 2, 3]);
-        assert_eq!(hand_over_files(dir.path()).unwrap(), 3);
-        let missing = flush_files(&dir.path().join("missing"), &mut |_| {}).unwrap_err();
+        let missing = hand_over_files(&dir.path().join("missing"), &mut |_| {}).unwrap_err();
         assert_eq!(missing.kind(), crate::error::Kind::NotFound);
     }
 }

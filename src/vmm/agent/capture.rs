@@ -113,7 +113,7 @@ impl MachineAgent {
 
     /// What the machine stored into its memory so far is the mount's: the epoch makes it durable.
     fn hand_over(&self) -> Result<()> {
-        hand_over_files(&self.live).map(|_| ())
+        hand_over_files(&self.live, &mut |_| ()).map(|_| ())
     }
 
     /// Has what the machine stored go to the mount while it runs, as long as that gets less.
