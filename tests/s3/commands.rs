@@ -1,5 +1,7 @@
 //! Each command on a repository in a bucket.
 
+use epochfs::platform::store::Location;
+
 use crate::server::ceph;
 use crate::world::{Host, noise};
 
@@ -8,7 +10,35 @@ const MIB: usize = 1 << 20;
 #[test]
 fn p1_what_is_committed_is_exported_byte_for_byte_by_a_host_that_knows_nothing() {
     let Some(server) = ceph("what is committed is exported") else { return };
-    let host = Host::new(&server);
+    each_command(&Host::new(&server));
+}
+
+#[test]
+fn p1_an_encrypted_repository_does_the_same_and_says_nothing_without_its_key() {
+    let Some(server) = ceph("an encrypted repository") else { return };
+    let host = Host::sealed(&server);
+    each_command(&host);
+    let stranger = Host::at(&server, &host.url, server.endpoint());
+    let refused = stranger.run(["ls"]);
+    assert!(refused.code != 0 && refused.err.contains("key"), "{}", refused.err);
+    // What is in the bucket, as whoever has the credentials reads it.
+    let store = Location::parse(&host.url).unwrap().open_with(&server.settings()).unwrap();
+    let (mut objects, mut sealed) = (0, 0);
+    store
+        .list("", None, &mut |info| {
+            let bytes = store.get(&info.key)?;
+            let is_plain = bytes.windows(3).any(|some| some == b"EPO") || bytes.windows(4).any(|some| some == b"web1");
+            objects += 1;
+            sealed += usize::from(!is_plain);
+            Ok(true)
+        })
+        .unwrap();
+    // The descriptor says of itself what it is, and with it how the key is wrapped.
+    assert!(objects > 5 && sealed + 1 >= objects, "{sealed} of {objects}");
+}
+
+/// What all commands do with a repository, of which another host knows nothing.
+fn each_command(host: &Host) {
     // Large enough for a pack of several parts, with zeros and with what compresses.
     let mut memory = noise(1, 20 * MIB);
     memory[3 * MIB..5 * MIB].fill(0);

@@ -10,10 +10,14 @@
 #[allow(dead_code, reason = "others ask for a seed, too")]
 mod asked;
 mod caches;
+mod cluster;
 mod commands;
 mod failures;
 mod hosts;
 mod kills;
+#[path = "../failover/links.rs"]
+#[allow(dead_code, reason = "others delay what is sent, too")]
+mod links;
 #[path = "../common/noise.rs"]
 mod noise;
 mod outages;

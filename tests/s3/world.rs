@@ -1,6 +1,7 @@
 //! A host of one's own for each test, with a repository in a bucket, and the program to use it with.
 
 use std::ffi::OsStr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use epochfs::platform::store::Location;
 use epochfs::repo::Repository;
 use tempfile::TempDir;
 
+use crate::links::Link;
 use crate::server::Server;
 
 /// The program under test.
@@ -28,6 +30,10 @@ pub struct Host {
     directory: TempDir,
     /// Waiting is cut short, for tests of what never answers.
     pub patience_s: u32,
+    /// The network that it has for itself.
+    pub link: Option<Link>,
+    /// Where the key of the repository is, if it is encrypted.
+    key: Option<PathBuf>,
 }
 
 /// What a program said.
@@ -45,6 +51,16 @@ impl Host {
         host
     }
 
+    /// One with a new repository that is encrypted.
+    pub fn sealed(server: &Arc<Server>) -> Self {
+        let mut host = Self::empty(server);
+        let key = host.file("key", "5c".repeat(32).as_bytes());
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+        host.key = Some(key);
+        host.ok(["init", "--encrypt"]);
+        host
+    }
+
     /// One whose repository is not there yet.
     pub fn empty(server: &Arc<Server>) -> Self {
         let prefix: String = id16()[..6].iter().map(|byte| format!("{byte:02x}")).collect();
@@ -59,12 +75,20 @@ impl Host {
             endpoint: endpoint.to_owned(),
             directory: tempfile::tempdir().unwrap(),
             patience_s: 20,
+            link: None,
+            key: None,
         }
+    }
+
+    /// The same with a network of its own, from which only a link leads to the service.
+    pub fn linked(server: &Arc<Server>, url: &str, link: Link) -> Self {
+        let host = Self::at(server, url, &link.endpoint());
+        Self { link: Some(link), ..host }
     }
 
     /// Another host with the same repository, which knows nothing of it.
     pub fn another(&self) -> Self {
-        Self::at(&self.server, &self.url, self.server.endpoint())
+        Self { key: self.key.clone(), ..Self::at(&self.server, &self.url, self.server.endpoint()) }
     }
 
     pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {
@@ -80,12 +104,20 @@ impl Host {
 
     /// The program, with nothing else of this process's environment.
     pub fn command<I: IntoIterator<Item: AsRef<OsStr>>>(&self, arguments: I) -> Command {
-        let mut command = Command::new(binary());
+        let mut command = match &self.link {
+            None => Command::new(binary()),
+            Some(link) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/run/netns/{}", link.namespace)).arg("--").arg(binary());
+                command
+            }
+        };
         command
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("HOME", self.directory.path());
         command.envs(self.server.variables.iter().filter(|(name, _)| name.starts_with("AWS_")));
+        command.envs(self.key.iter().map(|key| ("EPOCHFS_KEY_FILE", key)));
         command.env("AWS_ENDPOINT_URL", &self.endpoint).env("EPOCHFS_REPO", &self.url);
         command.env("EPOCHFS_STATE_DIR", self.path("state")).env("EPOCHFS_STORE_TIMEOUT", self.patience_s.to_string());
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
