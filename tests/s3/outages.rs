@@ -19,6 +19,10 @@ struct Mounted {
 
 impl Mounted {
     fn new(test: &str) -> Option<Self> {
+        Self::with_patience(test, 3)
+    }
+
+    fn with_patience(test: &str, seconds: u32) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             skip(test, "only root mounts here");
             return None;
@@ -27,7 +31,7 @@ impl Mounted {
         let host = Host::new(&server);
         let proxy = Proxy::new(server.endpoint());
         let mut through = Host::at(&server, &host.url, &proxy.url());
-        through.patience_s = 3;
+        through.patience_s = seconds;
         let at = through.path("mount");
         std::fs::create_dir(&at).unwrap();
         let at = at.to_str().unwrap().to_owned();
@@ -132,7 +136,7 @@ fn p2_a_record_that_arrived_before_the_link_was_cut_is_one_epoch() {
 
 #[test]
 fn p6_what_waits_when_the_mount_ends_is_there_with_the_next_one() {
-    let Some(mounted) = Mounted::new("an unmount while the store is away") else { return };
+    let Some(mounted) = Mounted::with_patience("an unmount while the store is away", 60) else { return };
     mounted.write(&noise(36, 200_000));
     mounted.host.ok(["commit", "web1", "--tag", "before"]);
     mounted.wait_for("no commit waits", |status| status["machines"][0]["commits_in_flight"] == 0);
@@ -141,7 +145,10 @@ fn p6_what_waits_when_the_mount_ends_is_there_with_the_next_one() {
     mounted.proxy.set_down(true);
     let commit = mounted.begin_commit("waits");
     mounted.wait_for("the commit waits", |status| status["machines"][0]["commits_in_flight"] == 1);
+    let since = Stopwatch::start();
     mounted.host.ok(["umount", &mounted.at]);
+    // And not as long as a store is waited for otherwise.
+    assert!(since.elapsed() < Duration::from_secs(30), "{:?}", since.elapsed());
     assert!(commit.join().unwrap().is_err());
     mounted.proxy.set_down(false);
     mounted.host.ok(["mount", &mounted.at, "--background"]);

@@ -188,6 +188,8 @@ pub fn serve(
     service.set_state(State::Stopping);
     notify::notify("STOPPING=1");
     tracing::info!("the mount has ended: storing what is left");
+    // All of that is on this host. What others are told besides they find out by themselves where the store is away.
+    store.repository().objects().store().be_brief();
     let closed = filesystem.close();
     // What is still this host's would be missed.
     let is_missed = !filesystem.owned_machines().is_empty() || service.protects_any() || closed.is_err();

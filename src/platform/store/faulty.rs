@@ -225,6 +225,10 @@ impl Store for FaultyStore {
         self.inner.let_go();
     }
 
+    fn be_brief(&self) {
+        self.inner.be_brief();
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.read("get", key, || self.inner.get(key), |bytes| bytes)
     }

@@ -117,6 +117,10 @@ pub trait Store: Send + Sync {
     /// replaced or deleted without this one being told.
     fn let_go(&self) {}
 
+    /// From here on nobody waits long where nothing is answered, those included who wait already: what is left to do can also be
+    /// left.
+    fn be_brief(&self) {}
+
     /// The whole object.
     fn get(&self, key: &str) -> Result<Bytes>;
 

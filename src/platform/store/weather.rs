@@ -129,6 +129,10 @@ impl Store for WeatherStore {
         self.inner.let_go();
     }
 
+    fn be_brief(&self) {
+        self.inner.be_brief();
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.under_it(|| self.inner.get(key))
     }

@@ -90,6 +90,10 @@ impl Store for CachedStore {
         self.inner.let_go();
     }
 
+    fn be_brief(&self) {
+        self.inner.be_brief();
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.inner.get(key)
     }

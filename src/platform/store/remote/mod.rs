@@ -12,19 +12,21 @@ mod writer;
 
 use std::future::Future;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
 use object_store::path::Path;
 use object_store::{
     Error as RemoteError, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload,
 };
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{sleep, timeout};
 
 use self::explain::{explain, missing};
 pub(super) use self::explain::{innermost, is_about_trust};
@@ -54,6 +56,9 @@ const PUT_AGAIN_LEN_MAX: usize = 4 << 20;
 
 /// A longer one is a part of something large, or as long.
 const SMALL_PUT_LEN_MAX: usize = 1 << 20;
+
+/// How long callers wait for what can also be left, where nothing is answered.
+const BRIEF_WAIT: Duration = Duration::from_secs(3);
 
 /// How long callers wait unless they say otherwise.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(30);
@@ -91,6 +96,7 @@ struct Shared {
     flights: Flights,
     ahead: Semaphore,
     next_tries: Semaphore,
+    is_brief: watch::Sender<bool>,
 }
 
 /// The runtime, which one of its own tasks may be the last to let go of.
@@ -140,6 +146,7 @@ impl RemoteStore {
             flights: Flights::default(),
             ahead: Semaphore::new(AHEAD_MAX),
             next_tries: Semaphore::new(NEXT_TRIES_MAX),
+            is_brief: watch::Sender::new(false),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -163,10 +170,35 @@ impl Shared {
         patience: Duration,
         future: impl Future<Output = RemoteResult<T>>,
     ) -> Result<T> {
-        match timeout(patience, future).await {
-            Ok(answer) => answer.map_err(|error| self.error(verb, key, &error)),
-            Err(_) => Err(self.no_answer(verb, key, patience)),
+        match self.within(patience, future).await {
+            Some(answer) => answer.map_err(|error| self.error(verb, key, &error)),
+            None => Err(self.no_answer(verb, key, patience)),
         }
+    }
+
+    /// What comes in time; or less, where nobody waits long any more.
+    async fn within<T>(&self, patience: Duration, future: impl Future<Output = T>) -> Option<T> {
+        let mut brief = self.is_brief.subscribe();
+        let is_over = async {
+            let briefly = async {
+                // The sender lives as long as this does.
+                let _ = brief.wait_for(|is_brief| *is_brief).await;
+                sleep(BRIEF_WAIT).await;
+                while !self.is_away() {
+                    sleep(BRIEF_WAIT).await;
+                }
+            };
+            let _ = timeout(patience, briefly).await;
+        };
+        match select(pin!(future), pin!(is_over)).await {
+            Either::Left((came, _)) => Some(came),
+            Either::Right(_) => None,
+        }
+    }
+
+    /// Whether nothing is answered at present, as far as requests told.
+    fn is_away(&self) -> bool {
+        self.traffic.as_ref().is_none_or(|traffic| traffic.reach().unreachable_since_ns.is_some())
     }
 
     fn no_answer(&self, verb: &str, key: &str, patience: Duration) -> Error {
@@ -243,14 +275,14 @@ impl Shared {
         let patience = self.patience.answer;
         let started = Stopwatch::start();
         let (bytes, range, object_len) = loop {
-            match timeout(patience, self.get(path, range.clone())).await {
-                Ok(Ok(got)) => break got,
+            match self.within(patience, self.get(path, range.clone())).await {
+                Some(Ok(got)) => break got,
                 // An answer that broke off, for one: not all of them are asked for again below.
-                Ok(Err(error)) if started.elapsed() < patience / 4 && self.may_be_mended(key, &error) => {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
+                Some(Err(error)) if started.elapsed() < patience / 4 && self.may_be_mended(key, &error) => {
+                    sleep(Duration::from_millis(50)).await;
                 }
-                Ok(Err(error)) => return Err(GetError::Remote(error)),
-                Err(_) => return Err(GetError::Told(self.no_answer("read", key, patience))),
+                Some(Err(error)) => return Err(GetError::Remote(error)),
+                None => return Err(GetError::Told(self.no_answer("read", key, patience))),
             }
         };
         let expected = range.end - range.start;
@@ -293,11 +325,11 @@ impl Shared {
 
     async fn len(&self, key: &str) -> Result<Option<u64>> {
         let path = self.path(key)?;
-        match timeout(self.patience.answer, self.asked_again(key, 0, || self.remote.head(&path))).await {
-            Ok(Ok(meta)) => Ok(Some(meta.size)),
-            Ok(Err(RemoteError::NotFound { .. })) => Ok(None),
-            Ok(Err(error)) => Err(self.error("look at", key, &error)),
-            Err(_) => Err(self.no_answer("look at", key, self.patience.answer)),
+        match self.within(self.patience.answer, self.asked_again(key, 0, || self.remote.head(&path))).await {
+            Some(Ok(meta)) => Ok(Some(meta.size)),
+            Some(Err(RemoteError::NotFound { .. })) => Ok(None),
+            Some(Err(error)) => Err(self.error("look at", key, &error)),
+            None => Err(self.no_answer("look at", key, self.patience.answer)),
         }
     }
 
@@ -321,18 +353,18 @@ impl Shared {
             };
             let is_small = payload.content_length() <= SMALL_PUT_LEN_MAX;
             let patience = if is_small { self.patience.answer } else { self.patience.part };
-            let put = match timeout(patience, put).await {
-                Ok(Ok(_)) => Put::Created,
+            let put = match self.within(patience, put).await {
+                Some(Ok(_)) => Put::Created,
                 // Some services also say so of a key that two are just writing, and of which nobody is yet.
-                Ok(Err(RemoteError::AlreadyExists { .. } | RemoteError::Precondition { .. })) => {
+                Some(Err(RemoteError::AlreadyExists { .. } | RemoteError::Precondition { .. })) => {
                     if self.len(key).await?.is_none() {
-                        tokio::time::sleep(Duration::from_millis(20)).await;
+                        sleep(Duration::from_millis(20)).await;
                         continue;
                     }
                     Put::Exists
                 }
-                Ok(Err(error)) => return Err(self.error("write", key, &error)),
-                Err(_) => return Err(self.no_answer("write", key, patience)),
+                Some(Err(error)) => return Err(self.error("write", key, &error)),
+                None => return Err(self.no_answer("write", key, patience)),
             };
             self.counters.put(len);
             return Ok(put);
@@ -452,6 +484,10 @@ impl Store for RemoteStore {
         });
     }
 
+    fn be_brief(&self) {
+        self.shared.is_brief.send_replace(true);
+    }
+
     fn get_tail(&self, key: &str, tail_len: u64) -> Result<Tail> {
         let shared = &self.shared;
         let path = shared.path(key)?;
@@ -519,10 +555,10 @@ impl Store for RemoteStore {
             }
         };
         let first = shared.asked_again(prefix, 0, first_page);
-        let first = shared.wait(async { timeout(shared.patience.answer, first).await })?;
+        let first = shared.wait(shared.within(shared.patience.answer, first))?;
         let no_answer = || shared.no_answer("list", prefix, shared.patience.answer);
         let (mut page, mut pages) =
-            first.map_err(|_| no_answer())?.map_err(|error| shared.error("list", prefix, &error))?;
+            first.ok_or_else(no_answer)?.map_err(|error| shared.error("list", prefix, &error))?;
         let mut last: Option<String> = None;
         while let Some(metas) = page {
             for meta in metas {
@@ -540,8 +576,8 @@ impl Store for RemoteStore {
                     return Ok(());
                 }
             }
-            let next = shared.wait(async { timeout(shared.patience.answer, pages.next()).await })?;
-            page = next.map_err(|_| no_answer())?;
+            let next = shared.wait(shared.within(shared.patience.answer, pages.next()))?;
+            page = next.ok_or_else(no_answer)?;
         }
         Ok(())
     }
@@ -562,12 +598,12 @@ impl Store for RemoteStore {
         let shared = &self.shared;
         let path = shared.path(key)?;
         shared.flights.forget(key);
-        let deleted = shared.wait(async { timeout(shared.patience.answer, shared.remote.delete(&path)).await })?;
+        let deleted = shared.wait(shared.within(shared.patience.answer, shared.remote.delete(&path)))?;
         shared.flights.forget(key);
         match deleted {
-            Ok(Ok(()) | Err(RemoteError::NotFound { .. })) => Ok(()),
-            Ok(Err(error)) => Err(shared.error("delete", key, &error)),
-            Err(_) => Err(shared.no_answer("delete", key, shared.patience.answer)),
+            Some(Ok(()) | Err(RemoteError::NotFound { .. })) => Ok(()),
+            Some(Err(error)) => Err(shared.error("delete", key, &error)),
+            None => Err(shared.no_answer("delete", key, shared.patience.answer)),
         }
     }
 }

@@ -99,6 +99,10 @@ impl Store for SealedStore {
         self.inner.let_go();
     }
 
+    fn be_brief(&self) {
+        self.inner.be_brief();
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         match self.cipher_of(key) {
             None => self.inner.get(key),
