@@ -47,6 +47,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::Result;
+use crate::platform::memory::share_heaps;
 use context::Context;
 
 /// A content-addressed, copy-on-write checkpoint store for virtual machines.
@@ -204,6 +205,7 @@ pub fn command() -> clap::Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    share_heaps();
     run(std::env::args_os())
 }
 

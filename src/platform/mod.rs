@@ -7,6 +7,7 @@ pub mod flush;
 pub mod keys;
 pub mod lease;
 pub mod lock;
+pub mod memory;
 pub mod process;
 pub mod random;
 pub mod running;

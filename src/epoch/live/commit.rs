@@ -22,6 +22,7 @@ use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::lock::lock;
+use crate::platform::memory::give_back;
 use crate::platform::random;
 
 /// How often a commit is made again that others came before.
@@ -210,6 +211,8 @@ impl Live {
                 let Some(job) = pipeline.waiting.pop_front() else {
                     pipeline.running = false;
                     self.pipeline_moved.notify_all();
+                    drop(pipeline);
+                    give_back();
                     return;
                 };
                 job
