@@ -33,8 +33,13 @@ impl Leased {
         let Some(lease) = lease_of_host(directory, &BootClock)? else { return Ok(None) };
         let claim = LeaseClaim::new(directory, lease.lease, ownership.since);
         let program = std::env::current_exe().map_err(|error| Error::io("cannot find this program", error))?;
-        let guarded =
-            GuardedLease { claim: claim.clone(), machine: ownership.machine.to_string(), process: None, live: None };
+        let guarded = GuardedLease {
+            claim: claim.clone(),
+            machine: ownership.machine.to_string(),
+            process: None,
+            live: None,
+            is_mapped: false,
+        };
         let guard = Guard::start(&program, &Guarded::Parent, STOPPED_MAX, Some(&guarded))?;
         let running = Running::hold(directory, &ownership.machine)?;
         let is_over = Arc::new(AtomicBool::new(false));

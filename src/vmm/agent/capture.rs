@@ -99,8 +99,8 @@ impl MachineAgent {
         self.machine = Some(machine);
         let name = self.live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
         self.running = claim.as_ref().map(|claim| Running::hold(claim.directory(), &name)).transpose()?;
-        let live = self.control.has_mapped_live().then(|| self.live.clone());
-        let lease = claim.map(|claim| GuardedLease { claim, machine: name, process, live });
+        let (live, is_mapped) = (Some(self.live.clone()), self.control.has_mapped_live());
+        let lease = claim.map(|claim| GuardedLease { claim, machine: name, process, live, is_mapped });
         let guarded = Guarded::Monitor(self.monitor.clone());
         self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, lease.as_ref())?);
         Ok(())

@@ -42,8 +42,10 @@ pub struct GuardedLease {
     pub machine: String,
     /// The machine's process, where that is not the one that starts the guard.
     pub process: Option<NamedProcess>,
-    /// The machine's directory on the mount, of which its process must have files.
+    /// The machine's directory on the mount, where its process is not the one that starts the guard.
     pub live: Option<PathBuf>,
+    /// Whether its process has files of that directory mapped. One whose memory is its own has them open, or a guest on KVM.
+    pub is_mapped: bool,
 }
 
 /// What a guard looks after.
@@ -157,19 +159,22 @@ pub fn guard(guarded: &Guarded, patience: Duration, lease: Option<&GuardedLease>
 
 /// The machine's process, which must be what it seems: another program's socket may be handed to a monitor.
 fn hold(guarded: &Guarded, lease: &GuardedLease) -> Result<Peer> {
-    let Guarded::Monitor(monitor) = guarded else { return parent() };
+    if matches!(guarded, Guarded::Parent) {
+        return parent();
+    }
     let named = lease.process.as_ref().ok_or_else(|| Error::usage("the machine's process is not named"))?;
     let machine = held(named)?;
-    match &lease.live {
-        // The others' memory is their own.
-        Some(live) if matches!(monitor, MonitorAt::Qemu(_)) && !has_mapped(machine.pid(), live)? => {
-            Err(Error::usage(format!(
-                "{machine}, which listens for its monitor, has no file of {} mapped: it is not the machine",
-                live.display()
-            ))
-            .hint("let QEMU make the monitor's socket itself: -qmp unix:PATH,server,nowait"))
+    let Some(live) = &lease.live else { return Ok(machine) };
+    let (is_machine, lacks) = match lease.is_mapped {
+        true => (has_mapped(machine.pid(), live)?, format!("has no file of {} mapped", live.display())),
+        false => {
+            (has_guest(machine.pid(), live)?, format!("has no guest on KVM, and no file of {} open", live.display()))
         }
-        _ => Ok(machine),
+    };
+    match is_machine {
+        true => Ok(machine),
+        false => Err(Error::usage(format!("{machine}, which listens for its monitor, {lacks}: it is not the machine"))
+            .hint("let the monitor make its socket itself; QEMU does with -qmp unix:PATH,server,nowait")),
     }
 }
 
@@ -230,6 +235,21 @@ fn has_mapped(pid: i32, directory: &Path) -> Result<bool> {
     let maps = std::fs::read(format!("/proc/{pid}/maps")).map_err(failed)?;
     let maps = String::from_utf8_lossy(&maps);
     Ok(maps.lines().any(|line| line.split_ascii_whitespace().nth(3) == Some(wanted.as_str())))
+}
+
+/// Whether a process has a virtual machine of KVM, or has a file below a directory open.
+fn has_guest(pid: i32, directory: &Path) -> Result<bool> {
+    let failed = |error| Error::io(format!("cannot tell what process {pid} has open"), error);
+    // As the kernel names what is open.
+    let directory = std::fs::canonicalize(directory).map_err(failed)?;
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed)? {
+        // What is closed meanwhile is not open.
+        let Ok(open) = std::fs::read_link(entry.map_err(failed)?.path()) else { continue };
+        if open == Path::new("anon_inode:kvm-vm") || open.starts_with(&directory) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Ends the machine when the lease is over, unless it has ended before, or is nobody's business here any more.
@@ -323,5 +343,26 @@ pub fn go_on(monitor: &MonitorAt, wait: Duration) -> Result<()> {
             Err(error) if since.elapsed() >= wait => return Err(error.context(monitor.path().display())),
             Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_shows_that_it_is_a_machine_by_what_it_has_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut other = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(other.id()).unwrap();
+        assert!(!has_guest(pid, dir.path()).unwrap());
+        let disk = std::fs::File::create(dir.path().join("disk0")).unwrap();
+        let mut machine = Command::new("sleep").arg("60").stdin(Stdio::from(disk)).spawn().unwrap();
+        assert!(has_guest(i32::try_from(machine.id()).unwrap(), dir.path()).unwrap());
+        for process in [&mut other, &mut machine] {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+        assert!(has_guest(pid, dir.path()).is_err(), "it is gone");
     }
 }
