@@ -8,11 +8,12 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use super::kernel;
 use crate::error::{Error, Result};
 
 /// Hands what was stored into mapped files below a directory over to their filesystem, whose own business it then is to keep
-/// it: nothing is durable by this, and no disk is waited for. Says how many files there were; `progress` is told how many are
-/// done.
+/// it: nothing need be durable by this, and where the kernel has a way no disk is waited for. Says how many files there were;
+/// `progress` is told how many are done.
 pub fn hand_over_files(directory: &Path, progress: &mut dyn FnMut(u64)) -> Result<u64> {
     let mut files = 0;
     let mut directories = vec![directory.to_owned()];
@@ -51,8 +52,15 @@ fn hand_over_file(path: &Path) -> Result<()> {
     hand_over(&file).map_err(|error| Error::io(format!("cannot sync {}", path.display()), error.into()))
 }
 
-/// Writes the dirty pages of a file back, and waits for that.
+/// Before this one, FUSE copied what it wrote back, and called it written while the filesystem had yet to see it: only a sync
+/// waited for that.
+const WAITS_FOR_FUSE: (u32, u32) = (6, 16);
+
+/// Writes the dirty pages of a file back, and waits until the filesystem has them.
 fn hand_over(file: &OwnedFd) -> rustix::io::Result<()> {
+    if !kernel::version().is_some_and(|version| version >= WAITS_FOR_FUSE) {
+        return rustix::fs::fdatasync(file);
+    }
     let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     // SAFETY: the descriptor is open, and no memory is passed.
     match unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, how) } {

@@ -4,6 +4,7 @@
 pub mod clock;
 pub mod files;
 pub mod flush;
+pub mod kernel;
 pub mod keys;
 pub mod lease;
 pub mod lock;

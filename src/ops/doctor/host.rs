@@ -2,21 +2,21 @@
 
 use super::Check;
 use crate::ops::machine::{memory_field, processors, vector_unit};
-use crate::platform::clock;
+use crate::platform::{clock, kernel};
 
 pub(super) fn check() -> Vec<Check> {
-    vec![kernel(), processor(), memory(), huge_pages(), open_files(), wall_clock()]
+    vec![kernel_found(), processor(), memory(), huge_pages(), open_files(), wall_clock()]
 }
 
 /// The first kernel with everything that is used where it is there.
 const KERNEL_WANTED: (u32, u32) = (5, 19);
 
-fn kernel() -> Check {
+fn kernel_found() -> Check {
     const NAME: &str = "kernel";
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy();
     let found = format!("Linux {release} on {}", uname.machine().to_string_lossy());
-    match version(&release) {
+    match kernel::version() {
         Some(version) if version >= KERNEL_WANTED => Check::ok(NAME, found),
         Some(_) => Check::warn(
             NAME,
@@ -25,11 +25,6 @@ fn kernel() -> Check {
         ),
         None => Check::warn(NAME, format!("{found}: its version cannot be told"), "make sure that it is 5.19 or newer"),
     }
-}
-
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut parts = release.split(|letter: char| !letter.is_ascii_digit());
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 fn processor() -> Check {
@@ -110,17 +105,5 @@ fn wall_clock() -> Check {
             format!("{found}, which cannot be now: epochs get wrong times (their order does not depend on them)"),
             "set the clock, and keep it right with NTP",
         )
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_are_read() {
-        assert_eq!(version("6.18.44-fc-v657"), Some((6, 18)));
-        assert_eq!(version("5.4"), Some((5, 4)));
-        assert_eq!(version("six"), None);
     }
 }
