@@ -22,7 +22,9 @@ pub struct Context {
 
 impl Context {
     pub fn new(global: Global) -> Self {
-        let keys = KeySettings::of_process().with_files(global.key_file.clone());
+        // A variable that is empty is as good as none.
+        let key_files = global.key_file.iter().filter(|file| !file.as_os_str().is_empty()).cloned().collect();
+        let keys = KeySettings::of_process().with_files(key_files);
         Self { global, keys }
     }
 

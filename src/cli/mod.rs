@@ -44,6 +44,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
 use crate::error::Result;
@@ -111,6 +112,7 @@ pub struct Global {
         env = "EPOCHFS_KEY_FILE",
         value_name = "FILE",
         value_delimiter = ':',
+        value_parser = OsStringValueParser::new().map(PathBuf::from),
         hide_env_values = true
     )]
     key_file: Vec<PathBuf>,

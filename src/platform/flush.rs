@@ -47,9 +47,9 @@ fn hand_over_file(path: &Path) -> Result<()> {
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(file) => file,
         Err(Errno::NOENT) => return Ok(()),
-        Err(error) => return Err(Error::io(format!("cannot open {} to sync it", path.display()), error.into())),
+        Err(error) => return Err(Error::io(format!("cannot open {} to write it back", path.display()), error.into())),
     };
-    hand_over(&file).map_err(|error| Error::io(format!("cannot sync {}", path.display()), error.into()))
+    hand_over(&file).map_err(|error| Error::io(format!("cannot write back {}", path.display()), error.into()))
 }
 
 /// Before this one, FUSE copied what it wrote back, and called it written while the filesystem had yet to see it: only a sync

@@ -78,6 +78,9 @@ pub(super) fn explain(url: &str, verb: &str, key: &str, error: &RemoteError) -> 
         (_, None) if matches!(error, RemoteError::NotImplemented { .. } | RemoteError::NotSupported { .. }) => {
             failed(Kind::Io, "the service must refuse to overwrite an object when it is asked to")
         }
+        (_, None) if message.contains("InvalidContentType") => {
+            failed(Kind::Io, "nobody speaks TLS there: does the endpoint begin with http:// and not https://?")
+        }
         (_, None) if is_about_trust(&message) => failed(
             Kind::Io,
             "the service's certificate is not trusted: check the endpoint, or name its authority's in AWS_CA_BUNDLE",
@@ -119,6 +122,8 @@ mod tests {
         assert_eq!(told("status code: 404: <Code>NoSuchBucket</Code>").kind(), Kind::NotFound);
         assert_eq!(told("status code: 503: <Code>SlowDown</Code><Message></Message>").kind(), Kind::Unavailable);
         assert_eq!(told("invalid peer certificate: UnknownIssuer").kind(), Kind::Io);
+        let plain = told("received corrupt message of type InvalidContentType");
+        assert!(plain.kind() == Kind::Io && plain.next_step().unwrap().contains("http://"));
         assert_eq!(told("tcp connect error: Connection refused (os error 111)").kind(), Kind::Unavailable);
         assert!(told("status code: 403: <Code>RequestTimeTooSkewed</Code>").next_step().unwrap().contains("clock"));
         assert_eq!(told("status code: 403: <Code>QuotaExceeded</Code>").kind(), Kind::NoSpace);

@@ -35,7 +35,7 @@ use self::writer::RemoteWriter;
 use super::cloud::{Reach, Traffic};
 use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix, check_range};
 use crate::error::{Error, Kind, Result};
-use crate::platform::clock::Stopwatch;
+use crate::platform::clock::{self, Stopwatch};
 
 /// How many keys of a listing are taken at a time, which is what the usual services answer at once.
 const LIST_PAGE: usize = 1000;
@@ -171,13 +171,14 @@ impl Shared {
         future: impl Future<Output = RemoteResult<T>>,
     ) -> Result<T> {
         match self.within(patience, future).await {
-            Some(answer) => answer.map_err(|error| self.error(verb, key, &error)),
-            None => Err(self.no_answer(verb, key, patience)),
+            Ok(answer) => answer.map_err(|error| self.error(verb, key, &error)),
+            Err(waited) => Err(self.no_answer(verb, key, waited)),
         }
     }
 
-    /// What comes in time; or less, where nobody waits long any more.
-    async fn within<T>(&self, patience: Duration, future: impl Future<Output = T>) -> Option<T> {
+    /// What comes in time, which is less where nobody waits long any more; or how long was waited.
+    async fn within<T>(&self, patience: Duration, future: impl Future<Output = T>) -> std::result::Result<T, Duration> {
+        let since = Stopwatch::start();
         let mut brief = self.is_brief.subscribe();
         let is_over = async {
             let briefly = async {
@@ -191,9 +192,18 @@ impl Shared {
             let _ = timeout(patience, briefly).await;
         };
         match select(pin!(future), pin!(is_over)).await {
-            Either::Left((came, _)) => Some(came),
-            Either::Right(_) => None,
+            Either::Left((came, _)) => Ok(came),
+            Either::Right(_) => Err(since.elapsed()),
         }
+    }
+
+    /// How long a reader waits. Once the service has been away for as long as that, others will find the same, and one after the
+    /// other wait less: many have to ask more than once.
+    fn read_patience(&self) -> Duration {
+        let patience = self.patience.answer;
+        let away_since = self.traffic.as_ref().and_then(|traffic| traffic.reach().unreachable_since_ns);
+        let away_for = away_since.map(|since| Duration::from_nanos(clock::now_ns().saturating_sub(since)));
+        if away_for.is_some_and(|away_for| away_for > patience) { patience / 3 } else { patience }
     }
 
     /// Whether nothing is answered at present, as far as requests told.
@@ -201,10 +211,10 @@ impl Shared {
         self.traffic.as_ref().is_none_or(|traffic| traffic.reach().unreachable_since_ns.is_some())
     }
 
-    fn no_answer(&self, verb: &str, key: &str, patience: Duration) -> Error {
+    fn no_answer(&self, verb: &str, key: &str, waited: Duration) -> Error {
         let last = self.traffic.as_ref().and_then(|traffic| traffic.reach().last_failure);
         let last = last.map_or(String::new(), |last| format!("; the last failure was: {last}"));
-        let message = format!("cannot {verb} {key} in {}: no answer within {} s{last}", self.url, patience.as_secs());
+        let message = format!("cannot {verb} {key} in {}: no answer within {} s{last}", self.url, waited.as_secs());
         Error::new(Kind::Unavailable, message)
             .hint("check the network and the service; EPOCHFS_STORE_TIMEOUT says how long to wait")
     }
@@ -272,17 +282,17 @@ impl Shared {
         path: &Path,
         range: Option<GetRange>,
     ) -> std::result::Result<(Bytes, Range<u64>, u64), GetError> {
-        let patience = self.patience.answer;
+        let patience = self.read_patience();
         let started = Stopwatch::start();
         let (bytes, range, object_len) = loop {
             match self.within(patience, self.get(path, range.clone())).await {
-                Some(Ok(got)) => break got,
+                Ok(Ok(got)) => break got,
                 // An answer that broke off, for one: not all of them are asked for again below.
-                Some(Err(error)) if started.elapsed() < patience / 4 && self.may_be_mended(key, &error) => {
+                Ok(Err(error)) if started.elapsed() < patience / 4 && self.may_be_mended(key, &error) => {
                     sleep(Duration::from_millis(50)).await;
                 }
-                Some(Err(error)) => return Err(GetError::Remote(error)),
-                None => return Err(GetError::Told(self.no_answer("read", key, patience))),
+                Ok(Err(error)) => return Err(GetError::Remote(error)),
+                Err(waited) => return Err(GetError::Told(self.no_answer("read", key, waited))),
             }
         };
         let expected = range.end - range.start;
@@ -325,11 +335,11 @@ impl Shared {
 
     async fn len(&self, key: &str) -> Result<Option<u64>> {
         let path = self.path(key)?;
-        match self.within(self.patience.answer, self.asked_again(key, 0, || self.remote.head(&path))).await {
-            Some(Ok(meta)) => Ok(Some(meta.size)),
-            Some(Err(RemoteError::NotFound { .. })) => Ok(None),
-            Some(Err(error)) => Err(self.error("look at", key, &error)),
-            None => Err(self.no_answer("look at", key, self.patience.answer)),
+        match self.within(self.read_patience(), self.asked_again(key, 0, || self.remote.head(&path))).await {
+            Ok(Ok(meta)) => Ok(Some(meta.size)),
+            Ok(Err(RemoteError::NotFound { .. })) => Ok(None),
+            Ok(Err(error)) => Err(self.error("look at", key, &error)),
+            Err(waited) => Err(self.no_answer("look at", key, waited)),
         }
     }
 
@@ -354,17 +364,17 @@ impl Shared {
             let is_small = payload.content_length() <= SMALL_PUT_LEN_MAX;
             let patience = if is_small { self.patience.answer } else { self.patience.part };
             let put = match self.within(patience, put).await {
-                Some(Ok(_)) => Put::Created,
+                Ok(Ok(_)) => Put::Created,
                 // Some services also say so of a key that two are just writing, and of which nobody is yet.
-                Some(Err(RemoteError::AlreadyExists { .. } | RemoteError::Precondition { .. })) => {
+                Ok(Err(RemoteError::AlreadyExists { .. } | RemoteError::Precondition { .. })) => {
                     if self.len(key).await?.is_none() {
                         sleep(Duration::from_millis(20)).await;
                         continue;
                     }
                     Put::Exists
                 }
-                Some(Err(error)) => return Err(self.error("write", key, &error)),
-                None => return Err(self.no_answer("write", key, patience)),
+                Ok(Err(error)) => return Err(self.error("write", key, &error)),
+                Err(waited) => return Err(self.no_answer("write", key, waited)),
             };
             self.counters.put(len);
             return Ok(put);
@@ -555,10 +565,9 @@ impl Store for RemoteStore {
             }
         };
         let first = shared.asked_again(prefix, 0, first_page);
-        let first = shared.wait(shared.within(shared.patience.answer, first))?;
-        let no_answer = || shared.no_answer("list", prefix, shared.patience.answer);
-        let (mut page, mut pages) =
-            first.ok_or_else(no_answer)?.map_err(|error| shared.error("list", prefix, &error))?;
+        let first = shared.wait(shared.within(shared.read_patience(), first))?;
+        let no_answer = |waited| shared.no_answer("list", prefix, waited);
+        let (mut page, mut pages) = first.map_err(no_answer)?.map_err(|error| shared.error("list", prefix, &error))?;
         let mut last: Option<String> = None;
         while let Some(metas) = page {
             for meta in metas {
@@ -577,7 +586,7 @@ impl Store for RemoteStore {
                 }
             }
             let next = shared.wait(shared.within(shared.patience.answer, pages.next()))?;
-            page = next.ok_or_else(no_answer)?;
+            page = next.map_err(no_answer)?;
         }
         Ok(())
     }
@@ -587,7 +596,7 @@ impl Store for RemoteStore {
         let path = shared.prefix(prefix)?;
         shared.counters.list();
         let listed = shared.asked_again(prefix, 0, || shared.remote.list_with_delimiter(path.as_ref()));
-        let listed = shared.wait(shared.answer("list", prefix, shared.patience.answer, listed))??;
+        let listed = shared.wait(shared.answer("list", prefix, shared.read_patience(), listed))??;
         let name = |dir: &Path| dir.as_ref().strip_prefix(prefix).map(str::to_owned);
         let mut names: Vec<String> = listed.common_prefixes.iter().filter_map(name).collect();
         names.sort_unstable();
@@ -601,9 +610,9 @@ impl Store for RemoteStore {
         let deleted = shared.wait(shared.within(shared.patience.answer, shared.remote.delete(&path)))?;
         shared.flights.forget(key);
         match deleted {
-            Some(Ok(()) | Err(RemoteError::NotFound { .. })) => Ok(()),
-            Some(Err(error)) => Err(shared.error("delete", key, &error)),
-            None => Err(shared.no_answer("delete", key, shared.patience.answer)),
+            Ok(Ok(()) | Err(RemoteError::NotFound { .. })) => Ok(()),
+            Ok(Err(error)) => Err(shared.error("delete", key, &error)),
+            Err(waited) => Err(shared.no_answer("delete", key, waited)),
         }
     }
 }
