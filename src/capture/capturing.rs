@@ -161,9 +161,10 @@ impl Capture {
         (count(&counters.conflicts), count(&counters.waits), count(&counters.filled))
     }
 
-    /// Why the guest can never go on, once it cannot: a page that it waits for is damaged, or stays unreadable.
-    pub fn take_failure(&self) -> Option<Error> {
-        self.faults.take_failure()
+    /// Tells why the guest can never go on, once it cannot: a page that it waits for is damaged, or stays unreadable. Who waits
+    /// for its processors then, or reads its memory, may do so for ever.
+    pub fn failure(&self) -> impl Fn() -> Option<Error> + Send + 'static {
+        self.faults.failure()
     }
 
     /// These pages are dirty: somebody other than the guest wrote to them.

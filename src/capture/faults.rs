@@ -45,7 +45,7 @@ impl Faults {
     pub fn start(frozen: Arc<Frozen>, backing: Option<Arc<dyn Backing>>, threads: usize) -> Result<Self> {
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::io("cannot make an eventfd", error.into()))?;
-        let shared = Shared { frozen, backing, bell, is_stopping: AtomicBool::new(false), failure: Mutex::new(None) };
+        let shared = Shared { frozen, backing, bell, is_stopping: AtomicBool::new(false), failure: Mutex::default() };
         let shared = Arc::new(shared);
         let start = |_| {
             let shared = shared.clone();
@@ -58,9 +58,10 @@ impl Faults {
         Ok(Self { shared, threads })
     }
 
-    /// Why the guest can never go on, once.
-    pub fn take_failure(&self) -> Option<Error> {
-        lock(&self.shared.failure).take()
+    /// Tells why the guest can never go on, once it cannot.
+    pub fn failure(&self) -> impl Fn() -> Option<Error> + Send + 'static {
+        let shared = self.shared.clone();
+        move || lock(&shared.failure).as_ref().map(|error| Error::new(error.kind(), error.to_string()))
     }
 }
 
@@ -139,7 +140,15 @@ impl Shared {
     }
 
     fn fail(&self, error: Error) {
-        tracing::error!(%error, "the guest cannot go on");
-        lock(&self.failure).get_or_insert(error);
+        {
+            let mut failure = lock(&self.failure);
+            if failure.is_none() {
+                tracing::error!(%error, "the guest cannot go on");
+                *failure = Some(error);
+                return;
+            }
+        }
+        // A processor that is told to stop may ask again and again.
+        std::thread::sleep(RETRY_WAIT);
     }
 }

@@ -138,7 +138,7 @@ impl Protection {
             if stop.wait(interval.saturating_sub(since.elapsed()).max(shortest)) {
                 return Ok(());
             }
-            if let Some(failure) = capture.take_failure() {
+            if let Some(failure) = capture.failure()() {
                 return Err(failure);
             }
             let interval_us = since.elapsed().as_micros() as u64;

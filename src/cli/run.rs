@@ -17,7 +17,7 @@ use super::context::Context;
 use super::output::{parse_size, parse_time, size};
 use crate::capture::{Checkpoint, Fixed, Pace, Protection, Settings, Stop};
 use crate::epoch::{CommitOptions, EpochName, EpochStore};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::fs::this_host;
 use crate::ha::{Pauses, ProtectionStatus};
 use crate::ops::control::socket_path;
@@ -240,6 +240,7 @@ impl Run {
                     prefetch = runner.prefetch(&started);
                     prefetcher = Some(started);
                 }
+                end_when_broken(runner.capture.failure(), context.json())?;
                 context.notice(&format!("{} goes on", epoch.name()));
                 (runner, spec.processors, protection)
             }
@@ -355,12 +356,17 @@ impl Run {
         // What was touched is kept for later restores.
         drop((runner, prefetcher));
         let is_wrong = figures.missed > 0 || figures.wrong > 0;
+        let last_failed = figures.last_failed.take();
         context.print(&document, || figures.sentence(&document))?;
         if is_wrong {
             return Err(Error::damaged(format!(
                 "the audit found {} pages missed and {} wrong",
                 figures.missed, figures.wrong
             )));
+        }
+        if let Some(why) = last_failed {
+            return Err(Error::new(Kind::Io, format!("the last epoch could not be made: {why}"))
+                .hint("what the guest did after the one before it is in none"));
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -390,6 +396,26 @@ impl Run {
         Ok((protection, base))
     }
 }
+
+/// Ends this process when the guest waits for a page that cannot be had: its processors may never stop then, and whoever reads
+/// its memory waits as they do.
+#[expect(clippy::disallowed_methods, reason = "what would have to end first never does")]
+fn end_when_broken(failure: impl Fn() -> Option<Error> + Send + 'static, as_json: bool) -> Result<()> {
+    let watch = move || {
+        loop {
+            if let Some(error) = failure() {
+                super::output::print_error(&error, as_json);
+                std::process::exit(i32::from(error.exit_code()));
+            }
+            std::thread::sleep(BROKEN_LOOK);
+        }
+    };
+    let spawned = std::thread::Builder::new().name("guest-watch".into()).spawn(watch);
+    spawned.map(drop).map_err(|error| Error::io("cannot start a thread", error))
+}
+
+/// How often it is looked whether the guest can go on.
+const BROKEN_LOOK: Duration = Duration::from_millis(50);
 
 /// Counts and spins of all processors.
 fn counts(runner: &Runner, processors: u16) -> Result<(u64, u64)> {
@@ -435,6 +461,8 @@ struct Figures {
     stored_bytes: u64,
     pauses_us: VecDeque<u64>,
     last: Option<u64>,
+    /// Why the newest one failed.
+    last_failed: Option<String>,
 }
 
 impl Figures {
@@ -447,6 +475,7 @@ impl Figures {
         self.changed_pages += checkpoint.changed_pages;
         self.stored_bytes += checkpoint.stored_bytes;
         self.last = checkpoint.epoch.or(self.last);
+        self.last_failed.clone_from(&checkpoint.error);
         self.pauses_us.push_back(checkpoint.pause_us);
         if self.pauses_us.len() > KEPT {
             self.pauses_us.pop_front();

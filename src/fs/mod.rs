@@ -226,12 +226,17 @@ impl FileSystem {
         self.freeze(machine, options)?.wait()
     }
 
-    /// The agent that is this process captures a machine, or nobody does any more.
-    pub fn captured_by(&self, machine: &str, agent: Option<NamedProcess>) {
+    /// The agent that is this process captures a machine, or does so no more, or cannot just now.
+    pub fn captured_by(&self, machine: &str, agent: NamedProcess, is_captured: Option<bool>) {
         let mut captured = lock(&self.captured);
-        match agent {
-            Some(agent) => drop(captured.insert(machine.to_owned(), agent)),
-            None => drop(captured.remove(machine)),
+        let is_over = |by: &NamedProcess| match is_captured {
+            Some(_) => *by == agent,
+            None => !by.runs(),
+        };
+        if is_captured == Some(true) {
+            captured.insert(machine.to_owned(), agent);
+        } else if captured.get(machine).is_some_and(is_over) {
+            captured.remove(machine);
         }
     }
 
@@ -250,8 +255,10 @@ impl FileSystem {
     }
 
     /// Freezes what the machine's live holds, and begins to make an epoch of it.
-    pub fn freeze(&self, machine: &str, options: LiveCommit) -> Result<CommitTicket> {
-        if !options.is_capture && options.moves.is_none() {
+    pub fn freeze(&self, machine: &str, mut options: LiveCommit) -> Result<CommitTicket> {
+        if options.is_capture {
+            options.captured_by = lock(&self.captured).get(machine).cloned();
+        } else if options.moves.is_none() {
             self.check_moment(machine)?;
         }
         let machine: Arc<str> = machine.into();

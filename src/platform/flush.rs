@@ -58,7 +58,7 @@ const WAITS_FOR_FUSE: (u32, u32) = (6, 16);
 
 /// Writes the dirty pages of a file back, and waits until the filesystem has them.
 fn hand_over(file: &OwnedFd) -> rustix::io::Result<()> {
-    if !kernel::version().is_some_and(|version| version >= WAITS_FOR_FUSE) {
+    if kernel::version().is_none_or(|version| version < WAITS_FOR_FUSE) {
         return rustix::fs::fdatasync(file);
     }
     let how = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;

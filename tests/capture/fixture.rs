@@ -190,7 +190,7 @@ impl Run {
         if let Some(event) = self.runner.machine.wait(Duration::ZERO) {
             panic!("{event:?}");
         }
-        if let Some(failure) = self.runner.capture.take_failure() {
+        if let Some(failure) = self.runner.capture.failure()() {
             panic!("{failure}");
         }
     }

@@ -217,7 +217,17 @@ fn p6_a_snapshot_that_broke_off_is_followed_by_one_of_everything() {
         notes.map(|entry| entry.unwrap().path()).find(|path| path.to_string_lossy().contains("complete-for-")).unwrap();
     std::fs::remove_file(note).unwrap();
     world.machine().dirty.clear();
-    world.capture(&mut world.firecracker(), "memory").unwrap();
+    let another = MachineAgent::new(
+        &MonitorAt::Firecracker(world.socket.clone()),
+        &world.live,
+        "vmstate",
+        world.directory.path(),
+        Path::new("/bin/false"),
+    );
+    assert_eq!(another.err().map(|error| error.kind()), Some(epochfs::error::Kind::Conflict), "one at a time");
+    drop(agent);
+    let mut agent = world.firecracker();
+    world.capture(&mut agent, "memory").unwrap();
     assert_eq!(world.told()[1], "PUT /snapshot/create Full");
     for request in ["/vm", "/snapshot/create"] {
         world.machine().write(2, 42);

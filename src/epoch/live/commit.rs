@@ -23,6 +23,7 @@ use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::lock::lock;
 use crate::platform::memory::give_back;
+use crate::platform::process::NamedProcess;
 use crate::platform::random;
 
 /// How often a commit is made again that others came before.
@@ -38,6 +39,8 @@ pub struct LiveCommit {
     pub level: Option<i32>,
     /// Asked for by who has just brought memory, device state and disks to one moment.
     pub is_capture: bool,
+    /// Whose capture it is: a machine whose agent is gone does not stand still any more.
+    pub captured_by: Option<NamedProcess>,
     /// Not what live holds is committed, but the newest epoch once more, with this stored again. Changes stay where they are.
     pub moves: Option<Arc<Moves>>,
 }
@@ -154,7 +157,15 @@ impl Live {
             if self.halt().is_some() || matches!(refusal, Refusal::Stale) { self.halted() } else { refusal.into() }
         })?;
         let mut pipeline = lock(&self.pipeline);
-        while pipeline.len() >= self.settings.pipeline_max.max(1) as u64 {
+        let is_full = |pipeline: &Pipeline| pipeline.len() >= self.settings.pipeline_max.max(1) as u64;
+        if options.is_capture && is_full(&pipeline) {
+            return Err(Error::new(
+                Kind::Unavailable,
+                format!("{} epochs of {} wait for the store: none is begun behind them", pipeline.len(), self.machine),
+            )
+            .hint("the machine goes on; `epochfs status` shows whether the store answers"));
+        }
+        while is_full(&pipeline) {
             pipeline = self.pipeline_moved.wait(pipeline).unwrap_or_else(PoisonError::into_inner);
         }
         let (done, result) = channel();
@@ -164,6 +175,11 @@ impl Live {
             let tree = self.exclusive();
             if self.check_open().is_err() {
                 return Err(self.halted());
+            }
+            // Who lets the machine go on in its place looks for its end first.
+            if options.captured_by.as_ref().is_some_and(|agent| !agent.runs()) {
+                return Err(Error::conflict(format!("the agent that captures {} is gone", self.machine))
+                    .hint("nothing was frozen: the machine may have gone on meanwhile"));
             }
             let changes = self.changes.load(Ordering::Acquire);
             let (entries, root_note) = (freeze(&tree, options.moves.is_some()), tree.root_note());

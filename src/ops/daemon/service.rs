@@ -365,9 +365,15 @@ impl Service for DaemonService {
             }
             Request::Protection(status) => {
                 if let Ok((_, filesystem)) = self.served() {
-                    let is_captured =
-                        matches!(&*status.state, "starting" | "protected" | "storing" | "silent" | "failing");
-                    filesystem.captured_by(&status.machine, status.process.clone().filter(|_| is_captured));
+                    let is_captured = match &*status.state {
+                        "starting" | "protected" | "storing" | "silent" | "failing" => Some(true),
+                        "ended" => Some(false),
+                        // One that cannot be reached now is captured again when it can.
+                        _ => None,
+                    };
+                    if let Some(agent) = &status.process {
+                        filesystem.captured_by(&status.machine, agent.clone(), is_captured);
+                    }
                 }
                 lock(&self.protected).insert(status.machine.clone(), (Stopwatch::start(), *status));
                 Ok(Value::Null)

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use super::cloud_hypervisor::CloudHypervisorControl;
 use super::firecracker::FirecrackerControl;
-use super::guard::{Guard, Guarded, GuardedLease, go_on, named};
+use super::guard::{Guard, Guarded, GuardedLease, go_on, named, writes_to};
 use super::qemu::QemuControl;
 use super::{Agent, Capture, Control, Health, MonitorAt};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::flush::hand_over_files;
 use crate::platform::lease::LeaseClaim;
-use crate::platform::running::Running;
+use crate::platform::running::{Alone, Running};
 use crate::uffd::Peer;
 
 /// An agent that has a machine stopped for so long hangs, and is killed by the guard.
@@ -40,6 +40,8 @@ pub struct MachineAgent {
     is_leased: bool,
     /// Told by this process, too, until the machine's has ended: a guard may be killed.
     running: Option<Running>,
+    /// Two agents of one machine would each find it as the other left it.
+    _alone: Alone,
 }
 
 /// Who grants the lease that a machine runs under.
@@ -53,6 +55,13 @@ impl MachineAgent {
     /// Hypervisor, the directory) that its state goes to; in `notes` agents note what the next one must know; `program`
     /// is this one, of which guards are started.
     pub fn new(monitor: &MonitorAt, live: &Path, state: &str, notes: &Path, program: &Path) -> Result<Self> {
+        // Before anything is asked of the machine.
+        let machine = live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
+        let alone = Alone::take(notes, &format!("agent-{}", epochfs_format::encode_component(&machine)))?;
+        let alone = alone.ok_or_else(|| {
+            Error::conflict(format!("another agent captures {machine} on this host"))
+                .hint("end that `epochfs protect` first, or have it make the epochs")
+        })?;
         let mut control: Box<dyn Control> = match monitor {
             MonitorAt::Qemu(path) => Box::new(QemuControl::new(path, live, state)?),
             MonitorAt::Firecracker(path) => Box::new(FirecrackerControl::new(path, live, state, notes)),
@@ -62,6 +71,16 @@ impl MachineAgent {
             return Err(Error::new(Kind::Io, why));
         }
         let machine = control.peer().map_err(|error| tracing::info!("{error}")).ok();
+        let state = live.join(state);
+        if let (MonitorAt::Qemu(_), Some(machine)) = (monitor, &machine)
+            && writes_to(machine.pid(), &state)?
+        {
+            return Err(Error::usage(format!(
+                "{} is a file that the machine writes to: its state would be written over it",
+                state.display()
+            ))
+            .hint("give its state a name of its own: --state vmstate"));
+        }
         Ok(Self {
             monitor: monitor.clone(),
             live: live.to_owned(),
@@ -72,6 +91,7 @@ impl MachineAgent {
             lessor: None,
             is_leased: false,
             running: None,
+            _alone: alone,
         })
     }
 

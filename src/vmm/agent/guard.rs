@@ -239,17 +239,32 @@ fn has_mapped(pid: i32, directory: &Path) -> Result<bool> {
 
 /// Whether a process has a virtual machine of KVM, or has a file below a directory open.
 fn has_guest(pid: i32, directory: &Path) -> Result<bool> {
-    let failed = |error| Error::io(format!("cannot tell what process {pid} has open"), error);
     // As the kernel names what is open.
-    let directory = std::fs::canonicalize(directory).map_err(failed)?;
+    let directory = std::fs::canonicalize(directory)
+        .map_err(|error| Error::io(format!("cannot look at {}", directory.display()), error))?;
+    Ok(opened(pid)?.iter().any(|(open, _)| open == Path::new("anon_inode:kvm-vm") || open.starts_with(&directory)))
+}
+
+/// Whether a process has a file open that it may write to.
+pub(super) fn writes_to(pid: i32, file: &Path) -> Result<bool> {
+    let Ok(file) = std::fs::canonicalize(file) else { return Ok(false) };
+    Ok(opened(pid)?.iter().any(|(open, may_write)| *may_write && *open == file))
+}
+
+/// What a process has open, and whether it may write to it.
+fn opened(pid: i32) -> Result<Vec<(PathBuf, bool)>> {
+    let failed = |error| Error::io(format!("cannot tell what process {pid} has open"), error);
+    let mut all = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
         // What is closed meanwhile is not open.
-        let Ok(open) = std::fs::read_link(entry.map_err(failed)?.path()) else { continue };
-        if open == Path::new("anon_inode:kvm-vm") || open.starts_with(&directory) {
-            return Ok(true);
-        }
+        let Ok(open) = std::fs::read_link(entry.path()) else { continue };
+        let number = entry.file_name().to_string_lossy().into_owned();
+        let told = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
+        let flags = told.lines().find_map(|line| u32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
+        all.push((open, flags.is_some_and(|flags| flags & 3 != 0)));
     }
-    Ok(false)
+    Ok(all)
 }
 
 /// Ends the machine when the lease is over, unless it has ended before, or is nobody's business here any more.
@@ -358,7 +373,11 @@ mod tests {
         assert!(!has_guest(pid, dir.path()).unwrap());
         let disk = std::fs::File::create(dir.path().join("disk0")).unwrap();
         let mut machine = Command::new("sleep").arg("60").stdin(Stdio::from(disk)).spawn().unwrap();
-        assert!(has_guest(i32::try_from(machine.id()).unwrap(), dir.path()).unwrap());
+        let of_machine = i32::try_from(machine.id()).unwrap();
+        assert!(
+            has_guest(of_machine, dir.path()).unwrap() && writes_to(of_machine, &dir.path().join("disk0")).unwrap()
+        );
+        assert!(!writes_to(of_machine, &dir.path().join("vmstate")).unwrap());
         for process in [&mut other, &mut machine] {
             process.kill().unwrap();
             process.wait().unwrap();

@@ -143,6 +143,7 @@ pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
     }
     let since = Stopwatch::start();
     let ending = Stop::default();
+    let failure = capture.failure();
     std::thread::scope(|scope| {
         let thread = protection.map(|(protection, mut pace)| {
             let ending = ending.clone();
@@ -158,6 +159,9 @@ pub fn run(runner: &mut Runner, orders: Orders<'_>) -> Result<Ended> {
             })
         });
         let ended = loop {
+            if let Some(error) = failure() {
+                break Err(error);
+            }
             if finished.len() == processors {
                 break Ok(Ended::Finished);
             }
