@@ -39,15 +39,16 @@ const CONFINED: [(&str, &[&str]); 12] = [
     ("kvm_bindings", &["src/capture/ring.rs", "src/vmm/kvm"]),
     ("vmm_sys_util", &["src/vmm/kvm"]),
     ("zerocopy", &["src/vmm/kvm"]),
-    ("libc", &["src/platform/flush.rs", "src/uffd/peer.rs"]),
+    ("libc", &["src/platform/flush.rs", "src/platform/memory.rs", "src/uffd/peer.rs"]),
 ];
 
 /// Where there is unsafe code: calls of the kernel that no crate makes safe.
-const WITH_UNSAFE: [&str; 10] = [
+const WITH_UNSAFE: [&str; 11] = [
     "src/capture/memory.rs",
     "src/capture/ring.rs",
     "src/ops/doctor/virtualization.rs",
     "src/platform/flush.rs",
+    "src/platform/memory.rs",
     "src/uffd/descriptor.rs",
     "src/uffd/ledger.rs",
     "src/uffd/peer.rs",
