@@ -44,6 +44,16 @@ pub struct MachineAgent {
     _alone: Alone,
 }
 
+/// What QEMU's states begin with.
+const STATE_MAGIC: &[u8; 4] = b"QEVM";
+
+/// Whether a file holds a state, or nothing: an agent that was killed may have left QEMU writing to it.
+fn may_be_state(file: &Path) -> bool {
+    let mut begin = [0; STATE_MAGIC.len()];
+    let read = std::fs::File::open(file).and_then(|mut file| std::io::Read::read(&mut file, &mut begin));
+    !matches!(read, Ok(1..) if begin != *STATE_MAGIC)
+}
+
 /// Who grants the lease that a machine runs under.
 pub trait Lessor: Send {
     /// What the machine may run under from now on; nothing where the host has no leases.
@@ -73,6 +83,7 @@ impl MachineAgent {
         let machine = control.peer().map_err(|error| tracing::info!("{error}")).ok();
         let state = live.join(state);
         if let (MonitorAt::Qemu(_), Some(machine)) = (monitor, &machine)
+            && !may_be_state(&state)
             && writes_to(machine.pid(), &state)?
         {
             return Err(Error::usage(format!(
