@@ -331,7 +331,6 @@ impl Mount {
             .lines()
             .filter(|line| ["WARN", "ERROR", "panicked"].iter().any(|word| line.contains(word)))
             .filter(|line| !line.contains(" uses /") && !line.contains(" is in use: stopping in "))
-            .filter(|line| !line.contains("Failed to send FUSE reply: No such file or directory"))
             .filter(|line| !self.options.expected.iter().any(|text| line.contains(text)))
             .collect();
         assert!(unexpected.is_empty(), "{}: the daemon said {unexpected:#?}", self.test);

@@ -12,7 +12,7 @@ use epochfs::platform::random::Seeded;
 use crate::asked::seed;
 use crate::links::{Hub, Link, Way, has_links};
 use crate::server::{Server, has_ceph, is_long, skip};
-use crate::world::{Host, Ran, noise};
+use crate::world::{Ended, Host, Ran, noise};
 
 const HOSTS: usize = 3;
 const MEMORY: usize = 400_000;
@@ -25,15 +25,6 @@ struct Counts {
     done: AtomicBool,
     failed: AtomicUsize,
     refused: AtomicUsize,
-}
-
-/// Tells hosts to end when it is dropped.
-struct Ended<'a>(&'a AtomicBool);
-
-impl Drop for Ended<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }
 
 impl Counts {

@@ -7,18 +7,9 @@ use std::time::Duration;
 use epochfs::platform::random::Seeded;
 
 use crate::server::{Server, has_ceph, is_long};
-use crate::world::{Host, noise};
+use crate::world::{Ended, Host, noise};
 
 const MACHINES: usize = 3;
-
-/// Tells writers to end when it is dropped.
-struct Ended<'a>(&'a AtomicBool);
-
-impl Drop for Ended<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-}
 
 /// Commits to machines while servers are killed and started, and then compares every acknowledged epoch.
 fn torture(server: &Arc<Server>, kills: &[&[&str]], pause: Duration) {

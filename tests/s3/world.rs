@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use crate::noise::noise;
 use epochfs::epoch::EpochStore;
@@ -34,6 +35,15 @@ pub struct Host {
     pub link: Option<Link>,
     /// Where the key of the repository is, if it is encrypted.
     key: Option<PathBuf>,
+}
+
+/// Tells others to end when it is dropped.
+pub struct Ended<'a>(pub &'a AtomicBool);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 /// What a program said.

@@ -44,6 +44,11 @@ pub struct MachineAgent {
     _alone: Alone,
 }
 
+/// What the machine is called whose directory on the mount this is.
+fn machine_of(live: &Path) -> String {
+    live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned()
+}
+
 /// What QEMU's states begin with.
 const STATE_MAGIC: &[u8; 4] = b"QEVM";
 
@@ -66,7 +71,7 @@ impl MachineAgent {
     /// is this one, of which guards are started.
     pub fn new(monitor: &MonitorAt, live: &Path, state: &str, notes: &Path, program: &Path) -> Result<Self> {
         // Before anything is asked of the machine.
-        let machine = live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
+        let machine = machine_of(live);
         let alone = Alone::take(notes, &format!("agent-{}", epochfs_format::encode_component(&machine)))?;
         let alone = alone.ok_or_else(|| {
             Error::conflict(format!("another agent captures {machine} on this host"))
@@ -128,7 +133,7 @@ impl MachineAgent {
         let machine = self.control.peer()?;
         let process = Some(named(&machine)?);
         self.machine = Some(machine);
-        let name = self.live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned();
+        let name = machine_of(&self.live);
         self.running = claim.as_ref().map(|claim| Running::hold(claim.directory(), &name)).transpose()?;
         let (live, is_mapped) = (Some(self.live.clone()), self.control.has_mapped_live());
         let lease = claim.map(|claim| GuardedLease { claim, machine: name, process, live, is_mapped });

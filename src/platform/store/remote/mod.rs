@@ -184,9 +184,11 @@ impl Shared {
             let briefly = async {
                 // The sender lives as long as this does.
                 let _ = brief.wait_for(|is_brief| *is_brief).await;
-                sleep(BRIEF_WAIT).await;
-                while !self.is_away() {
+                loop {
                     sleep(BRIEF_WAIT).await;
+                    if self.is_away() {
+                        break;
+                    }
                 }
             };
             let _ = timeout(patience, briefly).await;
