@@ -236,16 +236,23 @@ fn render(status: &ProtectionStatus) -> String {
         return format!("{machine}: {}: {why}\n", status.state);
     }
     let Some(epoch) = status.newest_epoch else { return format!("{machine}: {}\n", status.state) };
+    let without = match status.elsewhere.is_empty() {
+        true => String::new(),
+        false => format!("; without {}, which no epoch of it holds", status.elsewhere.join(", ")),
+    };
+    let next = match status.reason.is_empty() {
+        true => String::new(),
+        false => format!("; next in {:.0} ms, {}", status.interval_ms, status.reason),
+    };
     let parts: Vec<String> = status.pause_parts_ms.iter().map(|(name, ms)| format!("{name} {ms:.1}")).collect();
     format!(
-        "{machine}@{epoch}: {}; stopped for {:.1} ms ({}), durable after {:.0} ms, {} pages changed, {} stored; next in {:.0} ms, {}\n",
+        "{machine}@{epoch}: {}; stopped for {:.1} ms ({}), durable after {:.0} ms, {} pages changed, {} stored{}\n",
         status.how,
         status.pause_ms,
         parts.join(", "),
         status.durable_ms,
         status.changed_pages,
         size(status.stored_bytes),
-        status.interval_ms,
-        status.reason
+        [without, next].concat()
     )
 }

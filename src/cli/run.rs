@@ -403,7 +403,11 @@ impl Run {
 fn end_when_broken(failure: impl Fn() -> Option<Error> + Send + 'static, as_json: bool) -> Result<()> {
     let watch = move || {
         loop {
-            if let Some(error) = failure() {
+            if let Some(mut error) = failure() {
+                if error.kind() == Kind::Damaged && error.next_step().is_none() {
+                    error = error
+                        .hint("`epochfs verify` lists which epochs are whole, and `epochfs repair` finds other copies");
+                }
                 super::output::print_error(&error, as_json);
                 std::process::exit(i32::from(error.exit_code()));
             }

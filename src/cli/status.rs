@@ -120,11 +120,14 @@ fn protected_row(protected: &Protected) -> Vec<String> {
     let state = if is_silent { "agent silent".to_owned() } else { status.state.clone() };
     let ms = |ms: f64| if ms < 100.0 { format!("{ms:.1} ms") } else { format!("{ms:.0} ms") };
     let age = status.age_ms.map_or("-".to_owned(), |age| format!("{:.1} s", (age + said_ms_ago) / 1000.0));
-    let why = match (&status.why, status.meets_rpo) {
+    let mut why = match (&status.why, status.meets_rpo) {
         (Some(why), _) => why.clone(),
         (None, Some(false)) => format!("{}; misses its target", status.reason),
         (None, _) => status.reason.clone(),
     };
+    if !status.elsewhere.is_empty() {
+        why = format!("without {}; {why}", status.elsewhere.join(", "));
+    }
     vec![
         status.machine.clone(),
         state,

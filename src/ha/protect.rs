@@ -66,6 +66,8 @@ pub struct ProtectionStatus {
     pub why: Option<String>,
     /// What becomes of its memory.
     pub how: String,
+    /// The disks that it writes to and that are in none of its epochs.
+    pub elsewhere: Vec<String>,
     /// How long ago its guest gave a sign of life, where that is looked at.
     pub beat_age_ms: Option<f64>,
     pub newest_epoch: Option<u64>,
@@ -187,6 +189,18 @@ impl Run<'_> {
         self.status.why = why;
     }
 
+    /// What it writes to that is in none of its epochs.
+    fn writes_to(&mut self, elsewhere: Vec<String>) {
+        if self.status.elsewhere != elsewhere && !elsewhere.is_empty() {
+            tracing::warn!(
+                machine = self.status.machine,
+                "not in its live, and so in none of its epochs, is what it writes to: {}",
+                elsewhere.join(", ")
+            );
+        }
+        self.status.elsewhere = elsewhere;
+    }
+
     fn captured(&mut self, capture: &Capture) {
         capture.how.clone_into(&mut self.status.how);
         self.status.pause_parts_ms = capture.parts.iter().map(|(name, time)| ((*name).to_owned(), ms(*time))).collect();
@@ -274,6 +288,7 @@ fn run_until_stopped(protection: &mut Protection, once: bool, stop: &Receiver<()
             }
         }
         moment += 1;
+        run.writes_to(protection.agent.elsewhere());
         // From here on nobody else is to make an epoch, however long the first one takes.
         run.tell();
         let (seen, result) = checkpoint(protection, moment, stop, run);

@@ -129,6 +129,7 @@ fn tell_protected(metrics: &mut Metrics, repository: (&str, &str), protected: &P
     tell("protected_epochs_total", "Epochs made.", status.epochs as f64);
     tell("protected_failures_total", "Checkpoints that failed.", status.failures as f64);
     tell("protected_host_load", "Threads that want to run, for each processor.", status.host_load);
+    tell("protected_disks_elsewhere", "Disks that it writes to and no epoch holds.", status.elsewhere.len() as f64);
     if let Some(age) = status.beat_age_ms {
         let age = (age + said_ms_ago) / 1000.0;
         tell("protected_heartbeat_age_seconds", "How long ago the guest gave a sign of life.", age);

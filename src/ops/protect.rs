@@ -23,6 +23,11 @@ use crate::vmm::agent::{Lessor, MachineAgent};
 /// How often it is tried to reach a machine that is not there.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// How long a machine is to stand still at most until its files are frozen, and then until that is known. What is frozen later
+/// would not be of one moment: the daemon does not.
+const FREEZE_WAIT: Duration = Duration::from_secs(2);
+const ANSWER_WAIT: Duration = Duration::from_secs(1);
+
 /// How often the daemon is told at most.
 const TELL_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -47,7 +52,8 @@ impl Epochs for DaemonEpochs {
         let mut client = Client::connect(&self.socket)?.ok_or_else(|| no_daemon(&self.socket))?;
         let machine = self.machine.clone();
         let notes = processor_notes();
-        let request = CommitRequest { machine, notes, is_capture: true, ..CommitRequest::default() };
+        let frozen_by_ms = Some((BootClock.elapsed() + FREEZE_WAIT).as_millis() as u64);
+        let request = CommitRequest { machine, notes, is_capture: true, frozen_by_ms, ..CommitRequest::default() };
         let (done, is_done) = bounded(1);
         let (frozen, is_frozen) = bounded(1);
         std::thread::Builder::new()
@@ -67,10 +73,15 @@ impl Epochs for DaemonEpochs {
                 let _ = done.send(stored);
             })
             .map_err(|error| Error::io("cannot start a thread for the epoch", error))?;
-        match is_frozen.recv() {
+        match is_frozen.recv_timeout(FREEZE_WAIT + ANSWER_WAIT) {
             Ok(()) => Ok(Ticket { done: is_done }),
+            Err(RecvTimeoutError::Timeout) => {
+                let waited = (FREEZE_WAIT + ANSWER_WAIT).as_secs();
+                Err(Error::new(Kind::Unavailable, format!("the daemon did not freeze the machine within {waited} s"))
+                    .hint("the machine goes on; the daemon's log says what it waits for"))
+            }
             // It ended before anything was frozen.
-            Err(_) => match is_done.recv() {
+            Err(RecvTimeoutError::Disconnected) => match is_done.recv() {
                 Ok(Err(error)) => Err(error),
                 _ => Err(Error::new(Kind::Io, "the daemon did not say when everything was frozen")
                     .hint("unmount, and mount again with the program that is installed now")),

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -66,10 +67,7 @@ impl<'a> Monitor<'a> {
                 Ok(socket) => break socket,
                 Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
                     if since.elapsed() > wait {
-                        return Err(Error::new(
-                            Kind::Io,
-                            format!("QEMU did not open its monitor {} within {} s", path.display(), wait.as_secs()),
-                        ));
+                        return Err(unopened(path, wait));
                     }
                 }
                 Err(error) => return Err(failed(error)),
@@ -85,7 +83,10 @@ impl<'a> Monitor<'a> {
             answer_wait_max: wait.min(ANSWER_WAIT_MAX),
             end_wait: END_WAIT,
         };
-        let greeting = monitor.receive("its greeting", wait)?;
+        let greeting = monitor.receive("its greeting", wait).map_err(|error| match error.next_step() {
+            None => error.hint(format!("QEMU serves one client at a time: nobody else may use {}", path.display())),
+            Some(_) => error,
+        })?;
         if greeting.get("QMP").is_none() {
             return Err(Error::new(Kind::Io, format!("{} is no monitor of QEMU", path.display())));
         }
@@ -270,6 +271,17 @@ impl<'a> Monitor<'a> {
     }
 }
 
+/// Why a monitor could not be connected to, after it was tried for so long.
+fn unopened(path: &Path, wait: Duration) -> Error {
+    let shown = path.display();
+    match std::fs::metadata(path) {
+        Ok(file) if !file.file_type().is_socket() => {
+            Error::usage(format!("{shown} is no socket")).hint("give the path of QEMU's -qmp unix:PATH,server,nowait")
+        }
+        _ => Error::new(Kind::Io, format!("QEMU did not open its monitor {shown} within {} s", wait.as_secs())),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};
@@ -354,8 +366,12 @@ mod tests {
             let error = result.unwrap_err();
             assert!(error.to_string().contains(text), "{error}, not {text}");
         }
-        let error = Monitor::connect(Path::new("/nonexistent/qmp"), Duration::ZERO, || Ok(())).err().unwrap();
-        assert!(error.to_string().contains("did not open its monitor"), "{error}");
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), b"").unwrap();
+        for (name, text) in [("none", "did not open its monitor"), ("file", "is no socket")] {
+            let error = Monitor::connect(&dir.path().join(name), Duration::ZERO, || Ok(())).err().unwrap();
+            assert!(error.to_string().contains(text), "{error}");
+        }
     }
 
     #[test]

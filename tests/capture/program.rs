@@ -141,6 +141,51 @@ fn a_guest_goes_on_as_another_machine_from_any_epoch() {
     assert!(fresh["wrong"] == 0 && fresh["counts"].as_u64() < made["counts"].as_u64(), "{fresh}");
 }
 
+/// A guest that lacks a page can neither go on nor stop.
+#[test]
+fn a_guest_whose_memory_is_damaged_ends_and_names_what_is() {
+    if !can_run("a_guest_whose_memory_is_damaged_ends_and_names_what_is") {
+        return;
+    }
+    let host = Host::new();
+    let load = ["--guest", "load", "--rate", "20000", "--memory", "64M"];
+    let made = host.json(&[&["run"][..], &load, &["--protect", "web1", "--interval", "1s", "--time", "3s"]].concat());
+    assert!(made["epochs"].as_u64() > Some(1), "{made}");
+    let directories = std::fs::read_dir(host.0.path().join("repository/packs")).unwrap();
+    let packs = directories.flat_map(|entry| std::fs::read_dir(entry.unwrap().path()).unwrap());
+    let largest = packs.map(|pack| pack.unwrap().path()).max_by_key(|pack| pack.metadata().unwrap().len()).unwrap();
+    let mut bytes = std::fs::read(&largest).unwrap();
+    let len = bytes.len();
+    bytes[len / 10..len * 6 / 10].iter_mut().step_by(64).for_each(|byte| *byte ^= 1);
+    std::fs::write(&largest, bytes).unwrap();
+    let since = Stopwatch::start();
+    let broken = host.run(&["run", "--from", "web1", "--protect", "web2", "--time", "60s"]);
+    let text = String::from_utf8_lossy(&broken.stderr).into_owned();
+    assert!(broken.status.code() == Some(3) && since.elapsed() < Duration::from_secs(30), "{broken:?}");
+    assert!(text.contains("fails its checksum") && text.contains("epochfs repair"), "{text}");
+}
+
+/// What is not stored at the end is not protected.
+#[test]
+fn a_run_whose_last_epoch_fails_says_so() {
+    if !can_run("a_run_whose_last_epoch_fails_says_so") {
+        return;
+    }
+    let host = Host::new();
+    let words = ["run", "--memory", "8M", "--protect", "web1", "--interval", "100ms", "--time", "2s"];
+    let mut child = host.command(&words);
+    let mut guest = Guest(child.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    let since = Stopwatch::start();
+    while host.epochs("web1") == 0 {
+        assert!(since.elapsed() < Duration::from_secs(20), "there is no epoch");
+    }
+    rustix::fs::rename(host.0.path().join("repository"), host.0.path().join("aside")).unwrap();
+    let status = guest.0.wait().unwrap();
+    let text = std::io::read_to_string(guest.0.stderr.take().unwrap()).unwrap();
+    assert!(status.code() == Some(1), "{status:?}: {text}");
+    assert!(text.contains("epoch"), "{text}");
+}
+
 #[test]
 fn a_restored_guest_finds_there_what_earlier_restores_touched() {
     if !can_run("a_restored_guest_finds_there_what_earlier_restores_touched") {

@@ -20,6 +20,8 @@ struct Machine {
     dirty: BTreeSet<usize>,
     /// The requests that changed something, shortened.
     told: Vec<String>,
+    /// The disks that it writes to.
+    disks: Vec<(&'static str, PathBuf)>,
     /// A request that fails, once, after half of its work.
     fails: Option<&'static str>,
 }
@@ -32,8 +34,18 @@ impl Machine {
 
     fn answer(&mut self, request: &str, body: &Value) -> (u16, Value) {
         let state = if self.is_running { "Running" } else { "Paused" };
+        if request == "GET /vm/config" {
+            let drive =
+                |(id, path): &(&str, PathBuf)| json!({"drive_id": id, "path_on_host": path, "is_read_only": false});
+            let mut drives: Vec<Value> = self.disks.iter().map(drive).collect();
+            drives.push(json!({"drive_id": "rootfs", "path_on_host": "/nonexistent/rom", "is_read_only": true}));
+            return (200, json!({"drives": drives}));
+        }
         if request.starts_with("GET ") {
-            return (200, json!({"state": state, "id": "anonymous-instance", "config": {}}));
+            let disk = |(id, path): &(&str, PathBuf)| json!({"id": id, "path": path, "readonly": false});
+            let mut disks: Vec<Value> = self.disks.iter().map(disk).collect();
+            disks.push(json!({"id": "rom", "path": "/nonexistent/rom", "readonly": true}));
+            return (200, json!({"state": state, "id": "anonymous-instance", "config": {"disks": disks}}));
         }
         let kind = body["snapshot_type"].as_str().or(body["state"].as_str()).unwrap_or_default();
         self.told.push(format!("{request} {kind}").trim().to_owned());
@@ -130,7 +142,14 @@ impl World {
         let socket = directory.path().join("api");
         let listener = UnixListener::bind(&socket).unwrap();
         let memory = (0..64).flat_map(|page| [page as u8 + 1; PAGE]).collect();
-        let machine = Machine { is_running: true, memory, dirty: BTreeSet::new(), told: Vec::new(), fails: None };
+        let machine = Machine {
+            is_running: true,
+            memory,
+            dirty: BTreeSet::new(),
+            told: Vec::new(),
+            disks: Vec::new(),
+            fails: None,
+        };
         let machine = Arc::new(Mutex::new(machine));
         let of_thread = machine.clone();
         std::thread::spawn(move || {
@@ -235,6 +254,20 @@ fn p6_a_snapshot_that_broke_off_is_followed_by_one_of_everything() {
         let _ = world.capture(&mut agent, "memory");
         world.capture(&mut agent, "memory").unwrap();
     }
+}
+
+#[test]
+fn disks_that_no_epoch_holds_are_told() {
+    let world = World::new();
+    let (inside, outside) = (world.live.join("disk0"), world.directory.path().join("disk1"));
+    for disk in [&inside, &outside] {
+        std::fs::write(disk, b"").unwrap();
+    }
+    world.machine().disks = vec![("vda", inside), ("vdb", outside.clone())];
+    let expected = [format!("vdb ({})", outside.display())];
+    assert_eq!(world.firecracker().elsewhere(), expected);
+    let mut agent = world.agent(MonitorAt::CloudHypervisor(world.socket.clone()), "snapshot");
+    assert_eq!(agent.elsewhere(), expected);
 }
 
 #[test]

@@ -24,6 +24,8 @@ pub struct Machine {
     /// The command that goes wrong next, and how; it does so once.
     pub fault: Option<(&'static str, Fault)>,
     pub memory: PathBuf,
+    /// The disks that it writes to.
+    pub disks: Vec<(&'static str, PathBuf)>,
     /// The file that it is given open to save its memory to.
     pub state: PathBuf,
     pub fails_to_save: bool,
@@ -51,6 +53,7 @@ impl FakeMonitor {
             told: Vec::new(),
             fault: None,
             memory: memory.to_owned(),
+            disks: Vec::new(),
             state: memory.with_file_name("vmstate"),
             fails_to_save: false,
             saves_for: 0,
@@ -124,6 +127,13 @@ impl Machine {
             }
             "query-memdev" => json!([{"id": "ram", "share": true}]),
             "qom-get" => json!(self.memory),
+            "query-block" => {
+                let drive = |(device, file): &(&str, PathBuf)| json!({"device": device, "inserted": {"file": file, "ro": false}});
+                let mut drives: Vec<Value> = self.disks.iter().map(drive).collect();
+                drives.push(json!({"device": "ide1-cd0", "qdev": "/machine/unattached/device[4]"}));
+                drives.push(json!({"device": "rom", "inserted": {"file": "/nonexistent/rom", "ro": true}}));
+                json!(drives)
+            }
             "query-status" => json!({"status": self.status}),
             "stop" => {
                 self.status = "paused";

@@ -23,16 +23,20 @@ struct World {
 impl World {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let live = directory.path().join("live");
-        std::fs::create_dir(&live).unwrap();
+        let live = directory.path().join("web1/live");
+        std::fs::create_dir_all(&live).unwrap();
         std::fs::write(live.join("memory"), vec![7; 4096]).unwrap();
         let monitor = FakeMonitor::start(directory.path(), &live.join("memory"));
         Self { _directory: directory, live, monitor }
     }
 
     fn try_agent(&self) -> epochfs::Result<MachineAgent> {
+        self.agent_with("vmstate")
+    }
+
+    fn agent_with(&self, state: &str) -> epochfs::Result<MachineAgent> {
         let monitor = MonitorAt::Qemu(self.monitor.path.clone());
-        MachineAgent::new(&monitor, &self.live, "vmstate", self.live.parent().unwrap(), program())
+        MachineAgent::new(&monitor, &self.live, state, self.live.parent().unwrap(), program())
     }
 
     fn agent(&self) -> MachineAgent {
@@ -123,6 +127,47 @@ fn a_machine_that_others_stopped_is_left_alone_and_one_that_is_gone_is_lost() {
     world.monitor.machine().fault = Some(("query-status", Fault::Close));
     assert!(matches!(agent.health(), Health::Lost(_)));
     assert_eq!(agent.health(), Health::Running, "it is reached again");
+}
+
+#[test]
+fn disks_that_no_epoch_holds_are_told_and_those_of_other_machines_refused() {
+    let world = World::new();
+    let (inside, outside) = (world.live.join("disk0"), world.live.with_file_name("disk1"));
+    let other = world.live.parent().unwrap().with_file_name("web2").join("live/disk0");
+    std::fs::create_dir_all(other.parent().unwrap()).unwrap();
+    for disk in [&inside, &outside, &other] {
+        std::fs::write(disk, b"").unwrap();
+    }
+    world.monitor.machine().disks = vec![("virtio0", inside), ("virtio1", outside.clone())];
+    assert_eq!(world.agent().elsewhere(), [format!("virtio1 ({})", outside.display())]);
+    let refused = || {
+        let error = world.try_agent().err().unwrap();
+        assert!(error.to_string().contains("is not web1") && error.to_string().contains("of web2"), "{error}");
+    };
+    world.monitor.machine().disks = vec![("virtio0", other.clone())];
+    refused();
+    world.monitor.machine().disks.clear();
+    world.monitor.machine().memory = other;
+    refused();
+    assert!(world.monitor.machine().told.iter().all(|told| told == "migrate-set-capabilities"), "it ran all the time");
+}
+
+#[test]
+fn a_state_is_not_written_over_a_disk() {
+    let world = World::new();
+    let path = world.live.join("disk0");
+    std::fs::write(&path, b"a file system").unwrap();
+    // The stand-in's process is this one.
+    let disk = std::fs::File::options().write(true).open(&path).unwrap();
+    let error = world.agent_with("disk0").err().unwrap();
+    assert!(error.to_string().contains("disk0 is a file that the machine writes to"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"a file system");
+    // An agent that was killed leaves it writing its state.
+    std::fs::write(&path, b"QEVM").unwrap();
+    world.agent_with("disk0").unwrap();
+    drop(disk);
+    std::fs::write(&path, b"what was a disk").unwrap();
+    world.agent_with("disk0").unwrap();
 }
 
 /// A world whose machine has its memory elsewhere.

@@ -5,13 +5,15 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use epochfs::Kind;
 use epochfs::ha::ProtectionStatus;
 use epochfs::ops::control::{Client, CommitRequest};
 use epochfs::ops::protect::Teller;
-use epochfs::platform::clock::Stopwatch;
+use epochfs::platform::clock::{BootClock, Clock, Stopwatch};
+use epochfs::platform::process::NamedProcess;
 use rustix::fs::{Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
@@ -291,6 +293,43 @@ fn no_epoch_comes_between_those_of_an_agent() {
     mount.commit("web2", "other").unwrap();
     tell("ended");
     mount.commit("web1", "behind").unwrap();
+    mount.finish();
+}
+
+/// What an agent has frozen when its machine may have gone on is of no moment.
+#[test]
+fn nothing_is_frozen_too_late_or_for_an_agent_that_is_gone() {
+    let Some(mount) = Mount::new("nothing_is_frozen_too_late_or_for_an_agent_that_is_gone") else { return };
+    fs::write(mount.make_machine("web1").join("memory"), noise(1, PAGE)).unwrap();
+    let socket = mount.json(["status"])["daemons"][0]["socket"].as_str().unwrap().to_owned();
+    let connect = || Client::connect(socket.as_ref()).unwrap().unwrap();
+    let capture = |by: Duration| {
+        let frozen_by_ms = Some(by.as_millis() as u64);
+        let request =
+            CommitRequest { machine: "web1".into(), is_capture: true, frozen_by_ms, ..CommitRequest::default() };
+        let mut frozen = 0;
+        let result = connect().commit(request, &mut |_| frozen += 1);
+        (result, frozen)
+    };
+    let soon = || BootClock.elapsed() + Duration::from_secs(10);
+    let (late, frozen) = capture(BootClock.elapsed().saturating_sub(Duration::from_millis(1)));
+    assert_eq!((late.unwrap_err().kind(), frozen), (Kind::Unavailable, 0));
+    let first = capture(soon()).0.unwrap().epoch;
+    let mut agent = Command::new("sleep").arg("60").spawn().unwrap();
+    let process = NamedProcess::of(agent.id().cast_signed()).ok();
+    let status =
+        ProtectionStatus { machine: "web1".into(), state: "protected".into(), process, ..ProtectionStatus::default() };
+    connect().tell_protection(&status).unwrap();
+    assert_eq!(capture(soon()).0.unwrap().epoch, first + 1);
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    let (gone, frozen) = capture(soon());
+    let gone = gone.unwrap_err();
+    assert!(gone.kind() == Kind::Conflict && gone.to_string().contains("is gone") && frozen == 0, "{gone}");
+    // Who captures it from now on is another one.
+    let process = NamedProcess::of(std::process::id().cast_signed()).ok();
+    connect().tell_protection(&ProtectionStatus { process, ..status }).unwrap();
+    assert_eq!(capture(soon()).0.unwrap().epoch, first + 2);
     mount.finish();
 }
 

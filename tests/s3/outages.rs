@@ -4,6 +4,8 @@
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use epochfs::Kind;
+use epochfs::ops::control::{Client, CommitRequest};
 use epochfs::platform::clock::Stopwatch;
 
 use crate::proxy::{Fault, Proxy, Rule};
@@ -112,6 +114,42 @@ fn commits_wait_for_a_store_that_is_away_and_come_in_their_order() {
     assert_eq!(other.ok(["log", "web1", "--json"]).json()["epochs"].as_array().unwrap().len(), 3);
     mounted.host.ok(["umount", &mounted.at]);
     other.ok(["verify"]);
+}
+
+/// A machine stands still for its capture: it must not until the store is there again.
+#[test]
+fn no_capture_waits_behind_others_for_a_store_that_is_away() {
+    let Some(mounted) = Mounted::new("captures while the store is away") else { return };
+    mounted.write(&noise(41, 100_000));
+    mounted.host.ok(["commit", "web1", "--tag", "before"]);
+    let socket = mounted.status()["socket"].as_str().unwrap().to_owned();
+    let capture = |socket: &str| {
+        let request = CommitRequest { machine: "web1".into(), is_capture: true, ..CommitRequest::default() };
+        Client::connect(socket.as_ref()).unwrap().unwrap().commit(request, &mut |_| ())
+    };
+    mounted.proxy.set_down(true);
+    let mut waiting = Vec::new();
+    let refused = loop {
+        let count = waiting.len();
+        mounted.write(&noise(42 + count as u64, 100_000));
+        let (sender, result) = std::sync::mpsc::channel();
+        let socket = socket.clone();
+        std::thread::spawn(move || sender.send(capture(&socket)).unwrap());
+        match result.recv_timeout(Duration::from_millis(700)) {
+            Ok(refused) => break refused.unwrap_err(),
+            Err(_) => waiting.push(result),
+        }
+        assert!(waiting.len() < 20, "nothing is refused");
+    };
+    assert!(refused.kind() == Kind::Unavailable && refused.to_string().contains("wait for the store"), "{refused}");
+    assert!(!waiting.is_empty(), "{refused}");
+    mounted.proxy.set_down(false);
+    let epochs: Vec<u64> =
+        waiting.iter().map(|result| result.recv_timeout(Duration::from_secs(30)).unwrap().unwrap().epoch).collect();
+    assert!(epochs.is_sorted_by(|a, b| a < b), "{epochs:?}");
+    let newest = mounted.host.another().memory(&format!("web1@{}", epochs[epochs.len() - 1]));
+    assert!(newest == noise(41 + epochs.len() as u64, 100_000));
+    mounted.host.ok(["umount", &mounted.at]);
 }
 
 /// The answer to a record's put is lost, and the store is away before it can be asked again: the epoch is there once.

@@ -20,7 +20,7 @@ use crate::epoch::moves::Moves;
 use crate::epoch::ranges::Ranges;
 use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
-use crate::platform::clock::Stopwatch;
+use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lock::lock;
 use crate::platform::memory::give_back;
 use crate::platform::process::NamedProcess;
@@ -41,6 +41,8 @@ pub struct LiveCommit {
     pub is_capture: bool,
     /// Whose capture it is: a machine whose agent is gone does not stand still any more.
     pub captured_by: Option<NamedProcess>,
+    /// Until when the machine stands still, by the clock that runs since this host was started.
+    pub frozen_by: Option<Duration>,
     /// Not what live holds is committed, but the newest epoch once more, with this stored again. Changes stay where they are.
     pub moves: Option<Arc<Moves>>,
 }
@@ -180,6 +182,12 @@ impl Live {
             if options.captured_by.as_ref().is_some_and(|agent| !agent.runs()) {
                 return Err(Error::conflict(format!("the agent that captures {} is gone", self.machine))
                     .hint("nothing was frozen: the machine may have gone on meanwhile"));
+            }
+            if options.frozen_by.is_some_and(|by| BootClock.elapsed() > by) {
+                return Err(Error::new(
+                    Kind::Unavailable,
+                    format!("{} was not frozen while it stood still: nothing was frozen", self.machine),
+                ));
             }
             let changes = self.changes.load(Ordering::Acquire);
             let (entries, root_note) = (freeze(&tree, options.moves.is_some()), tree.root_note());

@@ -82,6 +82,9 @@ pub struct CommitRequest {
     /// Whether who asks has brought everything to one moment, as an agent does.
     #[serde(default)]
     pub is_capture: bool,
+    /// Until when everything stands still, by the clock that runs since this host was started.
+    #[serde(default)]
+    pub frozen_by_ms: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -371,6 +374,7 @@ mod tests {
             notes: vec![("b".into(), "c".into())],
             tells_frozen: true,
             is_capture: true,
+            frozen_by_ms: Some(7),
         };
         for request in [Request::Ping, Request::Status, Request::Commit(commit), Request::Umount { lazy: true }] {
             let line = request.encode().unwrap();

@@ -31,7 +31,7 @@ use crate::platform::lock::lock;
 /// Somebody who starts machines of other hosts, and has not said so for this long, is gone.
 const ACCEPTS_FOR: Duration = Duration::from_secs(10);
 
-/// What was said of a machine is shown for so long after it was ended because the lease was over.
+/// What was said of a machine is shown for so long after its protection ended.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
 
 /// What a daemon is about.
@@ -253,6 +253,7 @@ impl DaemonService {
             kernel: self.device.map(|device| kernel::inspect(&kernel::directory(device))).unwrap_or_default(),
             protected: lock(&self.protected)
                 .values()
+                .filter(|(said, status)| status.state != "ended" || said.elapsed() < FORGOTTEN_AFTER)
                 .map(|(said, status)| Protected {
                     status: status.clone(),
                     said_ms_ago: said.elapsed().as_secs_f64() * 1000.0,
@@ -263,8 +264,9 @@ impl DaemonService {
     }
 
     fn commit(&self, request: CommitRequest, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<CommitSummary> {
-        let CommitRequest { machine, message, tags, notes, tells_frozen, is_capture } = request;
-        let options = LiveCommit { message, tags, notes, is_capture, ..LiveCommit::default() };
+        let CommitRequest { machine, message, tags, notes, tells_frozen, is_capture, frozen_by_ms } = request;
+        let frozen_by = frozen_by_ms.map(Duration::from_millis);
+        let options = LiveCommit { message, tags, notes, is_capture, frozen_by, ..LiveCommit::default() };
         self.commit_live(&machine, options, tells_frozen, tell)
     }
 

@@ -7,7 +7,7 @@ use super::cloud_hypervisor::CloudHypervisorControl;
 use super::firecracker::FirecrackerControl;
 use super::guard::{Guard, Guarded, GuardedLease, go_on, named, writes_to};
 use super::qemu::QemuControl;
-use super::{Agent, Capture, Control, Health, MonitorAt};
+use super::{Agent, Capture, Control, Health, MonitorAt, machine_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::flush::hand_over_files;
@@ -20,6 +20,9 @@ const STOPPED_MAX: Duration = Duration::from_secs(60);
 
 /// How long it is tried to let a machine go on over a connection of its own.
 const GO_ON_WAIT: Duration = Duration::from_secs(3);
+
+/// How often it is looked where a machine's disks are.
+const LOOK_ELSEWHERE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Memory is gone through while the machine runs until that takes no longer than this, or does not get quicker; so often
 /// at most.
@@ -40,13 +43,11 @@ pub struct MachineAgent {
     is_leased: bool,
     /// Told by this process, too, until the machine's has ended: a guard may be killed.
     running: Option<Running>,
+    /// What it writes to that is in none of its epochs, and when that was looked at.
+    elsewhere: Vec<String>,
+    looked: Stopwatch,
     /// Two agents of one machine would each find it as the other left it.
     _alone: Alone,
-}
-
-/// What the machine is called whose directory on the mount this is.
-fn machine_of(live: &Path) -> String {
-    live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// What QEMU's states begin with.
@@ -97,7 +98,7 @@ impl MachineAgent {
             ))
             .hint("give its state a name of its own: --state vmstate"));
         }
-        Ok(Self {
+        let mut agent = Self {
             monitor: monitor.clone(),
             live: live.to_owned(),
             program: program.to_owned(),
@@ -107,8 +108,12 @@ impl MachineAgent {
             lessor: None,
             is_leased: false,
             running: None,
+            elsewhere: Vec::new(),
+            looked: Stopwatch::start(),
             _alone: alone,
-        })
+        };
+        agent.elsewhere = agent.look_elsewhere()?;
+        Ok(agent)
     }
 
     /// From now on the machine runs under a lease, and is ended when that is over. One that another host has taken over is
@@ -140,6 +145,18 @@ impl MachineAgent {
         let guarded = Guarded::Monitor(self.monitor.clone());
         self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, lease.as_ref())?);
         Ok(())
+    }
+
+    /// What the machine writes to that is in none of its epochs. It is an error if that is another machine's.
+    fn look_elsewhere(&mut self) -> Result<Vec<String>> {
+        let process = self.machine.as_ref().map(Peer::pid);
+        let mut elsewhere = Vec::new();
+        for written in self.control.written()? {
+            if !written.is_in_live(process, &self.live)? {
+                elsewhere.push(written.to_string());
+            }
+        }
+        Ok(elsewhere)
     }
 
     /// Whether nobody would end the machine when its lease is over.
@@ -277,6 +294,19 @@ impl Agent for MachineAgent {
         resumed?;
         captured?;
         Ok(Capture { pause: parts.told, parts: parts.parts, prepared, rounds, how: self.control.how() })
+    }
+
+    fn elsewhere(&mut self) -> Vec<String> {
+        // Disks come and go while a machine runs, but seldom.
+        if self.looked.elapsed() > LOOK_ELSEWHERE_INTERVAL {
+            self.looked = Stopwatch::start();
+            match self.look_elsewhere() {
+                Ok(elsewhere) => self.elsewhere = elsewhere,
+                // What else is asked of the machine says more of that.
+                Err(error) => tracing::info!("{error}"),
+            }
+        }
+        self.elsewhere.clone()
     }
 
     fn fence(&mut self) -> Result<()> {

@@ -5,10 +5,11 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::super::http::put;
 use super::super::place::text;
+use super::elsewhere::Written;
 use super::guard::peer_of;
 use super::{ANSWER_WAIT, Control, Health, ask};
 use crate::error::{Error, Result};
@@ -50,6 +51,18 @@ impl Control for CloudHypervisorControl {
 
     fn peer(&mut self) -> Result<Peer> {
         peer_of(&self.path)
+    }
+
+    fn written(&mut self) -> Result<Vec<Written>> {
+        let config = ask(&self.path, "/api/v1/vm.info")?["config"].take();
+        let all = |kind: &str| config[kind].as_array().cloned().unwrap_or_default();
+        let disks = all("disks").into_iter().filter(|disk| disk["readonly"] != true);
+        let pmem = all("pmem").into_iter().filter(|pmem| pmem["discard_writes"] != true);
+        let place = |disk: &Value| ["path", "file", "vhost_socket"].map(|name| disk[name].clone());
+        Ok(disks
+            .chain(pmem)
+            .filter_map(|disk| place(&disk).iter().find_map(|place| Written::new(&disk["id"], place)))
+            .collect())
     }
 
     fn prepare(&mut self) -> Result<()> {

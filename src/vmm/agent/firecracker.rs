@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::super::http::{put, send};
 use super::super::place::text;
 use super::base::Base;
+use super::elsewhere::Written;
 use super::guard::peer_of;
-use super::{ANSWER_WAIT, Control, Health, ask};
+use super::{ANSWER_WAIT, Control, Health, ask, machine_of};
 use crate::error::Result;
 use crate::uffd::Peer;
 
@@ -30,8 +31,7 @@ pub struct FirecrackerControl {
 
 impl FirecrackerControl {
     pub fn new(path: &Path, live: &Path, state: &str, notes: &Path) -> Self {
-        let machine = live.parent().and_then(Path::file_name).unwrap_or_default();
-        let base = Base::of(notes, &machine.to_string_lossy());
+        let base = Base::of(notes, &machine_of(live));
         Self { path: path.to_owned(), live: live.to_owned(), state: live.join(state), base }
     }
 
@@ -71,6 +71,16 @@ impl Control for FirecrackerControl {
 
     fn peer(&mut self) -> Result<Peer> {
         peer_of(&self.path)
+    }
+
+    fn written(&mut self) -> Result<Vec<Written>> {
+        let config = ask(&self.path, "/vm/config")?;
+        let drives = config["drives"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let writable = drives.iter().filter(|drive| drive["is_read_only"] != true);
+        let place = |drive: &Value| {
+            drive.get("path_on_host").filter(|path| path.is_string()).unwrap_or(&drive["socket"]).clone()
+        };
+        Ok(writable.filter_map(|drive| Written::new(&drive["drive_id"], &place(drive))).collect())
     }
 
     fn stop(&mut self) -> Result<()> {

@@ -4,6 +4,7 @@
 mod base;
 mod capture;
 mod cloud_hypervisor;
+mod elsewhere;
 mod firecracker;
 mod guard;
 mod heartbeat;
@@ -17,6 +18,7 @@ use serde_json::Value;
 
 pub use base::Base;
 pub use capture::{Lessor, MachineAgent};
+use elsewhere::Written;
 pub use guard::{Guard, Guarded, GuardedLease, guard};
 pub use heartbeat::Heartbeat;
 
@@ -57,6 +59,11 @@ pub trait Agent: Send {
     /// Stops the machine, has its state and memory in its files on the mount, calls `freeze`, and lets it go on; what can
     /// be done before is done while it runs. Whatever fails, the machine runs afterwards.
     fn capture(&mut self, freeze: &mut dyn FnMut() -> Result<()>) -> Result<Capture>;
+
+    /// What the machine writes to that is in none of its epochs.
+    fn elsewhere(&mut self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Ends the machine, which another host has taken over.
     fn fence(&mut self) -> Result<()>;
@@ -116,6 +123,9 @@ trait Control: Send {
     /// The machine's process.
     fn peer(&mut self) -> Result<Peer>;
 
+    /// The disks that the machine writes to.
+    fn written(&mut self) -> Result<Vec<Written>>;
+
     /// What must be done before the machine is stopped.
     fn prepare(&mut self) -> Result<()> {
         Ok(())
@@ -136,6 +146,11 @@ trait Control: Send {
 
     /// Something failed: answers to what was asked may still be on their way.
     fn reset(&mut self) {}
+}
+
+/// What the machine is called whose directory on the mount this is.
+fn machine_of(live: &Path) -> String {
+    live.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Asks an API over HTTP for a document.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::super::qmp::Monitor;
+use super::elsewhere::Written;
 use super::qemu_memory::{MemoryPlace, choose, save_whole};
 use super::{ANSWER_WAIT, Control, Health};
 use crate::error::Result;
@@ -68,6 +69,23 @@ impl QemuControl {
     }
 }
 
+/// What is written to of a drive, if anything.
+fn written(drive: &Value) -> Option<Written> {
+    let medium = drive.get("inserted").filter(|medium| medium["ro"] != true)?;
+    let name = ["device", "qdev"]
+        .map(|name| &drive[name])
+        .into_iter()
+        .find(|name| name.as_str().is_some_and(|name| !name.is_empty()));
+    // A file with options is told as a document.
+    let options = medium["file"].as_str()?.strip_prefix("json:").and_then(|text| serde_json::from_str(text).ok());
+    let mut options: &Value = options.as_ref().unwrap_or(&Value::Null);
+    while let Some(file) = options.get("file") {
+        options = file;
+    }
+    let file = options.get("filename").unwrap_or(&medium["file"]);
+    Written::new(name.unwrap_or(&medium["node-name"]), file)
+}
+
 impl Control for QemuControl {
     fn how(&self) -> &'static str {
         match self.memory {
@@ -92,6 +110,11 @@ impl Control for QemuControl {
     fn peer(&mut self) -> Result<Peer> {
         // Over the connection that there is: QEMU takes one, and others that come meanwhile are left waiting.
         self.monitor()?.peer()
+    }
+
+    fn written(&mut self) -> Result<Vec<Written>> {
+        let drives = self.monitor()?.run("query-block", Value::Null)?;
+        Ok(drives.as_array().into_iter().flatten().filter_map(written).collect())
     }
 
     fn prepare(&mut self) -> Result<()> {

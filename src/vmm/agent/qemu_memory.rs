@@ -4,12 +4,13 @@
 
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::super::qmp::{Monitor, file_channel};
+use super::elsewhere::Written;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 
@@ -24,15 +25,15 @@ pub enum MemoryPlace {
 impl MemoryPlace {
     pub fn find(monitor: &mut Monitor<'_>, live: &Path) -> Result<Self> {
         let backends = monitor.run("query-memdev", Value::Null)?;
-        let live =
-            std::fs::canonicalize(live).map_err(|error| Error::io(format!("cannot find {}", live.display()), error))?;
+        let process = monitor.peer().ok().map(|peer| peer.pid());
         let mut own = Vec::new();
         let backends = backends.as_array().map(Vec::as_slice).unwrap_or_default();
         for backend in backends {
             let id = backend["id"].as_str().unwrap_or_default();
             let of = json!({"path": format!("/objects/{id}"), "property": "mem-path"});
-            let path = monitor.run("qom-get", of).ok().and_then(|path| path.as_str().map(PathBuf::from));
-            let is_there = path.and_then(|path| path.canonicalize().ok()).is_some_and(|path| path.starts_with(&live));
+            let path = monitor.run("qom-get", of).unwrap_or(Value::Null);
+            let file = Written::new(&backend["id"], &path);
+            let is_there = file.map_or(Ok(false), |file| file.is_in_live(process, live))?;
             if !is_there || backend["share"] != true {
                 own.push(id.to_owned());
             }
