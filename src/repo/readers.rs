@@ -5,6 +5,7 @@
 //! listed what it holds: an epoch that is not in the list was found to exist after that.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -60,6 +61,8 @@ struct Shared {
     /// Only one thread at a time writes leases.
     renewing: Mutex<()>,
     closing: Arc<Closing>,
+    /// What the collector does was asked for just now, or is.
+    prepared: AtomicBool,
 }
 
 /// Tells the thread that nothing is read any more, without keeping anything alive for it.
@@ -113,6 +116,7 @@ impl Readers {
             state: Mutex::default(),
             renewing: Mutex::default(),
             closing: Arc::default(),
+            prepared: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -150,9 +154,13 @@ impl Readers {
         self.ahead(|readers| drop(readers.opening()));
     }
 
-    /// Somebody may look for an epoch one day: what the first lease has to say is known by then.
+    /// Somebody may look for an epoch soon: what the first lease has to say is learnt before that. It says what is known by
+    /// then: to have heeded less than there is delays a collector until the lease is renewed, and does nobody harm.
     pub fn prepare(&self) {
-        self.ahead(|readers| drop(readers.shared.log.heed_newest()));
+        self.ahead(|readers| {
+            readers.shared.prepared.store(true, Ordering::Relaxed);
+            drop(readers.shared.log.heed_newest());
+        });
     }
 
     /// Does something beside, of a store that is far away. Whoever needs it says what is wrong.
@@ -252,7 +260,9 @@ impl Shared {
             return Ok(());
         }
         // Who cannot learn what the collector does claims to have heeded no more than before.
-        if let Err(error) = self.log.heed_newest() {
+        if !self.prepared.swap(false, Ordering::Relaxed)
+            && let Err(error) = self.log.heed_newest()
+        {
             tracing::warn!("the collector's log cannot be read: {error}");
         }
         let seen = self.log.seq();
