@@ -8,7 +8,7 @@ use super::clock::Stopwatch;
 use super::lock::lock;
 
 /// Freed memory is not given back more often: it holds up who allocates meanwhile.
-const GIVE_BACK_INTERVAL: Duration = Duration::from_secs(5);
+const GIVE_BACK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Has threads share their heaps, of which the C library would make eight for each processor. Comes before there are threads.
 pub fn share_heaps() {
