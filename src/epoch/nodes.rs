@@ -8,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
 use crate::repo::{Objects, TwoGenerations, object_key};
 
-const CACHE_LEN: usize = 32 << 20;
+const CACHE_LEN: usize = 24 << 20;
 
 /// How a node is stored: what a later patch of it would refer to.
 #[derive(Clone, Debug)]

@@ -139,6 +139,13 @@ fn disks_that_no_epoch_holds_are_told_and_those_of_other_machines_refused() {
         std::fs::write(disk, b"").unwrap();
     }
     world.monitor.machine().disks = vec![("virtio0", inside), ("virtio1", outside.clone())];
+    // One that cannot say where they are is protected all the same.
+    world.monitor.machine().fault = Some(("query-block", Fault::Refuse));
+    let mut unknown = world.agent();
+    unknown.capture(&mut || Ok(())).unwrap();
+    assert_eq!(unknown.elsewhere(), [""; 0]);
+    drop(unknown);
+    world.monitor.machine().told.clear();
     assert_eq!(world.agent().elsewhere(), [format!("virtio1 ({})", outside.display())]);
     let refused = || {
         let error = world.try_agent().err().unwrap();

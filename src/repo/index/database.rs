@@ -14,7 +14,7 @@ const LAYOUT: u32 = 1;
 /// What the value under this key says must fit layout and repository, and is written last by a rebuild.
 const COMPLETE_KEY: &[u8] = b"complete";
 
-const BLOCK_CACHE_LEN: usize = 32 << 20;
+const BLOCK_CACHE_LEN: usize = 16 << 20;
 const WRITE_BUFFER_LEN: usize = 8 << 20;
 
 /// An object with this many pages goes in as a table of its own.

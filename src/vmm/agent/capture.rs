@@ -112,7 +112,13 @@ impl MachineAgent {
             looked: Stopwatch::start(),
             _alone: alone,
         };
-        agent.elsewhere = agent.look_elsewhere()?;
+        match agent.look_elsewhere() {
+            // A monitor may be too old to be asked, and what else is asked of it says whether it is there.
+            Err(error) if error.kind() != Kind::Usage => {
+                tracing::warn!(monitor = %monitor.path().display(), "it is not known where its disks are: {error}");
+            }
+            looked => looked?,
+        }
         Ok(agent)
     }
 
@@ -147,16 +153,22 @@ impl MachineAgent {
         Ok(())
     }
 
-    /// What the machine writes to that is in none of its epochs. It is an error if that is another machine's.
-    fn look_elsewhere(&mut self) -> Result<Vec<String>> {
+    /// Looks what the machine writes to that is in none of its epochs. It is an error if that is another machine's.
+    fn look_elsewhere(&mut self) -> Result<()> {
+        self.looked = Stopwatch::start();
         let process = self.machine.as_ref().map(Peer::pid);
+        let written = self.control.written();
+        if written.is_err() {
+            self.control.reset();
+        }
         let mut elsewhere = Vec::new();
-        for written in self.control.written()? {
+        for written in written? {
             if !written.is_in_live(process, &self.live)? {
                 elsewhere.push(written.to_string());
             }
         }
-        Ok(elsewhere)
+        self.elsewhere = elsewhere;
+        Ok(())
     }
 
     /// Whether nobody would end the machine when its lease is over.
@@ -298,13 +310,10 @@ impl Agent for MachineAgent {
 
     fn elsewhere(&mut self) -> Vec<String> {
         // Disks come and go while a machine runs, but seldom.
-        if self.looked.elapsed() > LOOK_ELSEWHERE_INTERVAL {
-            self.looked = Stopwatch::start();
-            match self.look_elsewhere() {
-                Ok(elsewhere) => self.elsewhere = elsewhere,
-                // What else is asked of the machine says more of that.
-                Err(error) => tracing::info!("{error}"),
-            }
+        if self.looked.elapsed() > LOOK_ELSEWHERE_INTERVAL
+            && let Err(error) = self.look_elsewhere()
+        {
+            tracing::info!("{error}");
         }
         self.elsewhere.clone()
     }
