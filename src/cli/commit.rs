@@ -269,7 +269,10 @@ impl Commit {
         let (machine, message, tags) = (self.machine.clone(), self.message.clone(), self.tag.clone());
         let request = CommitRequest { machine, message, tags, notes, ..CommitRequest::default() };
         let mut told = Ok(());
-        let mut summary = client.commit(request, &mut |_| told = self.tell_frozen())?;
+        let mut summary = client.commit(request, &mut |_| {
+            told = self.tell_frozen();
+            true
+        })?;
         told.map_err(|error| error.context(format!("{}@{} is committed, but", summary.machine, summary.epoch)))?;
         // What the caller waited for is the handing over too.
         summary.elapsed_ms = started.elapsed().as_secs_f64() * 1000.0;

@@ -9,6 +9,9 @@ use crate::epoch::live::{self, Answer, Live, Refusal};
 const USER: &[u8] = b"user.";
 const OURS: &str = "user.epochfs.";
 
+/// Whose live a file is in, by whatever path it is reached. It is told to who asks for it, and not listed: it is not the file's.
+const MACHINE: &[u8] = b"user.epochfs.machine";
+
 /// What is known of an epoch.
 fn of_epoch(stored: &Stored) -> Vec<(String, String)> {
     let (record, commit) = (stored.epoch.record(), stored.epoch.commit());
@@ -68,6 +71,11 @@ impl FileSystem {
         // Asked for at each write, and never there.
         if !name.starts_with(USER) {
             return Err(Refusal::NoAttribute);
+        }
+        if name == MACHINE
+            && let Object::Live(live, _) = self.object(inode)?
+        {
+            return Ok(live.machine().as_bytes().to_vec());
         }
         let all = self.extended(inode)?;
         all.into_iter().find(|(other, _)| other == name).map(|(_, value)| value).ok_or(Refusal::NoAttribute)

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use serde::{Deserialize, Serialize};
 
 use super::host::{Host, host_load};
@@ -41,6 +41,8 @@ pub struct Stored {
 /// An epoch on its way.
 pub struct Ticket {
     pub done: Receiver<Result<Stored>>,
+    /// Waits to be told whether the machine stood still until it was frozen: only then it becomes one.
+    pub stood_still: Sender<bool>,
 }
 
 /// Where a machine's epochs are made.
@@ -369,9 +371,13 @@ fn checkpoint(
     let Some((ticket, since)) = frozen else {
         return failed(captured.err().unwrap_or_else(|| Error::new(Kind::Io, "nothing was frozen")));
     };
+    let stood_still = protection.agent.stood_still();
+    // Whoever does not wait for it any more says why.
+    let _ = ticket.stood_still.send(stood_still);
     let stored = match durable(&ticket, stop, run) {
         Ok(stored) => stored,
-        Err(error) => return failed(error),
+        Err(error) if stood_still => return failed(error),
+        Err(error) => return failed(captured.err().unwrap_or(error)),
     };
     if let Some(Err(error)) = protection.outputs.as_mut().map(|outputs| outputs.durable(moment)) {
         // What was said stays held until the next one.

@@ -53,15 +53,25 @@ impl Epochs for DaemonEpochs {
         let machine = self.machine.clone();
         let notes = processor_notes();
         let frozen_by_ms = Some((BootClock.elapsed() + FREEZE_WAIT).as_millis() as u64);
-        let request = CommitRequest { machine, notes, is_capture: true, frozen_by_ms, ..CommitRequest::default() };
+        let request = CommitRequest {
+            machine,
+            notes,
+            is_capture: true,
+            frozen_by_ms,
+            confirms: true,
+            ..CommitRequest::default()
+        };
         let (done, is_done) = bounded(1);
         let (frozen, is_frozen) = bounded(1);
+        let (stood_still, has_stood_still) = bounded(1);
         std::thread::Builder::new()
             .name("epoch".into())
             .spawn(move || {
                 // Nobody waits any more where this cannot be sent.
                 let result = client.commit(request, &mut |_| {
                     let _ = frozen.try_send(());
+                    // Nobody says it of a capture that was given up.
+                    has_stood_still.recv().unwrap_or(false)
                 });
                 let stored = result.map(|summary| Stored {
                     epoch: summary.epoch,
@@ -74,7 +84,7 @@ impl Epochs for DaemonEpochs {
             })
             .map_err(|error| Error::io("cannot start a thread for the epoch", error))?;
         match is_frozen.recv_timeout(FREEZE_WAIT + ANSWER_WAIT) {
-            Ok(()) => Ok(Ticket { done: is_done }),
+            Ok(()) => Ok(Ticket { done: is_done, stood_still }),
             Err(RecvTimeoutError::Timeout) => {
                 let waited = (FREEZE_WAIT + ANSWER_WAIT).as_secs();
                 Err(Error::new(Kind::Unavailable, format!("the daemon did not freeze the machine within {waited} s"))

@@ -5,8 +5,8 @@
 //! listed what it holds: an epoch that is not in the list was found to exist after that.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use epochfs_format::{HELD_MAX, Lease, lease_key};
@@ -61,9 +61,13 @@ struct Shared {
     /// Only one thread at a time writes leases.
     renewing: Mutex<()>,
     closing: Arc<Closing>,
-    /// What the collector does was asked for just now, or is.
-    prepared: AtomicBool,
+    /// Asks what the collector does, ahead of the first lease. It tells since when that is known.
+    preparing: Mutex<Option<JoinHandle<Option<Duration>>>>,
 }
+
+/// What was learnt of the collector ahead of a lease serves for so long: to have heeded less than there is makes a
+/// collector wait for the next renewal.
+const PREPARED_FOR: Duration = Duration::from_secs(2);
 
 /// Tells the thread that nothing is read any more, without keeping anything alive for it.
 #[derive(Default)]
@@ -116,7 +120,7 @@ impl Readers {
             state: Mutex::default(),
             renewing: Mutex::default(),
             closing: Arc::default(),
-            prepared: AtomicBool::new(false),
+            preparing: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -151,29 +155,28 @@ impl Readers {
 
     /// Somebody will look for an epoch soon: of a store that is far away, a lease is on its way while he looks at the log.
     pub fn expect(&self) {
-        self.ahead(|readers| drop(readers.opening()));
+        drop(self.ahead(|readers| drop(readers.opening())));
     }
 
-    /// Somebody may look for an epoch soon: what the first lease has to say is learnt before that. It says what is known by
-    /// then: to have heeded less than there is delays a collector until the lease is renewed, and does nobody harm.
+    /// Somebody may look for an epoch soon: what the first lease has to say of the collector is asked for before that.
     pub fn prepare(&self) {
-        self.ahead(|readers| {
-            readers.shared.prepared.store(true, Ordering::Relaxed);
-            drop(readers.shared.log.heed_newest());
+        let preparing = self.ahead(|readers| {
+            let shared = &readers.shared;
+            let since = shared.settings.clock.elapsed();
+            shared.log.heed_newest().is_ok().then_some(since)
         });
+        *lock(&self.shared.preparing) = preparing;
     }
 
     /// Does something beside, of a store that is far away. Whoever needs it says what is wrong.
-    fn ahead(&self, work: impl FnOnce(&Self) + Send + 'static) {
+    fn ahead<T: Send + 'static>(&self, work: impl FnOnce(&Self) -> T + Send + 'static) -> Option<JoinHandle<T>> {
         if !self.shared.settings.enabled || !self.shared.settings.background || !self.shared.objects.store().is_remote()
         {
-            return;
+            return None;
         }
         let readers = Self { shared: self.shared.clone() };
         let spawned = std::thread::Builder::new().name("lease-ahead".into()).spawn(move || work(&readers));
-        if let Err(error) = spawned {
-            tracing::debug!("no lease is made ahead: {error}");
-        }
+        spawned.map_err(|error| tracing::debug!("no lease is made ahead: {error}")).ok()
     }
 
     /// Whether somebody of this process reads this epoch.
@@ -260,7 +263,7 @@ impl Shared {
             return Ok(());
         }
         // Who cannot learn what the collector does claims to have heeded no more than before.
-        if !self.prepared.swap(false, Ordering::Relaxed)
+        if !self.is_prepared()
             && let Err(error) = self.log.heed_newest()
         {
             tracing::warn!("the collector's log cannot be read: {error}");
@@ -313,6 +316,13 @@ impl Shared {
         state.current = Some(current);
         state.unprotected = false;
         Ok(())
+    }
+
+    /// Whether what the collector does was asked for just now, of which the answer is waited for.
+    fn is_prepared(&self) -> bool {
+        let preparing = lock(&self.preparing).take();
+        let since = preparing.and_then(|thread| thread.join().ok().flatten());
+        since.is_some_and(|since| self.settings.clock.elapsed().saturating_sub(since) < PREPARED_FOR)
     }
 
     /// Writes a lease; `false` where nobody could.

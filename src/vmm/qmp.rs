@@ -46,6 +46,8 @@ pub fn file_channel(path: &Path) -> Result<Value> {
 pub struct Monitor<'a> {
     socket: UnixStream,
     received: Vec<u8>,
+    /// How often the machine was let go on, by whomever, since this was connected.
+    resumed: u64,
     check: Box<dyn FnMut() -> Result<()> + Send + 'a>,
     answer_wait_max: Duration,
     end_wait: Duration,
@@ -79,6 +81,7 @@ impl<'a> Monitor<'a> {
         let mut monitor = Self {
             socket,
             received: Vec::new(),
+            resumed: 0,
             check: Box::new(check),
             answer_wait_max: wait.min(ANSWER_WAIT_MAX),
             end_wait: END_WAIT,
@@ -94,6 +97,11 @@ impl<'a> Monitor<'a> {
         Ok(monitor)
     }
 
+    /// How often the machine went on, as far as was heard with the answers until now.
+    pub fn resumed(&self) -> u64 {
+        self.resumed
+    }
+
     /// Nobody tells how QEMU ended: a connection that is closed is not worth a wait.
     pub fn does_not_wait_for_the_end(mut self) -> Self {
         self.end_wait = Duration::ZERO;
@@ -106,10 +114,26 @@ impl<'a> Monitor<'a> {
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
-        if self.socket.write_all(format!("{request}\n").as_bytes()).is_err() {
-            return Err(self.closed(name));
-        }
+        self.say(name, &request)?;
         self.answer(name)
+    }
+
+    fn say(&mut self, name: &str, request: &Value) -> Result<()> {
+        match self.socket.write_all(format!("{request}\n").as_bytes()) {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.closed(name)),
+        }
+    }
+
+    /// Lets a machine go on that is stopped. Whether nobody else had, since it had gone on so often.
+    pub fn go_on_from(&mut self, resumed: u64) -> Result<bool> {
+        // Both at once: it stands still until the second.
+        let commands = ["query-status", "cont"];
+        commands.iter().try_for_each(|name| self.say(name, &json!({"execute": name})))?;
+        let status = self.answer(commands[0])?;
+        let stood_still = status["status"] != "running" && self.resumed <= resumed;
+        self.answer(commands[1])?;
+        Ok(stood_still)
     }
 
     /// Gives QEMU an open file, as a file set of that number.
@@ -141,6 +165,7 @@ impl<'a> Monitor<'a> {
                 return Ok(answer["return"].take());
             }
             // Anything else is an event.
+            self.resumed += u64::from(answer["event"] == "RESUME");
         }
     }
 
@@ -213,10 +238,12 @@ impl<'a> Monitor<'a> {
             }
             let answer = self.run("query-status", Value::Null)?;
             answer["status"].as_str().unwrap_or("unknown").clone_into(&mut status);
-            if status == "running" {
-                return Ok(());
+            match status.as_str() {
+                "running" => return Ok(()),
+                // It was not stopped: it is another, that nobody has begun to run.
+                "prelaunch" | "inmigrate" => break,
+                _ => self.run("cont", Value::Null).map(|_| ())?,
             }
-            self.run("cont", Value::Null)?;
         }
         Err(Error::new(Kind::Io, format!("the machine does not go on: QEMU says that it is {status:?}")))
     }

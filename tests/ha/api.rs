@@ -271,6 +271,65 @@ fn disks_that_no_epoch_holds_are_told() {
 }
 
 #[test]
+fn a_state_goes_over_nothing_that_the_machine_writes_to() {
+    let world = World::new();
+    std::fs::create_dir(world.live.join("disks")).unwrap();
+    let (disk, of_directory) = (world.live.join("disk0"), world.live.join("disks/disk1"));
+    for disk in [&disk, &of_directory] {
+        std::fs::write(disk, b"a file system").unwrap();
+    }
+    world.machine().disks = vec![("vda", disk.clone()), ("vdb", of_directory.clone())];
+    let firecracker = || MonitorAt::Firecracker(world.socket.clone());
+    let cloud_hypervisor = || MonitorAt::CloudHypervisor(world.socket.clone());
+    let refused = |monitor: MonitorAt, state: &str| {
+        let program = Path::new(env!("CARGO_BIN_EXE_epochfs"));
+        let error = loop {
+            let agent = MachineAgent::new(&monitor, &world.live, state, world.directory.path(), program);
+            let error = agent.err().unwrap_or_else(|| panic!("{monitor:?} {state}"));
+            // A process that another test starts has the last one's lock for a moment.
+            if error.kind() != epochfs::error::Kind::Conflict {
+                break error;
+            }
+        };
+        assert!(error.to_string().contains("would be written over"), "{error}");
+    };
+    refused(firecracker(), "disk0");
+    refused(firecracker(), "memory");
+    refused(cloud_hypervisor(), "disks");
+    // What it has open, it does not have to be asked about. The stand-in's process is this one.
+    world.machine().disks.clear();
+    let open = File::options().write(true).open(&of_directory).unwrap();
+    refused(cloud_hypervisor(), "disks");
+    drop(open);
+    // Only what a snapshot made is taken away for the next.
+    let mut agent = world.agent(cloud_hypervisor(), "disks");
+    let error = world.capture(&mut agent, "disks/memory-ranges").unwrap_err();
+    assert!(error.to_string().contains("disk1 in") && error.to_string().contains("is of no snapshot"), "{error}");
+    for disk in [&disk, &of_directory] {
+        assert_eq!(std::fs::read(disk).unwrap(), b"a file system");
+    }
+}
+
+#[test]
+fn p6_a_machine_that_others_let_go_on_while_it_is_captured_is_of_no_moment() {
+    let world = World::new();
+    for state in ["vmstate", "snapshot"] {
+        let mut agent = match state {
+            "vmstate" => world.firecracker(),
+            state => world.agent(MonitorAt::CloudHypervisor(world.socket.clone()), state),
+        };
+        let torn = agent.capture(&mut || {
+            world.machine().is_running = true;
+            Ok(())
+        });
+        assert!(torn.unwrap_err().to_string().contains("somebody else let web1 go on"));
+        assert!(!agent.stood_still() && world.machine().is_running);
+        agent.capture(&mut || Ok(())).unwrap();
+        assert!(agent.stood_still());
+    }
+}
+
+#[test]
 fn cloud_hypervisor_gets_a_fresh_directory_each_time() {
     let world = World::new();
     let mut agent = world.agent(MonitorAt::CloudHypervisor(world.socket.clone()), "snapshot");

@@ -35,6 +35,8 @@ pub struct Machine {
     pub never_converges: bool,
     /// Whether the next state has all of the memory in it, and is begun while the machine runs; and how often it was asked about.
     pub is_mapped: bool,
+    /// What it tells before it answers next.
+    pub events: Vec<&'static str>,
     rounds: u64,
     saved: bool,
 }
@@ -59,6 +61,7 @@ impl FakeMonitor {
             saves_for: 0,
             never_converges: false,
             is_mapped: false,
+            events: Vec::new(),
             rounds: 0,
             saved: false,
         };
@@ -102,7 +105,11 @@ fn serve(mut stream: &UnixStream, machine: &Mutex<Machine>) -> std::io::Result<(
                 json!({"return": answer})
             }
         };
+        let events = std::mem::take(&mut machine.events);
         drop(machine);
+        for event in events {
+            stream.write_all(format!("{{\"event\": \"{event}\"}}\r\n").as_bytes())?;
+        }
         stream.write_all(format!("{answer}\r\n").as_bytes())?;
     }
     Ok(())
@@ -128,7 +135,7 @@ impl Machine {
             "query-memdev" => json!([{"id": "ram", "share": true}]),
             "qom-get" => json!(self.memory),
             "query-block" => {
-                let drive = |(device, file): &(&str, PathBuf)| json!({"device": device, "inserted": {"file": file, "ro": false}});
+                let drive = |(device, file): &(&str, PathBuf)| json!({"device": device, "qdev": "/machine/peripheral/disk", "inserted": {"file": file, "ro": false}});
                 let mut drives: Vec<Value> = self.disks.iter().map(drive).collect();
                 drives.push(json!({"device": "ide1-cd0", "qdev": "/machine/unattached/device[4]"}));
                 drives.push(json!({"device": "rom", "inserted": {"file": "/nonexistent/rom", "ro": true}}));

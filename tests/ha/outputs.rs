@@ -35,7 +35,7 @@ impl Epochs for Store {
         self.0.lock().unwrap().push("freeze".into());
         let stored = if self.1 { Ok(Stored { epoch: 7, ..Stored::default() }) } else { Err(Error::conflict("no")) };
         sender.send(stored).unwrap();
-        Ok(Ticket { done })
+        Ok(Ticket { done, stood_still: crossbeam_channel::bounded(1).0 })
     }
 }
 

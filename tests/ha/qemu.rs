@@ -138,15 +138,18 @@ fn disks_that_no_epoch_holds_are_told_and_those_of_other_machines_refused() {
     for disk in [&inside, &outside, &other] {
         std::fs::write(disk, b"").unwrap();
     }
+    belongs_to(&other, "web2");
     world.monitor.machine().disks = vec![("virtio0", inside), ("virtio1", outside.clone())];
     // One that cannot say where they are is protected all the same.
     world.monitor.machine().fault = Some(("query-block", Fault::Refuse));
     let mut unknown = world.agent();
     unknown.capture(&mut || Ok(())).unwrap();
-    assert_eq!(unknown.elsewhere(), [""; 0]);
     drop(unknown);
     world.monitor.machine().told.clear();
     assert_eq!(world.agent().elsewhere(), [format!("virtio1 ({})", outside.display())]);
+    // Nothing is done with another's, whatever state it is in.
+    world.monitor.machine().told.clear();
+    (world.monitor.machine().status, world.monitor.machine().saves_for) = ("postmigrate", 3);
     let refused = || {
         let error = world.try_agent().err().unwrap();
         assert!(error.to_string().contains("is not web1") && error.to_string().contains("of web2"), "{error}");
@@ -156,7 +159,64 @@ fn disks_that_no_epoch_holds_are_told_and_those_of_other_machines_refused() {
     world.monitor.machine().disks.clear();
     world.monitor.machine().memory = other;
     refused();
-    assert!(world.monitor.machine().told.iter().all(|told| told == "migrate-set-capabilities"), "it ran all the time");
+    let machine = world.monitor.machine();
+    assert_eq!((machine.status, machine.saves_for, &machine.told), ("postmigrate", 3, &Vec::new()));
+}
+
+#[test]
+fn another_machine_that_comes_behind_the_socket_is_not_captured() {
+    let world = World::new();
+    let other = world.live.parent().unwrap().with_file_name("web2").join("live/disk0");
+    std::fs::create_dir_all(other.parent().unwrap()).unwrap();
+    std::fs::write(&other, b"").unwrap();
+    belongs_to(&other, "web2");
+    let mut agent = world.agent();
+    agent.capture(&mut || Ok(())).unwrap();
+    // A disk that comes while it runs is told.
+    let expected = format!("virtio0 ({}) in the live of web2", other.display());
+    world.monitor.machine().disks = vec![("virtio0", other)];
+    let since = Stopwatch::start();
+    while agent.elsewhere() != [expected.clone()] {
+        assert!(since.elapsed() < Duration::from_secs(30), "{:?}", agent.elsewhere());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    world.monitor.machine().fault = Some(("query-status", Fault::Close));
+    assert!(matches!(agent.health(), Health::Lost(_)));
+    world.monitor.machine().told.clear();
+    let Health::Lost(why) = agent.health() else { panic!("it is another machine") };
+    assert!(why.contains("is not web1") && why.contains("of web2"), "{why}");
+    assert!(agent.capture(&mut || panic!("it is another machine")).is_err());
+    assert!(world.monitor.machine().told.is_empty());
+    world.monitor.machine().disks.clear();
+    agent.capture(&mut || Ok(())).unwrap();
+}
+
+#[test]
+fn p6_a_machine_that_others_let_go_on_while_it_is_captured_is_of_no_moment() {
+    for (world, is_told) in
+        [World::new(), elsewhere()].into_iter().flat_map(|world| [(world, false)]).chain([(World::new(), true)])
+    {
+        let mut agent = world.agent();
+        let result = agent.capture(&mut || {
+            let mut machine = world.monitor.machine();
+            match is_told {
+                // It was stopped again.
+                true => machine.events = vec!["RESUME", "STOP"],
+                false => machine.status = "running",
+            }
+            Ok(())
+        });
+        let error = result.unwrap_err();
+        assert!(error.to_string().contains("somebody else let web1 go on"), "{error}");
+        assert!(!agent.stood_still() && world.status() == "running");
+        agent.capture(&mut || Ok(())).unwrap();
+        assert!(agent.stood_still());
+    }
+}
+
+/// As the mount says it.
+fn belongs_to(file: &Path, machine: &str) {
+    rustix::fs::setxattr(file, "user.epochfs.machine", machine.as_bytes(), rustix::fs::XattrFlags::empty()).unwrap();
 }
 
 #[test]
@@ -167,7 +227,7 @@ fn a_state_is_not_written_over_a_disk() {
     // The stand-in's process is this one.
     let disk = std::fs::File::options().write(true).open(&path).unwrap();
     let error = world.agent_with("disk0").err().unwrap();
-    assert!(error.to_string().contains("disk0 is a file that the machine writes to"), "{error}");
+    assert!(error.to_string().contains("the state would be written over"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"a file system");
     // An agent that was killed leaves it writing its state.
     std::fs::write(&path, b"QEVM").unwrap();

@@ -289,7 +289,7 @@ fn no_epoch_comes_between_those_of_an_agent() {
     assert!(output.status.code() == Some(4) && text.contains("epochfs tag web1"), "{text}");
     // What the agent asks for itself is made, and other machines are none of its business.
     let request = CommitRequest { machine: "web1".into(), is_capture: true, ..CommitRequest::default() };
-    Client::connect(socket.as_ref()).unwrap().unwrap().commit(request, &mut |_| ()).unwrap();
+    Client::connect(socket.as_ref()).unwrap().unwrap().commit(request, &mut |_| true).unwrap();
     mount.commit("web2", "other").unwrap();
     tell("ended");
     mount.commit("web1", "behind").unwrap();
@@ -308,7 +308,10 @@ fn nothing_is_frozen_too_late_or_for_an_agent_that_is_gone() {
         let request =
             CommitRequest { machine: "web1".into(), is_capture: true, frozen_by_ms, ..CommitRequest::default() };
         let mut frozen = 0;
-        let result = connect().commit(request, &mut |_| frozen += 1);
+        let result = connect().commit(request, &mut |_| {
+            frozen += 1;
+            true
+        });
         (result, frozen)
     };
     let soon = || BootClock.elapsed() + Duration::from_secs(10);
@@ -330,6 +333,57 @@ fn nothing_is_frozen_too_late_or_for_an_agent_that_is_gone() {
     let process = NamedProcess::of(std::process::id().cast_signed()).ok();
     connect().tell_protection(&ProtectionStatus { process, ..status }).unwrap();
     assert_eq!(capture(soon()).0.unwrap().epoch, first + 2);
+    mount.finish();
+}
+
+/// A machine that somebody let go on while it was captured is of no moment, nor one of which nobody says that it stood still. What
+/// was frozen of it is in the next epoch.
+#[test]
+fn p6_no_epoch_is_made_of_a_machine_that_did_not_stand_still() {
+    let options = Options { expected: vec!["stood still"], ..Options::default() };
+    let Some(mount) = Mount::with("p6_no_epoch_is_made_of_a_machine_that_did_not_stand_still", options) else { return };
+    let live = mount.make_machine("web1");
+    fs::write(live.join("memory"), noise(1, 8 * PAGE)).unwrap();
+    let first = mount.json(["commit", "web1"])["epoch"].as_u64().unwrap();
+    let socket = mount.json(["status"])["daemons"][0]["socket"].as_str().unwrap().to_owned();
+    let capture = |frozen: &mut dyn FnMut(Duration) -> bool| {
+        let request =
+            CommitRequest { machine: "web1".into(), is_capture: true, confirms: true, ..CommitRequest::default() };
+        Client::connect(socket.as_ref()).unwrap().unwrap().commit(request, frozen)
+    };
+    let file = open(&live.join("memory")).unwrap();
+    let write = |page: u64| file.write_all_at(&noise(10 + page, PAGE), page * PAGE as u64).unwrap();
+    write(1);
+    let torn = capture(&mut |_| {
+        write(2);
+        false
+    });
+    let torn = torn.unwrap_err();
+    assert!(torn.kind() == Kind::Conflict && torn.to_string().contains("stood still"), "{torn}");
+    // Its agent dies before it says anything.
+    std::thread::scope(|scope| {
+        let dies = scope.spawn(|| {
+            capture(&mut |_| {
+                write(3);
+                std::panic::resume_unwind(Box::new("killed"))
+            })
+        });
+        assert!(dies.join().is_err());
+    });
+    write(4);
+    let made = capture(&mut |_| {
+        write(5);
+        true
+    });
+    assert_eq!(made.unwrap().epoch, first + 1, "nothing became an epoch before");
+    drop(file);
+    let content = fs::read(mount.machine("web1").join(format!("epochs/{}/memory", first + 1))).unwrap();
+    let whole = noise(1, 8 * PAGE);
+    for page in 0..8 {
+        let written = noise(10 + page as u64, PAGE);
+        let expected = if (1..5).contains(&page) { &written[..] } else { &whole[page * PAGE..(page + 1) * PAGE] };
+        assert!(content[page * PAGE..(page + 1) * PAGE] == *expected, "page {page}");
+    }
     mount.finish();
 }
 
@@ -472,6 +526,13 @@ fn attributes_of_epochs_and_live_say_what_the_command_says() {
     assert_eq!(attribute(&live, "user.epochfs.base"), shown["epoch"].to_string());
     assert!(attribute(&live, "user.epochfs.term").parse::<u64>().unwrap() > 0);
     assert_eq!(attribute(&live, "user.epochfs.dirty_pages"), "0");
+    // Whose a file is, by whatever path it is reached.
+    let file = open(&live.join("memory")).unwrap();
+    let by_number = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    for path in [&*live, &*live.join("memory"), by_number.as_ref()] {
+        assert_eq!(attribute(path, "user.epochfs.machine"), "web1");
+    }
+    drop(file);
     // They are told, not set.
     let set = rustix::fs::setxattr(&live, "user.epochfs.base", b"1", XattrFlags::empty());
     fails("set", set, REFUSED);

@@ -125,7 +125,7 @@ fn no_capture_waits_behind_others_for_a_store_that_is_away() {
     let socket = mounted.status()["socket"].as_str().unwrap().to_owned();
     let capture = |socket: &str| {
         let request = CommitRequest { machine: "web1".into(), is_capture: true, ..CommitRequest::default() };
-        Client::connect(socket.as_ref()).unwrap().unwrap().commit(request, &mut |_| ())
+        Client::connect(socket.as_ref()).unwrap().unwrap().commit(request, &mut |_| true)
     };
     mounted.proxy.set_down(true);
     let mut waiting = Vec::new();

@@ -43,6 +43,8 @@ pub struct LiveCommit {
     pub captured_by: Option<NamedProcess>,
     /// Until when the machine stands still, by the clock that runs since this host was started.
     pub frozen_by: Option<Duration>,
+    /// Says whether it stood still until it was frozen. Nothing becomes an epoch before.
+    pub confirmed: Option<crossbeam_channel::Receiver<bool>>,
     /// Not what live holds is committed, but the newest epoch once more, with this stored again. Changes stay where they are.
     pub moves: Option<Arc<Moves>>,
 }
@@ -242,7 +244,8 @@ impl Live {
                 job
             };
             // Whoever waits must hear of it, and the pages must go back, whatever goes wrong.
-            let result = catch_unwind(AssertUnwindSafe(|| self.make_epoch_when_possible(&job)))
+            let made = || self.check_stood_still(&job).and_then(|()| self.make_epoch_when_possible(&job));
+            let result = catch_unwind(AssertUnwindSafe(made))
                 .unwrap_or_else(|_| Err(Error::new(Kind::Io, "making the epoch failed badly")));
             *lock(&self.waits_for) = None;
             match &result {
@@ -265,6 +268,17 @@ impl Live {
                 tracing::warn!(machine = %self.machine, "the journal was not renewed: {error}");
             }
             self.pipeline_moved.notify_all();
+        }
+    }
+
+    /// Waits until it is known whether the machine stood still, where somebody is to say it.
+    fn check_stood_still(&self, job: &Job) -> Result<()> {
+        match job.options.confirmed.as_ref().map(crossbeam_channel::Receiver::recv) {
+            None | Some(Ok(true)) => Ok(()),
+            Some(_) => Err(Error::conflict(format!(
+                "it is not known that {} stood still while it was captured: no epoch is made of that",
+                self.machine
+            ))),
         }
     }
 

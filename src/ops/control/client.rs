@@ -61,15 +61,19 @@ impl Client {
         self.call_briefly(&Request::Status)
     }
 
-    /// Commits a machine's live, and returns when the epoch is durable.
-    /// `frozen` is called before, as soon as what is written belongs to the next epoch.
-    pub fn commit(&mut self, mut request: CommitRequest, frozen: &mut dyn FnMut(Duration)) -> Result<CommitSummary> {
-        let machine = request.machine.clone();
+    /// Commits a machine's live, and returns when the epoch is durable. `frozen` is called before, as soon as what is written
+    /// belongs to the next epoch; it says whether the machine stood still until then, where that is to be confirmed.
+    pub fn commit(
+        &mut self,
+        mut request: CommitRequest,
+        frozen: &mut dyn FnMut(Duration) -> bool,
+    ) -> Result<CommitSummary> {
+        let (machine, confirms) = (request.machine.clone(), request.confirms);
         request.tells_frozen = true;
         let mut heed = |news: Value| {
-            if let Some(ms) = news["frozen_ms"].as_f64() {
-                frozen(Duration::from_secs_f64(ms.max(0.0) / 1000.0));
-            }
+            let ms = news["frozen_ms"].as_f64()?;
+            let did = frozen(Duration::from_secs_f64(ms.max(0.0) / 1000.0));
+            confirms.then_some(Request::StoodStill { did })
         };
         self.ask_for(&Request::Commit(request), &mut heed).map_err(|error| match error.next_step() {
             None if error.kind() == Kind::Io => {
@@ -137,25 +141,31 @@ impl Client {
 
     /// Asks and waits for the answer, however long it takes.
     fn call<T: DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
-        self.ask_for(request, &mut |_| ())
+        self.ask_for(request, &mut |_| None)
     }
 
-    /// The same; news before the answer goes to `heed`.
-    fn ask_for<T: DeserializeOwned>(&mut self, request: &Request, heed: &mut dyn FnMut(Value)) -> Result<T> {
-        let gone = |error| Error::io("the daemon went away", error);
-        let sent = self.stream.get_mut().write_all(&request.encode()?);
-        match sent {
-            // It may have said why before it closed the connection.
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
-            sent => sent.map_err(gone)?,
-        }
+    /// The same; news before the answer goes to `heed`, which may have something to say to it.
+    fn ask_for<T: DeserializeOwned>(
+        &mut self,
+        request: &Request,
+        heed: &mut dyn FnMut(Value) -> Option<Request>,
+    ) -> Result<T> {
+        self.say(request)?;
         while let Some(line) = read_line(&mut self.stream)? {
             match decode_news(&line)? {
-                Some(news) => heed(news),
+                Some(news) => heed(news).map_or(Ok(()), |reply| self.say(&reply))?,
                 None => return decode_answer(&line),
             }
         }
         Err(Error::new(Kind::Io, "the daemon ended before it answered"))
+    }
+
+    fn say(&mut self, request: &Request) -> Result<()> {
+        match self.stream.get_mut().write_all(&request.encode()?) {
+            // It may have said why before it closed the connection.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+            said => said.map_err(|error| Error::io("the daemon went away", error)),
+        }
     }
 }
 

@@ -18,7 +18,7 @@ pub use protocol::{
     CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, LeaseGrant, ObjectName, PrefetchRequest,
     Protected, Request, StoreAgainRequest, Unmounted, decode_error,
 };
-pub use server::{Listener, Server, Service};
+pub use server::{Asker, Listener, Server, Service};
 
 /// The socket's name in a repository's state directory.
 const SOCKET: &str = "daemon.sock";

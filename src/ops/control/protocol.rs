@@ -37,6 +37,9 @@ pub enum Request {
     Status,
     /// Commits a machine's live. Answered with a [`CommitSummary`] when the epoch is durable.
     Commit(CommitRequest),
+    /// Said behind a commit that waits for it, after the news that everything is frozen: whether the machine stood still until then.
+    /// An epoch is made only of one that did.
+    StoodStill { did: bool },
     /// Commits not live but the newest epoch once more, with what lies in some objects stored again. Answered with a
     /// [`CommitSummary`].
     StoreAgain(StoreAgainRequest),
@@ -85,6 +88,10 @@ pub struct CommitRequest {
     /// Until when everything stands still, by the clock that runs since this host was started.
     #[serde(default)]
     pub frozen_by_ms: Option<u64>,
+    /// Whether it is said afterwards that everything stood still, with [`Request::StoodStill`]. A capture that nobody confirms
+    /// becomes no epoch.
+    #[serde(default)]
+    pub confirms: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -375,8 +382,10 @@ mod tests {
             tells_frozen: true,
             is_capture: true,
             frozen_by_ms: Some(7),
+            confirms: true,
         };
-        for request in [Request::Ping, Request::Status, Request::Commit(commit), Request::Umount { lazy: true }] {
+        let stood_still = Request::StoodStill { did: true };
+        for request in [Request::Ping, Request::Commit(commit), stood_still, Request::Umount { lazy: true }] {
             let line = request.encode().unwrap();
             assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
             assert_eq!(Request::decode(&line).unwrap(), request);

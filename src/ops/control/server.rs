@@ -18,8 +18,16 @@ use crate::platform::socket::with_address;
 
 /// What answers requests, from several threads at once.
 pub trait Service: Send + Sync {
-    /// Answers one. News before the answer goes to `tell`.
-    fn answer(&self, request: Request, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<Value>;
+    fn answer(&self, request: Request, asker: &mut dyn Asker) -> Result<Value>;
+}
+
+/// Who asks, while the answer is made.
+pub trait Asker {
+    /// Has it hear news before the answer.
+    fn tell(&mut self, news: Value) -> Result<()>;
+
+    /// What it says next; nothing where it is gone.
+    fn hear(&mut self) -> Result<Option<Request>>;
 }
 
 /// So many connections are served at once. A waiting commit occupies one.
@@ -204,27 +212,48 @@ fn refuse(mut stream: UnixStream, error: Error) {
     let _ = stream.shutdown(Shutdown::Both);
 }
 
+/// A client, at the other end of a connection.
+struct Conversation<'a> {
+    stream: &'a UnixStream,
+    reader: BufReader<&'a UnixStream>,
+}
+
+impl Conversation<'_> {
+    fn say(&mut self, line: &[u8]) -> Result<()> {
+        self.stream.write_all(line).map_err(|error| Error::io("the control socket", error))
+    }
+}
+
+impl Asker for Conversation<'_> {
+    fn tell(&mut self, news: Value) -> Result<()> {
+        self.say(&encode_news(news))
+    }
+
+    fn hear(&mut self) -> Result<Option<Request>> {
+        read_line(&mut self.reader)?.map(|line| Request::decode(&line)).transpose()
+    }
+}
+
 /// Answers the requests of one connection until the client has no more.
 fn converse(stream: &UnixStream, service: &dyn Service, shared: &Shared) -> Result<()> {
     let failed = |error| Error::io("the control socket", error);
     stream.set_read_timeout(Some(SILENCE_MAX)).map_err(failed)?;
     stream.set_write_timeout(Some(ANSWER_WAIT_MAX)).map_err(failed)?;
-    let mut reader = BufReader::new(stream);
+    let mut client = Conversation { stream, reader: BufReader::new(stream) };
     loop {
-        let line = match read_line(&mut reader) {
+        let line = match read_line(&mut client.reader) {
             Ok(Some(line)) => line,
             Ok(None) => return Ok(()),
             Err(error) => {
                 // Where the request ends cannot be told, so this is the last answer.
-                let _ = (&mut &*stream).write_all(&encode_answer(Err(error)));
+                let _ = client.say(&encode_answer(Err(error)));
                 return Ok(());
             }
         };
         shared.change(|counts| counts.requests += 1);
         let _answering = Answering(shared);
-        let mut tell = |news| (&mut &*stream).write_all(&encode_news(news)).map_err(failed);
-        let answer = Request::decode(&line).and_then(|request| service.answer(request, &mut tell));
-        (&mut &*stream).write_all(&encode_answer(answer)).map_err(failed)?;
+        let answer = Request::decode(&line).and_then(|request| service.answer(request, &mut client));
+        client.say(&encode_answer(answer))?;
     }
 }
 
@@ -244,7 +273,7 @@ mod tests {
     }
 
     impl Service for Scripted {
-        fn answer(&self, request: Request, _: &mut dyn FnMut(Value) -> Result<()>) -> Result<Value> {
+        fn answer(&self, request: Request, _: &mut dyn Asker) -> Result<Value> {
             match request {
                 Request::Ping => Ok(
                     json!({"repository": "r", "id": "i", "mountpoint": "/m", "pid": 1, "epochfs": "0", "state": "mounted", "later": true}),
@@ -255,7 +284,7 @@ mod tests {
                 Request::Forget { machine } => Err(Error::not_found(machine)),
                 Request::Protection(status) => Err(Error::not_found(status.machine)),
                 Request::Lease { machine } | Request::TakeOver { machine, .. } => Err(Error::not_found(machine)),
-                Request::Accepting { .. } => Ok(Value::Null),
+                Request::Accepting { .. } | Request::StoodStill { .. } => Ok(Value::Null),
                 Request::Prefetch(request) => Err(Error::not_found(request.machine)),
                 Request::Forecast(request) => Err(Error::not_found(request.machine)),
                 Request::Umount { .. } => {
@@ -284,7 +313,7 @@ mod tests {
         let error = client.status().unwrap_err();
         assert_eq!((error.kind(), error.next_step()), (Kind::Fenced, Some("stop")));
         let error = client
-            .commit(super::super::CommitRequest { machine: "web1".into(), ..Default::default() }, &mut |_| ())
+            .commit(super::super::CommitRequest { machine: "web1".into(), ..Default::default() }, &mut |_| true)
             .unwrap_err();
         assert_eq!((error.kind(), error.exit_code()), (Kind::NotFound, 5));
         drop(server);

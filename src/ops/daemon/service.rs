@@ -19,8 +19,8 @@ use crate::error::{Error, Kind, Result};
 use crate::fs::{self, FileSystem};
 use crate::ha::ProtectionStatus;
 use crate::ops::control::{
-    CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, LeaseGrant, ObjectName, PrefetchRequest,
-    Protected, Request, Service, StoreAgainRequest, Unmounted,
+    Asker, CommitRequest, CommitSummary, DaemonStatus, ForecastRequest, Introduction, LeaseGrant, ObjectName,
+    PrefetchRequest, Protected, Request, Service, StoreAgainRequest, Unmounted,
 };
 use crate::ops::kernel;
 use crate::ops::mounts::device_at;
@@ -263,26 +263,42 @@ impl DaemonService {
         }
     }
 
-    fn commit(&self, request: CommitRequest, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<CommitSummary> {
-        let CommitRequest { machine, message, tags, notes, tells_frozen, is_capture, frozen_by_ms } = request;
-        let frozen_by = frozen_by_ms.map(Duration::from_millis);
-        let options = LiveCommit { message, tags, notes, is_capture, frozen_by, ..LiveCommit::default() };
-        self.commit_live(&machine, options, tells_frozen, tell)
+    fn commit(&self, request: CommitRequest, asker: &mut dyn Asker) -> Result<CommitSummary> {
+        let CommitRequest { machine, message, tags, notes, tells_frozen, is_capture, frozen_by_ms, confirms } = request;
+        let (confirm, confirmed) = bounded(1);
+        let options = LiveCommit {
+            message,
+            tags,
+            notes,
+            is_capture,
+            frozen_by: frozen_by_ms.map(Duration::from_millis),
+            confirmed: confirms.then_some(confirmed),
+            ..LiveCommit::default()
+        };
+        self.commit_live(&machine, options, &mut |frozen_for| {
+            // Whoever went away meanwhile does not stop the commit, unless it is waited for.
+            if tells_frozen {
+                let _ = asker.tell(json!({"frozen_ms": frozen_for.as_secs_f64() * 1000.0}));
+            }
+            if confirms {
+                let did = matches!(asker.hear(), Ok(Some(Request::StoodStill { did: true })));
+                let _ = confirm.send(did);
+            }
+        })
     }
 
     fn store_again(&self, request: StoreAgainRequest) -> Result<CommitSummary> {
         let StoreAgainRequest { machine, message, level, moves } = request;
         let moves: Moves = moves.iter().map(ObjectName::parse).collect::<Result<_>>()?;
         let options = LiveCommit { message, level, moves: Some(Arc::new(moves)), ..LiveCommit::default() };
-        self.commit_live(&machine, options, false, &mut |_| Ok(()))
+        self.commit_live(&machine, options, &mut |_| ())
     }
 
     fn commit_live(
         &self,
         machine: &str,
         options: LiveCommit,
-        tells_frozen: bool,
-        tell: &mut dyn FnMut(Value) -> Result<()>,
+        frozen: &mut dyn FnMut(Duration),
     ) -> Result<CommitSummary> {
         epochfs_format::check_machine(machine).map_err(|error| Error::usage(format!("{machine:?}: {error}")))?;
         let (store, filesystem) = self.served()?;
@@ -290,10 +306,7 @@ impl DaemonService {
         let counted = || (index.lookups.load(Ordering::Relaxed), index.hits.load(Ordering::Relaxed));
         let (started, before) = (Stopwatch::start(), counted());
         let ticket = filesystem.freeze(machine, options)?;
-        if tells_frozen {
-            // Whoever went away meanwhile does not stop the commit.
-            let _ = tell(json!({"frozen_ms": ticket.frozen_for.as_secs_f64() * 1000.0}));
-        }
+        frozen(ticket.frozen_for);
         let committed = ticket.wait()?;
         let after = counted();
         // Commits of other machines at the same time count here too: the index does not know who asks.
@@ -344,14 +357,17 @@ fn in_force(pulse: &Pulse) -> Result<LeaseState> {
 }
 
 impl Service for DaemonService {
-    fn answer(&self, request: Request, tell: &mut dyn FnMut(Value) -> Result<()>) -> Result<Value> {
+    fn answer(&self, request: Request, asker: &mut dyn Asker) -> Result<Value> {
         let document = |result: serde_json::Result<Value>| {
             result.map_err(|error| Error::new(Kind::Io, format!("the answer cannot be written: {error}")))
         };
         match request {
+            Request::StoodStill { .. } => {
+                Err(Error::usage("it is not said of which commit: this belongs behind one that waits for it"))
+            }
             Request::Ping => document(serde_json::to_value(self.introduction())),
             Request::Status => document(serde_json::to_value(self.status())),
-            Request::Commit(commit) => document(serde_json::to_value(self.commit(commit, tell)?)),
+            Request::Commit(commit) => document(serde_json::to_value(self.commit(commit, asker)?)),
             Request::StoreAgain(request) => document(serde_json::to_value(self.store_again(request)?)),
             Request::Prefetch(PrefetchRequest { machine, epoch, stream, everything }) => {
                 let (_, filesystem) = self.served()?;

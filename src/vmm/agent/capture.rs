@@ -1,13 +1,15 @@
 //! The order of a capture, whatever the monitor: prepare, tell the guard, stop, save, hand over, freeze, go on.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cloud_hypervisor::CloudHypervisorControl;
+use super::elsewhere::Place;
 use super::firecracker::FirecrackerControl;
-use super::guard::{Guard, Guarded, GuardedLease, go_on, named, writes_to};
+use super::guard::{Guard, Guarded, GuardedLease, go_on, named, opened};
 use super::qemu::QemuControl;
-use super::{Agent, Capture, Control, Health, MonitorAt, machine_of};
+use super::{Agent, Capture, Control, Health, MonitorAt, firecracker, machine_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::flush::hand_over_files;
@@ -46,6 +48,8 @@ pub struct MachineAgent {
     /// What it writes to that is in none of its epochs, and when that was looked at.
     elsewhere: Vec<String>,
     looked: Stopwatch,
+    /// Whether nobody let it go on in the last capture before it was frozen.
+    stood_still: bool,
     /// Two agents of one machine would each find it as the other left it.
     _alone: Alone,
 }
@@ -87,17 +91,6 @@ impl MachineAgent {
             return Err(Error::new(Kind::Io, why));
         }
         let machine = control.peer().map_err(|error| tracing::info!("{error}")).ok();
-        let state = live.join(state);
-        if let (MonitorAt::Qemu(_), Some(machine)) = (monitor, &machine)
-            && !may_be_state(&state)
-            && writes_to(machine.pid(), &state)?
-        {
-            return Err(Error::usage(format!(
-                "{} is a file that the machine writes to: its state would be written over it",
-                state.display()
-            ))
-            .hint("give its state a name of its own: --state vmstate"));
-        }
         let mut agent = Self {
             monitor: monitor.clone(),
             live: live.to_owned(),
@@ -110,16 +103,69 @@ impl MachineAgent {
             running: None,
             elsewhere: Vec::new(),
             looked: Stopwatch::start(),
+            stood_still: true,
             _alone: alone,
         };
-        match agent.look_elsewhere() {
+        agent.meet()?;
+        agent.check_state(&live.join(state))?;
+        Ok(agent)
+    }
+
+    /// Looks what the machine writes to, before anything is done with it for the first time. It is an error if some of that
+    /// is another machine's.
+    fn meet(&mut self) -> Result<()> {
+        match self.look_elsewhere(true) {
             // A monitor may be too old to be asked, and what else is asked of it says whether it is there.
             Err(error) if error.kind() != Kind::Usage => {
-                tracing::warn!(monitor = %monitor.path().display(), "it is not known where its disks are: {error}");
+                let monitor = self.monitor.path().display();
+                tracing::warn!(%monitor, "it is not known where its disks are: {error}");
+                Ok(())
             }
-            looked => looked?,
+            looked => looked,
         }
-        Ok(agent)
+    }
+
+    /// Sees who is behind the monitor now: that may be another than before.
+    fn recognize(&mut self) -> Result<()> {
+        // What is asked of it next says why nobody is there.
+        let Ok(peer) = self.control.peer() else { return Ok(()) };
+        let is_known = |machine: &Peer| machine.pid() == peer.pid() && !machine.has_ended();
+        if self.machine.as_ref().is_some_and(is_known) {
+            return Ok(());
+        }
+        let before = self.machine.replace(peer);
+        self.meet().inspect_err(|_| self.machine = before)
+    }
+
+    /// Refuses to have the machine's state written over what the machine itself writes to.
+    fn check_state(&mut self, state: &Path) -> Result<()> {
+        let taken = |what: &dyn std::fmt::Display| {
+            let text = format!("the state would be written over {what}, which the machine writes to");
+            let name = if matches!(self.monitor, MonitorAt::CloudHypervisor(_)) { "snapshot" } else { "vmstate" };
+            Err(Error::usage(text).hint(format!("give it a name of its own: --state {name}")))
+        };
+        let process = self.machine.as_ref().map(Peer::pid);
+        if let (MonitorAt::Firecracker(_), true) = (&self.monitor, state == self.live.join(firecracker::MEMORY)) {
+            return taken(&state.display());
+        }
+        // What cannot be asked was told before.
+        let written = self.control.written().unwrap_or_default();
+        if let Some(disk) = written.iter().find(|disk| disk.is_at(process, state)) {
+            return taken(disk);
+        }
+        if matches!(self.monitor, MonitorAt::Qemu(_)) && may_be_state(state) {
+            return Ok(());
+        }
+        let identity = |path: &Path| std::fs::metadata(path).map(|of| (of.dev(), of.ino())).ok();
+        let below = std::fs::read_dir(state).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+        let all: Vec<_> = below.chain([state.to_owned()]).filter_map(|path| identity(&path)).collect();
+        // Not everybody may look what a process has open.
+        let opened = process.and_then(|process| opened(process).ok()).unwrap_or_default();
+        let is_written = |file: &Path| identity(file).is_some_and(|file| all.contains(&file));
+        match opened.iter().any(|open| open.may_write && is_written(&open.file)) {
+            true => taken(&state.display()),
+            false => Ok(()),
+        }
     }
 
     /// From now on the machine runs under a lease, and is ended when that is over. One that another host has taken over is
@@ -140,7 +186,7 @@ impl MachineAgent {
         let Some(lessor) = &mut self.lessor else { return Ok(()) };
         let claim = lessor.claim()?;
         self.is_leased = claim.is_some();
-        // The machine behind the monitor may be another than before.
+        self.recognize()?;
         let machine = self.control.peer()?;
         let process = Some(named(&machine)?);
         self.machine = Some(machine);
@@ -153,8 +199,8 @@ impl MachineAgent {
         Ok(())
     }
 
-    /// Looks what the machine writes to that is in none of its epochs. It is an error if that is another machine's.
-    fn look_elsewhere(&mut self) -> Result<()> {
+    /// Looks what the machine writes to that is in none of its epochs.
+    fn look_elsewhere(&mut self, refuses: bool) -> Result<()> {
         self.looked = Stopwatch::start();
         let process = self.machine.as_ref().map(Peer::pid);
         let written = self.control.written();
@@ -163,8 +209,11 @@ impl MachineAgent {
         }
         let mut elsewhere = Vec::new();
         for written in written? {
-            if !written.is_in_live(process, &self.live)? {
-                elsewhere.push(written.to_string());
+            match written.place(process, &self.live) {
+                Place::InLive => {}
+                Place::Elsewhere => elsewhere.push(written.to_string()),
+                Place::OfMachine(other) if !refuses => elsewhere.push(format!("{written} in the live of {other}")),
+                Place::OfMachine(_) => written.is_in_live(process, &self.live).map(|_| ())?,
             }
         }
         self.elsewhere = elsewhere;
@@ -242,10 +291,13 @@ impl MachineAgent {
 
     /// Lets the machine go on, whatever became of the connection.
     fn resume(&mut self) -> Result<()> {
-        if let Err(error) = self.control.resume() {
-            tracing::warn!("the machine does not go on at once: {error}");
-            self.control.reset();
-            go_on(&self.monitor, GO_ON_WAIT)?;
+        match self.control.resume() {
+            Ok(stood_still) => self.stood_still = stood_still,
+            Err(error) => {
+                tracing::warn!("the machine does not go on at once: {error}");
+                self.control.reset();
+                go_on(&self.monitor, GO_ON_WAIT)?;
+            }
         }
         // One that is gone has nothing left to do: the machine runs.
         if self.guard.as_mut().is_some_and(|guard| guard.running().is_err()) {
@@ -289,6 +341,8 @@ impl Agent for MachineAgent {
 
     fn capture(&mut self, freeze: &mut dyn FnMut() -> Result<()>) -> Result<Capture> {
         let begun = Stopwatch::start();
+        self.stood_still = true;
+        self.recognize()?;
         let (mut prepared, mut rounds) = self.prepare()?;
         self.guard_stopping()?;
         let saved = self.save_running();
@@ -305,13 +359,24 @@ impl Agent for MachineAgent {
         }
         resumed?;
         captured?;
+        if !self.stood_still {
+            return Err(Error::conflict(format!(
+                "somebody else let {} go on while it was captured: no epoch is made of that",
+                machine_of(&self.live)
+            ))
+            .hint("nobody else may stop it or let it go on meanwhile: another monitor, another agent, a script"));
+        }
         Ok(Capture { pause: parts.told, parts: parts.parts, prepared, rounds, how: self.control.how() })
+    }
+
+    fn stood_still(&self) -> bool {
+        self.stood_still
     }
 
     fn elsewhere(&mut self) -> Vec<String> {
         // Disks come and go while a machine runs, but seldom.
         if self.looked.elapsed() > LOOK_ELSEWHERE_INTERVAL
-            && let Err(error) = self.look_elsewhere()
+            && let Err(error) = self.look_elsewhere(false)
         {
             tracing::info!("{error}");
         }

@@ -36,6 +36,11 @@ pub fn resume(path: &Path) -> Result<()> {
     }
 }
 
+/// Whether Cloud Hypervisor calls a file of a snapshot so.
+fn is_of_snapshot(name: &str) -> bool {
+    matches!(name, "config.json" | "state.json" | "memory-ranges") || name.starts_with("memory-region-")
+}
+
 impl Control for CloudHypervisorControl {
     fn how(&self) -> &'static str {
         "snapshots, without zones on the mount"
@@ -58,20 +63,34 @@ impl Control for CloudHypervisorControl {
         let all = |kind: &str| config[kind].as_array().cloned().unwrap_or_default();
         let disks = all("disks").into_iter().filter(|disk| disk["readonly"] != true);
         let pmem = all("pmem").into_iter().filter(|pmem| pmem["discard_writes"] != true);
-        let place = |disk: &Value| ["path", "file", "vhost_socket"].map(|name| disk[name].clone());
-        Ok(disks
-            .chain(pmem)
-            .filter_map(|disk| place(&disk).iter().find_map(|place| Written::new(&disk["id"], place)))
-            .collect())
+        let written = |disk: Value| {
+            let place = ["path", "file", "vhost_socket"].iter().find_map(|name| disk[name].as_str())?;
+            Some(Written::new(disk["id"].as_str().unwrap_or_default(), place))
+        };
+        Ok(disks.chain(pmem).filter_map(written).collect())
     }
 
     fn prepare(&mut self) -> Result<()> {
-        let failed = |error| Error::io(format!("cannot make {} anew", self.directory.display()), error);
-        match std::fs::remove_dir_all(&self.directory) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
+        let shown = self.directory.display();
+        let failed = |error| Error::io(format!("cannot make {shown} anew"), error);
+        let entries = match std::fs::read_dir(&self.directory) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return std::fs::create_dir(&self.directory).map_err(failed);
+            }
+            entries => entries.map_err(failed)?,
+        };
+        // Only what a snapshot made is taken away.
+        for entry in entries {
+            let name = entry.map_err(failed)?.file_name();
+            if !is_of_snapshot(&name.to_string_lossy()) {
+                return Err(Error::usage(format!(
+                    "{} in {shown} is of no snapshot, and would be lost",
+                    name.display()
+                ))
+                .hint("move it, or give the snapshots a directory of their own: --state snapshot"));
+            }
         }
-        std::fs::create_dir(&self.directory).map_err(failed)
+        std::fs::remove_dir_all(&self.directory).and_then(|()| std::fs::create_dir(&self.directory)).map_err(failed)
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -83,7 +102,10 @@ impl Control for CloudHypervisorControl {
         put(&self.path, "/api/v1/vm.snapshot", Some(&body), SNAPSHOT_WAIT)
     }
 
-    fn resume(&mut self) -> Result<()> {
-        put(&self.path, "/api/v1/vm.resume", None, ANSWER_WAIT)
+    fn resume(&mut self) -> Result<bool> {
+        if matches!(self.health(), Ok(Health::Running)) {
+            return Ok(false);
+        }
+        put(&self.path, "/api/v1/vm.resume", None, ANSWER_WAIT).map(|()| true)
     }
 }

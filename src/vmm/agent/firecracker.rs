@@ -20,7 +20,7 @@ const CREATE: &str = "/snapshot/create";
 const SNAPSHOT_WAIT: Duration = Duration::from_secs(50);
 
 /// The stream that the memory goes to.
-const MEMORY: &str = "memory";
+pub const MEMORY: &str = "memory";
 
 pub struct FirecrackerControl {
     path: PathBuf,
@@ -77,10 +77,11 @@ impl Control for FirecrackerControl {
         let config = ask(&self.path, "/vm/config")?;
         let drives = config["drives"].as_array().map(Vec::as_slice).unwrap_or_default();
         let writable = drives.iter().filter(|drive| drive["is_read_only"] != true);
-        let place = |drive: &Value| {
-            drive.get("path_on_host").filter(|path| path.is_string()).unwrap_or(&drive["socket"]).clone()
+        let written = |drive: &Value| {
+            let place = ["path_on_host", "socket"].iter().find_map(|name| drive[name].as_str())?;
+            Some(Written::new(drive["drive_id"].as_str().unwrap_or_default(), place))
         };
-        Ok(writable.filter_map(|drive| Written::new(&drive["drive_id"], &place(drive))).collect())
+        Ok(writable.filter_map(written).collect())
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -102,7 +103,10 @@ impl Control for FirecrackerControl {
         self.base.note(&self.path)
     }
 
-    fn resume(&mut self) -> Result<()> {
-        change_state(&self.path, "Resumed")
+    fn resume(&mut self) -> Result<bool> {
+        if matches!(self.health(), Ok(Health::Running)) {
+            return Ok(false);
+        }
+        change_state(&self.path, "Resumed").map(|()| true)
     }
 }

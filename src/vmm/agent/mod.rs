@@ -60,6 +60,11 @@ pub trait Agent: Send {
     /// be done before is done while it runs. Whatever fails, the machine runs afterwards.
     fn capture(&mut self, freeze: &mut dyn FnMut() -> Result<()>) -> Result<Capture>;
 
+    /// Whether the machine stood still in the last capture until it was frozen, and nobody let it go on.
+    fn stood_still(&self) -> bool {
+        true
+    }
+
     /// What the machine writes to that is in none of its epochs.
     fn elsewhere(&mut self) -> Vec<String> {
         Vec::new()
@@ -142,7 +147,8 @@ trait Control: Send {
     /// Has the state of the machine that stands still in its files, and the memory that is not in them anyway.
     fn save(&mut self) -> Result<()>;
 
-    fn resume(&mut self) -> Result<()>;
+    /// Lets it go on. Whether it stood still since it was stopped, as far as can be told.
+    fn resume(&mut self) -> Result<bool>;
 
     /// Something failed: answers to what was asked may still be on their way.
     fn reset(&mut self) {}

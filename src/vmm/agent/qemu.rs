@@ -26,12 +26,15 @@ pub struct QemuControl {
     memory: MemoryPlace,
     /// The state was saved to its end since the machine was stopped: only then can it simply go on.
     is_saved: bool,
+    /// How often it had gone on when its capture began.
+    resumed: u64,
 }
 
 impl QemuControl {
     pub fn new(path: &Path, live: &Path, state: &str) -> Result<Self> {
         let (path, live, state) = (path.to_owned(), live.to_owned(), live.join(state));
-        let mut control = Self { path, live, state, monitor: None, memory: MemoryPlace::InLive, is_saved: false };
+        let mut control =
+            Self { path, live, state, monitor: None, memory: MemoryPlace::InLive, is_saved: false, resumed: 0 };
         control.monitor()?;
         Ok(control)
     }
@@ -46,7 +49,12 @@ impl QemuControl {
 
     fn connect(&mut self) -> Result<Monitor<'static>> {
         let mut monitor = Monitor::connect(&self.path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end();
+        // Nothing is changed before it is known that this is the machine.
         let memory = MemoryPlace::find(&mut monitor, &self.live)?;
+        let process = monitor.peer().ok().map(|peer| peer.pid());
+        for disk in monitor.run("query-block", Value::Null).map(|drives| all_written(&drives)).unwrap_or_default() {
+            disk.is_in_live(process, &self.live)?;
+        }
         if monitor.is_saving()? {
             // An agent before this one began it, and is gone.
             monitor.go_on(ANSWER_WAIT)?;
@@ -69,21 +77,37 @@ impl QemuControl {
     }
 }
 
-/// What is written to of a drive, if anything.
-fn written(drive: &Value) -> Option<Written> {
-    let medium = drive.get("inserted").filter(|medium| medium["ro"] != true)?;
-    let name = ["device", "qdev"]
-        .map(|name| &drive[name])
-        .into_iter()
-        .find(|name| name.as_str().is_some_and(|name| !name.is_empty()));
-    // A file with options is told as a document.
-    let options = medium["file"].as_str()?.strip_prefix("json:").and_then(|text| serde_json::from_str(text).ok());
-    let mut options: &Value = options.as_ref().unwrap_or(&Value::Null);
-    while let Some(file) = options.get("file") {
-        options = file;
+fn all_written(drives: &Value) -> Vec<Written> {
+    drives.as_array().into_iter().flatten().flat_map(written).collect()
+}
+
+/// What is written to of a drive: its file, and the one that its data is in, where that is another.
+fn written(drive: &Value) -> Vec<Written> {
+    let medium = &drive["inserted"];
+    // A drive that no device has is not the machine's.
+    let qdev = drive["qdev"].as_str().filter(|qdev| !qdev.is_empty());
+    let (Some(file), Some(qdev), false) = (medium["file"].as_str(), qdev, medium["ro"] == true) else {
+        return Vec::new();
+    };
+    let device = drive["device"].as_str().filter(|device| !device.is_empty()).unwrap_or(qdev);
+    let data = medium["image"]["format-specific"]["data"]["data-file"].as_str();
+    [Some(file), data].into_iter().flatten().filter_map(place).map(|path| Written::new(device, &path)).collect()
+}
+
+/// Where a file is by its name, unless that is nowhere.
+fn place(file: &str) -> Option<String> {
+    // One with options is told as a document.
+    let Some(document) = file.strip_prefix("json:").and_then(|text| serde_json::from_str::<Value>(text).ok()) else {
+        return Some(file.to_owned());
+    };
+    let mut options = &document;
+    while let Some(below) = options.get("file").or_else(|| options.get("image")).filter(|below| below.is_object()) {
+        options = below;
     }
-    let file = options.get("filename").unwrap_or(&medium["file"]);
-    Written::new(name.unwrap_or(&medium["node-name"]), file)
+    match options["driver"].as_str() {
+        Some("null-co" | "null-aio") => None,
+        _ => Some(options["filename"].as_str().unwrap_or(file).to_owned()),
+    }
 }
 
 impl Control for QemuControl {
@@ -113,8 +137,7 @@ impl Control for QemuControl {
     }
 
     fn written(&mut self) -> Result<Vec<Written>> {
-        let drives = self.monitor()?.run("query-block", Value::Null)?;
-        Ok(drives.as_array().into_iter().flatten().filter_map(written).collect())
+        self.monitor()?.run("query-block", Value::Null).map(|drives| all_written(&drives))
     }
 
     fn prepare(&mut self) -> Result<()> {
@@ -124,7 +147,7 @@ impl Control for QemuControl {
     fn save_running(&mut self, heed: &mut dyn FnMut() -> Result<()>) -> Result<Option<(Stopwatch, u32)>> {
         self.is_saved = false;
         let state = self.state.clone();
-        self.monitor()?;
+        self.resumed = self.monitor()?.resumed();
         if self.memory == MemoryPlace::InLive {
             return Ok(None);
         }
@@ -145,10 +168,12 @@ impl Control for QemuControl {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<()> {
-        match std::mem::take(&mut self.is_saved) {
-            true => self.monitor()?.run("cont", Value::Null).map(|_| ()),
-            false => self.monitor()?.go_on(ANSWER_WAIT),
+    fn resume(&mut self) -> Result<bool> {
+        let (is_saved, resumed) = (std::mem::take(&mut self.is_saved), self.resumed);
+        match is_saved {
+            true => self.monitor()?.go_on_from(resumed),
+            // Nothing was frozen.
+            false => self.monitor()?.go_on(ANSWER_WAIT).map(|()| true),
         }
     }
 

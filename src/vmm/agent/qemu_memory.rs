@@ -32,7 +32,7 @@ impl MemoryPlace {
             let id = backend["id"].as_str().unwrap_or_default();
             let of = json!({"path": format!("/objects/{id}"), "property": "mem-path"});
             let path = monitor.run("qom-get", of).unwrap_or(Value::Null);
-            let file = Written::new(&backend["id"], &path);
+            let file = path.as_str().map(|path| Written::new(id, path));
             let is_there = file.map_or(Ok(false), |file| file.is_in_live(process, live))?;
             if !is_there || backend["share"] != true {
                 own.push(id.to_owned());
