@@ -1,5 +1,6 @@
 //! `epochfs gc`
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -271,7 +272,7 @@ fn collect(context: &Context, run: &Run) -> Result<ExitCode> {
     give_way();
     let mut collector = collector(context, &run.options)?;
     let bar = context.progress("marking");
-    let mut told = false;
+    let mut told = BTreeSet::new();
     let mut waiting_for = Vec::new();
     let collected = collector.run(&mut |done, total| bar.set_items(done, total), &mut |step| {
         if let Step::Waiting(readers) = step {
@@ -279,13 +280,14 @@ fn collect(context: &Context, run: &Run) -> Result<ExitCode> {
                 waiting_for.clone_from(readers);
                 return Err(Error::conflict("readers have not said yet what they hold"));
             }
-            if !std::mem::replace(&mut told, true) {
-                let hosts: Vec<String> =
-                    readers.iter().map(|one| format!("{} ({} s)", one.host, one.seconds_left)).collect();
-                context.notice(&format!(
-                    "waiting for readers at most until they are taken for dead: {}",
-                    hosts.join(", ")
-                ));
+            let new: Vec<String> = readers
+                .iter()
+                .filter(|one| told.insert(one.reader.clone()))
+                .map(|one| format!("{} ({} s)", one.host, one.seconds_left))
+                .collect();
+            if !new.is_empty() {
+                context
+                    .notice(&format!("waiting for readers at most until they are taken for dead: {}", new.join(", ")));
             }
         }
         Ok(())
@@ -338,7 +340,8 @@ fn status(context: &Context) -> Result<ExitCode> {
             None => format!("{state}\n"),
         };
         for reader in &readers {
-            text += &format!("read by {}: {}\n", reader.host, reader.epochs.join(" "));
+            let epochs = if reader.epochs.is_empty() { "nothing yet".to_owned() } else { reader.epochs.join(" ") };
+            text += &format!("read by {}: {epochs}\n", reader.host);
         }
         text
     })?;

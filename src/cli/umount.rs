@@ -29,6 +29,8 @@ struct Outcome {
     /// Whether the daemon has ended; none where it cannot be told.
     ended: Option<bool>,
     holders: Vec<String>,
+    /// Machines with changes that no epoch holds; none where it cannot be told.
+    uncommitted: Option<Vec<String>>,
 }
 
 impl Umount {
@@ -44,6 +46,7 @@ impl Umount {
             "repository": outcome.repository,
             "ended": outcome.ended,
             "holders": outcome.holders,
+            "uncommitted": outcome.uncommitted,
         });
         context.print(&document, || match outcome.ended {
             Some(false) => {
@@ -53,6 +56,12 @@ impl Umount {
             }
             _ => format!("unmounted {}\n", path.display()),
         })?;
+        if let Some(machines) = outcome.uncommitted.filter(|machines| !machines.is_empty()) {
+            context.notice(&format!(
+                "no epoch holds what was changed of {}: it stays on this host; mount again, and commit",
+                machines.join(", ")
+            ));
+        }
         Ok(ExitCode::SUCCESS)
     }
 
@@ -70,11 +79,16 @@ impl Umount {
             };
             let unmounted = Client::ask(&socket, |client| client.umount(self.lazy))?;
             return Ok(Some(match unmounted {
-                Some(unmounted) => {
-                    Outcome { repository: who.repository, ended: Some(unmounted.ended), holders: unmounted.holders }
-                }
+                Some(unmounted) => Outcome {
+                    repository: who.repository,
+                    ended: Some(unmounted.ended),
+                    holders: unmounted.holders,
+                    uncommitted: unmounted.ended.then_some(unmounted.uncommitted),
+                },
                 // Somebody else was quicker.
-                None => Outcome { repository: who.repository, ended: Some(true), holders: Vec::new() },
+                None => {
+                    Outcome { repository: who.repository, ended: Some(true), holders: Vec::new(), uncommitted: None }
+                }
             }));
         }
         Ok(None)
@@ -88,6 +102,11 @@ impl Umount {
         };
         let is_dead = liveness(path) == Liveness::Dead;
         unmount(path, self.lazy || is_dead)?;
-        Ok(Outcome { repository: mount.repository(), ended: is_dead.then_some(true), holders: Vec::new() })
+        Ok(Outcome {
+            repository: mount.repository(),
+            ended: is_dead.then_some(true),
+            holders: Vec::new(),
+            uncommitted: None,
+        })
     }
 }

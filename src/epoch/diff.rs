@@ -181,10 +181,30 @@ fn compare(nodes: &Nodes, sides: [Side; 2], level: u8, first: u64, each: &mut dy
     }
     let (old, new) = (sides[0].children(nodes, level)?, sides[1].children(nodes, level)?);
     let (mut old, mut new) = (old.into_iter().peekable(), new.into_iter().peekable());
+    let mut pairs = Vec::new();
     while let Some(slot) = [old.peek(), new.peek()].into_iter().flatten().map(|(slot, _)| *slot).min() {
         let a = old.next_if(|(at, _)| *at == slot).map_or(Side::Empty, |(_, side)| side);
         let b = new.next_if(|(at, _)| *at == slot).map_or(Side::Empty, |(_, side)| side);
-        compare(nodes, [a, b], level - 1, first + slot as u64 * level_span(level), each)?;
+        if a.digest().is_none() || a.digest() != b.digest() {
+            pairs.push((slot, [a, b]));
+        }
+    }
+    will_need(nodes, &pairs, level - 1);
+    for (slot, pair) in pairs {
+        compare(nodes, pair, level - 1, first + slot as u64 * level_span(level), each)?;
     }
     Ok(())
+}
+
+/// Has all nodes that will be compared on their way at once, of a store that is far away.
+fn will_need(nodes: &Nodes, pairs: &[(usize, [Side; 2])], level: u8) {
+    if !nodes.objects().store().is_remote() {
+        return;
+    }
+    let sides = pairs.iter().flat_map(|(_, pair)| pair);
+    let roots = sides.filter_map(|side| if let Side::Node(root) = side { Some(root) } else { None });
+    let roots: Vec<&Root> = roots.filter(|root| nodes.at_hand(root, level).is_none()).collect();
+    roots.iter().for_each(|root| nodes.will_need(root));
+    // Whoever loads it is told what is wrong.
+    roots.iter().for_each(|root| drop(nodes.will_need_base(root)));
 }

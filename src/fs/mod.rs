@@ -317,6 +317,18 @@ impl FileSystem {
         }
     }
 
+    /// The machines that are changed here, and in no epoch as they are.
+    pub fn uncommitted(&self) -> Vec<String> {
+        let lives = self.all_lives();
+        let mut names: Vec<String> = lives
+            .iter()
+            .filter(|live| live.is_owned() && !live.is_clean())
+            .map(|live| live.machine().to_string())
+            .collect();
+        names.sort();
+        names
+    }
+
     /// After the unmount: finishes commits, syncs what no epoch holds, and gives up machines without such changes.
     pub fn close(&self) -> Result<()> {
         self.keeper.stop();

@@ -399,11 +399,11 @@ fn run(shared: &Weak<Shared>, closing: &Closing, interval: Duration) {
 mod tests {
     use std::path::Path;
 
-    use epochfs_format::{READERS_PREFIX, parse_lease_key};
+    use epochfs_format::{GcBody, READERS_PREFIX, parse_lease_key};
 
     use super::*;
     use crate::platform::files::SimFiles;
-    use crate::platform::store::{LocalStore, Store};
+    use crate::platform::store::{LocalStore, Store, WeatherStore};
     use crate::repo::Repository;
 
     struct Stopped;
@@ -471,11 +471,28 @@ mod tests {
         let log = repository.collector_log();
         let first = readers.opening().unwrap();
         let _hold = readers.hold(&"web1".into(), 1);
-        assert!(log.append(1, epochfs_format::GcBody::Condemn { objects: Vec::new() }).unwrap());
+        assert!(log.append(1, GcBody::Condemn { objects: Vec::new() }).unwrap());
         readers.renew().unwrap();
         assert_eq!(leases(&repository)[0].heeded, 0);
         drop(first);
         readers.renew().unwrap();
+        assert_eq!(leases(&repository)[0].heeded, 1);
+    }
+
+    /// Else hosts that mount, read and end again would keep a collector waiting for ever.
+    #[test]
+    fn the_first_lease_of_a_store_far_away_has_heeded_what_there_was_when_it_was_mounted() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("weather");
+        std::fs::write(&file, "delay=20").unwrap();
+        let local = Arc::new(LocalStore::create(Path::new("/one"), Arc::new(SimFiles::new(0))).unwrap());
+        let repository = Repository::create(Arc::new(WeatherStore::of(local, file))).unwrap();
+        let condemned = GcBody::Condemn { objects: Vec::new() };
+        assert!(CollectorLog::new(repository.objects().clone()).append(1, condemned).unwrap());
+        let settings = LeaseSettings { clock: Arc::new(Stopped), ..LeaseSettings::default() };
+        let readers = Readers::new(repository.objects().clone(), repository.collector_log().clone(), settings);
+        readers.prepare();
+        let _opening = readers.opening().unwrap();
         assert_eq!(leases(&repository)[0].heeded, 1);
     }
 

@@ -46,14 +46,21 @@ const CHANGED_PAGES_MAX: u64 = 16 << 10;
 /// Pages that lie together in blocks of this many are needed together.
 const NEIGHBOURS: u64 = 16;
 
-pub fn forecast(store: &EpochStore, traces: &Traces, epoch: &Epoch, stream: &[u8], image: &Image) -> Forecast {
+pub fn forecast(
+    store: &EpochStore,
+    traces: &Traces,
+    epoch: &Epoch,
+    stream: &[u8],
+    image: &Image,
+    is_in_vain: &dyn Fn() -> bool,
+) -> Forecast {
     let pages = page_count(image.length);
     if let Some(trace) = traces.of(epoch, stream) {
         let runs = trace.runs.iter().map(TraceRun::pages).map(|run| run.start.min(pages)..run.end.min(pages));
         let runs = runs.filter(|run| !run.is_empty()).collect();
         return Forecast { source: Source::Trace, runs, restores: trace.restores, windows: trace.windows };
     }
-    let runs = changes(store, epoch, stream, image).unwrap_or_else(|error| {
+    let runs = changes(store, epoch, stream, image, is_in_vain).unwrap_or_else(|error| {
         tracing::info!(epoch = epoch.name(), "what the latest epochs changed is not known: {error}");
         Vec::new()
     });
@@ -62,14 +69,20 @@ pub fn forecast(store: &EpochStore, traces: &Traces, epoch: &Epoch, stream: &[u8
 }
 
 /// The pages that the latest epochs changed, the newest first, and then those beside them.
-fn changes(store: &EpochStore, epoch: &Epoch, stream: &[u8], image: &Image) -> Result<Vec<Range<u64>>> {
+fn changes(
+    store: &EpochStore,
+    epoch: &Epoch,
+    stream: &[u8],
+    image: &Image,
+    is_in_vain: &dyn Fn() -> bool,
+) -> Result<Vec<Range<u64>>> {
     let pages = page_count(image.length);
     let (seen, mut runs, mut count) = (PageBits::new(pages), Vec::new(), 0);
     let mut newer = epoch.clone();
     let mut newer_image = image.clone();
     for _ in 0..EPOCHS_BACK {
         let parent = newer.commit().parent;
-        if parent == 0 || count >= CHANGED_PAGES_MAX {
+        if parent == 0 || count >= CHANGED_PAGES_MAX || is_in_vain() {
             break;
         }
         let opening = store.opening()?;

@@ -258,7 +258,7 @@ impl Prefetcher {
 
     /// What a restore of a stream will need, for whoever brings it there himself.
     pub fn foresee(&self, epoch: &Epoch, stream: &[u8], image: &Image) -> Foreseen {
-        forecast(&self.shared.store, &self.shared.traces, epoch, stream, image).into()
+        forecast(&self.shared.store, &self.shared.traces, epoch, stream, image, &|| false).into()
     }
 
     /// Has a prefetch push everything.
@@ -527,12 +527,14 @@ impl Shared {
 
     fn plan(&self, prefetch: &Prefetch) {
         let Target { epoch, stream, image, residency, .. } = &prefetch.target;
-        let found = forecast(&self.store, &self.traces, epoch, stream, image);
+        let found = forecast(&self.store, &self.traces, epoch, stream, image, &|| self.is_in_vain(&prefetch.target));
         found.runs.iter().for_each(|run| residency.foresee(run.clone()));
-        if let Err(error) = will_need_leaves(&SharedImage { nodes: epoch.nodes(), image }, &found.runs) {
+        // Of a store that is far away each of these takes a while.
+        let is_in_vain = self.is_in_vain(&prefetch.target);
+        if !is_in_vain && let Err(error) = will_need_leaves(&SharedImage { nodes: epoch.nodes(), image }, &found.runs) {
             tracing::info!(epoch = epoch.name(), "its tree cannot be read: {error}");
         }
-        let window = open_window(epoch, &found.windows);
+        let window = if is_in_vain { Window::default() } else { open_window(epoch, &found.windows) };
         let mut work = lock(&prefetch.work);
         (work.window, work.windows) = (Arc::new(window), found.windows);
         work.source = found.source;
@@ -560,7 +562,7 @@ impl Shared {
         let mut at = 0;
         for run in pages.chunk_by(|a, b| a + 1 == *b) {
             for piece in run.chunks(PIECE_PAGES_MAX) {
-                if self.stopped.load(Ordering::Acquire) || target.residency.is_gone() {
+                if self.is_in_vain(target) {
                     return Ok(false);
                 }
                 if !target.sink.push(piece[0], &content[at..at + piece.len()]) {
@@ -571,6 +573,11 @@ impl Shared {
             }
         }
         Ok(true)
+    }
+
+    /// Whether nobody needs pages any more.
+    fn is_in_vain(&self, target: &Target) -> bool {
+        self.stopped.load(Ordering::Acquire) || target.residency.is_gone()
     }
 
     /// Waits until the rate allows more.
@@ -614,7 +621,7 @@ impl Shared {
         let is_recorded = lock(&prefetch.work).extent == Extent::Recorded;
         if is_recorded {
             // Whatever brings the pages that are foreseen asks for them as the machine does.
-            let found = forecast(&self.store, &self.traces, epoch, stream, image);
+            let found = forecast(&self.store, &self.traces, epoch, stream, image, &|| false);
             if found.source == Source::Trace {
                 let mut work = lock(&prefetch.work);
                 (work.restores, work.foreseen, work.windows) = (found.restores, found.runs, found.windows);

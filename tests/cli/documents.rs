@@ -22,12 +22,19 @@ fn has(document: &Value, fields: &[&str]) {
 fn answers_as_firecracker_does(socket: &Path) {
     let listener = UnixListener::bind(socket).unwrap();
     std::thread::spawn(move || {
+        let mut state = "Running";
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
             let mut request = vec![0; 4096];
             // Whoever only looks which process this is says nothing.
-            let Ok(1..) = stream.read(&mut request) else { continue };
-            let body = "{\"state\": \"Running\"}";
+            let Ok(len @ 1..) = stream.read(&mut request) else { continue };
+            let request = String::from_utf8_lossy(&request[..len]).into_owned();
+            for (told, becomes) in [("Paused", "Paused"), ("Resumed", "Running")] {
+                if request.starts_with("PATCH /vm") && request.contains(told) {
+                    state = becomes;
+                }
+            }
+            let body = format!("{{\"state\": \"{state}\"}}");
             let _ =
                 stream.write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes());
         }
@@ -461,7 +468,7 @@ fn every_command_prints_a_document_with_its_fields() {
             assert!(name.starts_with("epochfs_") && name.ends_with('}') && value.parse::<f64>().is_ok(), "{line}");
         }
         world.run(["status", "--metrics", "--json"]).code(2).says("do not go together");
-        check(&["umount", mountpoint.text()], &["mountpoint", "repository", "ended", "holders"]);
+        check(&["umount", mountpoint.text()], &["mountpoint", "repository", "ended", "holders", "uncommitted"]);
     }
     check(&["status"], &["daemons", "dead_mounts", "page_fault_servers"]);
     // What a host lacks makes doctor fail, and is no fault of the document.

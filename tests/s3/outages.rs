@@ -184,14 +184,17 @@ fn p6_what_waits_when_the_mount_ends_is_there_with_the_next_one() {
     let commit = mounted.begin_commit("waits");
     mounted.wait_for("the commit waits", |status| status["machines"][0]["commits_in_flight"] == 1);
     let since = Stopwatch::start();
-    mounted.host.ok(["umount", &mounted.at]);
+    let unmounted = mounted.host.ok(["umount", &mounted.at]);
+    assert!(unmounted.err.contains("no epoch holds what was changed of web1"), "{}", unmounted.err);
     // And not as long as a store is waited for otherwise.
     assert!(since.elapsed() < Duration::from_secs(30), "{:?}", since.elapsed());
-    assert!(commit.join().unwrap().is_err());
+    let error = commit.join().unwrap().unwrap_err();
+    assert!(error.contains("the mount ended before this epoch of web1 could be stored"), "{error}");
     mounted.proxy.set_down(false);
     mounted.host.ok(["mount", &mounted.at, "--background"]);
     assert!(std::fs::read(format!("{}/web1/live/memory", mounted.at)).unwrap() == wanted);
     mounted.host.ok(["commit", "web1"]);
     assert!(mounted.host.another().memory("web1") == wanted);
-    mounted.host.ok(["umount", &mounted.at]);
+    let unmounted = mounted.host.ok(["umount", &mounted.at]);
+    assert!(!unmounted.err.contains("no epoch holds"), "{}", unmounted.err);
 }

@@ -306,7 +306,11 @@ impl Live {
                 _ => {}
             }
             if self.ending.load(Ordering::Acquire) {
-                return Err(error);
+                return Err(Error::new(
+                    error.kind(),
+                    format!("the mount ended before this epoch of {} could be stored: {error}", self.machine),
+                )
+                .hint("what it would have held stays on this host: mount again, and commit"));
             }
             if error.kind() == Kind::Conflict {
                 // A collector may have gone by since the record that this began with.

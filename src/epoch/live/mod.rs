@@ -497,7 +497,8 @@ impl Live {
         }
     }
 
-    fn is_clean(&self) -> bool {
+    /// Whether there is nothing that no epoch holds.
+    pub fn is_clean(&self) -> bool {
         self.changes.load(Ordering::Acquire) == self.committed.load(Ordering::Acquire)
     }
 

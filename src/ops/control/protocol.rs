@@ -261,6 +261,9 @@ pub struct Unmounted {
     pub ended: bool,
     /// Who holds files open, for people.
     pub holders: Vec<String>,
+    /// The machines with changes that no epoch holds. They are kept on this host, where its next mount has them.
+    #[serde(default)]
+    pub uncommitted: Vec<String>,
 }
 
 /// One line from a peer, without its end; `None` when there is none any more.

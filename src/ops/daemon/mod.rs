@@ -191,6 +191,13 @@ pub fn serve(
     // All of that is on this host. What others are told besides they find out by themselves where the store is away.
     store.repository().objects().store().be_brief();
     let closed = filesystem.close();
+    let uncommitted = filesystem.uncommitted();
+    if !uncommitted.is_empty() {
+        tracing::warn!(
+            "no epoch holds what was changed of {}: it stays for the next mount here",
+            uncommitted.join(", ")
+        );
+    }
     // What is still this host's would be missed.
     let is_missed = !filesystem.owned_machines().is_empty() || service.protects_any() || closed.is_err();
     if let Some(heart) = heart.take() {
@@ -211,7 +218,7 @@ pub fn serve(
         End::Gone(result) => result.and(closed),
         End::Left => closed,
     };
-    watch.answer_all(&outcome);
+    watch.answer_all(&outcome, uncommitted);
     server.wait(Duration::from_secs(5));
     outcome
 }

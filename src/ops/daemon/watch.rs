@@ -204,7 +204,7 @@ impl Watch {
     }
 
     fn unmounted(&self, ended: bool, holders: Vec<String>) -> Unmounted {
-        Unmounted { mountpoint: self.mountpoint.clone(), ended, holders }
+        Unmounted { mountpoint: self.mountpoint.clone(), ended, holders, uncommitted: Vec::new() }
     }
 
     fn answer(&mut self, result: &Result<Unmounted>) {
@@ -224,14 +224,14 @@ impl Watch {
     }
 
     /// Answers everybody who asked for an unmount, those too who did so at the last moment.
-    pub fn answer_all(&mut self, outcome: &Result<()>) {
+    pub fn answer_all(&mut self, outcome: &Result<()>, uncommitted: Vec<String>) {
         while let Ok(event) = self.events.try_recv() {
             if let Event::Umount { answer, .. } = event {
                 self.answers.push(answer);
             }
         }
         let result = match outcome {
-            Ok(()) => Ok(self.unmounted(true, Vec::new())),
+            Ok(()) => Ok(Unmounted { uncommitted, ..self.unmounted(true, Vec::new()) }),
             Err(error) => Err(Error::new(error.kind(), error.to_string())),
         };
         self.answer(&result);

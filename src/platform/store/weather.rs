@@ -71,6 +71,11 @@ impl WeatherStore {
         }
     }
 
+    #[cfg(test)]
+    pub fn of(inner: Arc<dyn Store>, file: PathBuf) -> Self {
+        Self { inner, file }
+    }
+
     fn weather(&self) -> Weather {
         // Without a file the weather is fine.
         Weather::parse(&std::fs::read_to_string(&self.file).unwrap_or_default())
@@ -211,7 +216,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("weather");
         let local = LocalStore::create(Path::new("/one"), Arc::new(SimFiles::new(0))).unwrap();
-        let store = WeatherStore { inner: Arc::new(local), file: file.clone() };
+        let store = WeatherStore::of(Arc::new(local), file.clone());
         assert_eq!(store.put_if_absent("a", &[b"a"]).unwrap(), Put::Created);
         std::fs::write(&file, "cut=requests patience=20").unwrap();
         assert_eq!(store.put_if_absent("b", &[b"b"]).unwrap_err().kind(), Kind::Unavailable);
