@@ -7,6 +7,7 @@
 
 #[path = "../common/asked.rs"]
 mod asked;
+mod captures;
 mod child;
 mod crash;
 mod crash_check;
