@@ -193,7 +193,7 @@ pub fn serve(
     let closed = filesystem.close();
     let uncommitted = filesystem.uncommitted();
     if !uncommitted.is_empty() {
-        tracing::warn!(
+        tracing::info!(
             "no epoch holds what was changed of {}: it stays for the next mount here",
             uncommitted.join(", ")
         );
