@@ -126,7 +126,8 @@ fn protected_row(protected: &Protected) -> Vec<String> {
         (None, _) => status.reason.clone(),
     };
     if !status.elsewhere.is_empty() {
-        why = format!("without {}; {why}", status.elsewhere.join(", "));
+        let without = format!("without {}", status.elsewhere.join(", "));
+        why = if why.is_empty() { without } else { format!("{without}; {why}") };
     }
     vec![
         status.machine.clone(),

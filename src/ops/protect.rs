@@ -252,7 +252,12 @@ fn protection(
     policy: Policy,
     host: &Arc<Host>,
 ) -> Result<Protection> {
-    let live = here.mountpoint.join(machine).join("live");
+    let directory = here.mountpoint.join(machine);
+    if std::fs::metadata(&directory).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+        return Err(Error::not_found(format!("there is no machine {machine} at {}", here.mountpoint.display()))
+            .hint(format!("make it, and have it run with its files there: mkdir {}", directory.display())));
+    }
+    let live = directory.join("live");
     let notes = here.socket.parent().unwrap_or(Path::new("/"));
     let lessor = DaemonLessor { socket: here.socket.clone(), machine: machine.to_owned() };
     let agent = MachineAgent::new(&config.monitor()?, &live, config.state(), notes, &here.program)?;

@@ -271,8 +271,10 @@ impl<'a> Monitor<'a> {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                return serde_json::from_slice(&line)
-                    .map_err(|error| Error::new(Kind::Io, format!("QEMU's answer to {what} is no document: {error}")));
+                return serde_json::from_slice(&line).map_err(|error| {
+                    Error::new(Kind::Io, format!("QEMU's answer to {what} is no document: {error}"))
+                        .hint("a monitor for people does not serve: give the path of -qmp unix:PATH,server,nowait")
+                });
             }
             if self.received.len() > LINE_LEN_MAX {
                 return Err(Error::new(Kind::Io, format!("QEMU's answer to {what} is too long")));
