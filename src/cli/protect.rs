@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::ha::{Config, MachineConfig, ProtectionStatus, parse_duration};
 use crate::ops::control::Client;
 use crate::ops::protect::{Here, Protector, UNBOUNDED};
+use crate::platform::process::NamedProcess;
 use crate::vmm::agent::{Guarded, GuardedLease, guard};
 
 /// Protect running machines: make an epoch of each, again and again, while it runs.
@@ -91,6 +92,9 @@ pub struct Protect {
     /// That process guards the one that started it.
     #[arg(long, hide = true, requires = "guard")]
     parent: bool,
+    /// The machine's process, as PID:BEGAN.
+    #[arg(long, hide = true, requires = "guard", value_name = "PROCESS", value_parser = parse_process)]
+    process: Option<NamedProcess>,
     /// What that process is to end the machine by.
     #[arg(long, hide = true, requires = "guard", value_name = "JSON", value_parser = parse_lease)]
     lease: Option<GuardedLease>,
@@ -100,10 +104,18 @@ fn parse_lease(text: &str) -> std::result::Result<GuardedLease, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
+fn parse_process(text: &str) -> std::result::Result<NamedProcess, String> {
+    let (pid, began) = text.split_once(':').ok_or("it is not PID:BEGAN")?;
+    Ok(NamedProcess { pid: pid.parse().map_err(|_| "the number is none")?, began: began.to_owned() })
+}
+
 impl Protect {
     pub fn run(&self, context: &Context) -> Result<ExitCode> {
         if let Some(patience) = self.guard {
-            let guarded = if self.parent { Guarded::Parent } else { Guarded::Monitor(self.described().monitor()?) };
+            let guarded = match self.parent {
+                true => Guarded::Parent,
+                false => Guarded::Monitor(self.described().monitor()?, self.process.clone()),
+            };
             guard(&guarded, Duration::from_millis(patience), self.lease.as_ref())?;
             return Ok(ExitCode::SUCCESS);
         }

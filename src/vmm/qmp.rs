@@ -48,6 +48,8 @@ pub struct Monitor<'a> {
     received: Vec<u8>,
     /// How often the machine was let go on, by whomever, since this was connected.
     resumed: u64,
+    /// Whether it was told to save something since the last capture began.
+    has_begun_to_save: bool,
     check: Box<dyn FnMut() -> Result<()> + Send + 'a>,
     answer_wait_max: Duration,
     end_wait: Duration,
@@ -82,6 +84,7 @@ impl<'a> Monitor<'a> {
             socket,
             received: Vec::new(),
             resumed: 0,
+            has_begun_to_save: false,
             check: Box::new(check),
             answer_wait_max: wait.min(ANSWER_WAIT_MAX),
             end_wait: END_WAIT,
@@ -115,7 +118,18 @@ impl<'a> Monitor<'a> {
             request["arguments"] = arguments;
         }
         self.say(name, &request)?;
-        self.answer(name)
+        let answer = self.answer(name)?;
+        self.has_begun_to_save |= name == "migrate";
+        Ok(answer)
+    }
+
+    /// From here on it is told whether this has it save anything.
+    pub fn begin_capture(&mut self) {
+        self.has_begun_to_save = false;
+    }
+
+    pub fn has_begun_to_save(&self) -> bool {
+        self.has_begun_to_save
     }
 
     fn say(&mut self, name: &str, request: &Value) -> Result<()> {
@@ -125,15 +139,14 @@ impl<'a> Monitor<'a> {
         }
     }
 
-    /// Lets a machine go on that is stopped. Whether nobody else had, since it had gone on so often.
-    pub fn go_on_from(&mut self, resumed: u64) -> Result<bool> {
+    /// Lets a machine go on that is stopped. Says first whether nobody else had, since it had gone on so often.
+    pub fn go_on_from(&mut self, resumed: u64, stood_still: &mut bool) -> Result<()> {
         // Both at once: it stands still until the second.
         let commands = ["query-status", "cont"];
         commands.iter().try_for_each(|name| self.say(name, &json!({"execute": name})))?;
         let status = self.answer(commands[0])?;
-        let stood_still = status["status"] != "running" && self.resumed <= resumed;
-        self.answer(commands[1])?;
-        Ok(stood_still)
+        *stood_still = status["status"] != "running" && self.resumed <= resumed;
+        self.answer(commands[1]).map(|_| ())
     }
 
     /// Gives QEMU an open file, as a file set of that number.
@@ -238,12 +251,10 @@ impl<'a> Monitor<'a> {
             }
             let answer = self.run("query-status", Value::Null)?;
             answer["status"].as_str().unwrap_or("unknown").clone_into(&mut status);
-            match status.as_str() {
-                "running" => return Ok(()),
-                // It was not stopped: it is another, that nobody has begun to run.
-                "prelaunch" | "inmigrate" => break,
-                _ => self.run("cont", Value::Null).map(|_| ())?,
+            if status == "running" {
+                return Ok(());
             }
+            self.run("cont", Value::Null)?;
         }
         Err(Error::new(Kind::Io, format!("the machine does not go on: QEMU says that it is {status:?}")))
     }

@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex};
 use epochfs::vmm::agent::{Agent, Health, MachineAgent, MonitorAt};
 use serde_json::{Value, json};
 
+use crate::monitor::try_until_free;
+
 const PAGE: usize = 4096;
 
 /// A machine behind an API.
@@ -165,8 +167,14 @@ impl World {
     }
 
     fn agent(&self, monitor: MonitorAt, state: &str) -> MachineAgent {
-        let program = Path::new(env!("CARGO_BIN_EXE_epochfs"));
-        MachineAgent::new(&monitor, &self.live, state, self.directory.path(), program).unwrap()
+        self.try_agent(&monitor, state).unwrap()
+    }
+
+    fn try_agent(&self, monitor: &MonitorAt, state: &str) -> epochfs::Result<MachineAgent> {
+        try_until_free(|| {
+            let program = Path::new(env!("CARGO_BIN_EXE_epochfs"));
+            MachineAgent::new(monitor, &self.live, state, self.directory.path(), program)
+        })
     }
 
     fn firecracker(&self) -> MachineAgent {
@@ -282,15 +290,7 @@ fn a_state_goes_over_nothing_that_the_machine_writes_to() {
     let firecracker = || MonitorAt::Firecracker(world.socket.clone());
     let cloud_hypervisor = || MonitorAt::CloudHypervisor(world.socket.clone());
     let refused = |monitor: MonitorAt, state: &str| {
-        let program = Path::new(env!("CARGO_BIN_EXE_epochfs"));
-        let error = loop {
-            let agent = MachineAgent::new(&monitor, &world.live, state, world.directory.path(), program);
-            let error = agent.err().unwrap_or_else(|| panic!("{monitor:?} {state}"));
-            // A process that another test starts has the last one's lock for a moment.
-            if error.kind() != epochfs::error::Kind::Conflict {
-                break error;
-            }
-        };
+        let error = world.try_agent(&monitor, state).err().unwrap_or_else(|| panic!("{monitor:?} {state}"));
         assert!(error.to_string().contains("would be written over"), "{error}");
     };
     refused(firecracker(), "disk0");

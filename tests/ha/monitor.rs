@@ -1,11 +1,31 @@
 //! A stand-in for QEMU's monitor, which keeps account of whether its machine runs.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use std::time::Duration;
+
+use epochfs::error::Kind;
+use epochfs::platform::clock::Stopwatch;
+use epochfs::vmm::agent::MachineAgent;
 use serde_json::{Value, json};
+
+/// An agent that has ended may have its lock for another moment: a process that another test starts has it, too, until it is
+/// another program.
+pub fn try_until_free(mut new: impl FnMut() -> epochfs::Result<MachineAgent>) -> epochfs::Result<MachineAgent> {
+    let since = Stopwatch::start();
+    loop {
+        match new() {
+            Err(error) if error.kind() == Kind::Conflict && since.elapsed() < Duration::from_secs(5) => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => return other,
+        }
+    }
+}
 
 /// What it does instead of answering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,8 +53,9 @@ pub struct Machine {
     pub saves_for: u32,
     /// It writes so much that saving its memory while it runs never ends.
     pub never_converges: bool,
-    /// Whether the next state has all of the memory in it, and is begun while the machine runs; and how often it was asked about.
-    pub is_mapped: bool,
+    /// What its migrations do: whether the next state has all of the memory in it, and is begun while the machine runs.
+    pub capabilities: BTreeMap<String, bool>,
+    pub parameters: Value,
     /// What it tells before it answers next.
     pub events: Vec<&'static str>,
     rounds: u64,
@@ -60,7 +81,8 @@ impl FakeMonitor {
             fails_to_save: false,
             saves_for: 0,
             never_converges: false,
-            is_mapped: false,
+            capabilities: ["x-ignore-shared", "mapped-ram", "multifd"].map(|name| (name.to_owned(), false)).into(),
+            parameters: json!({"max-bandwidth": 1 << 30, "downtime-limit": 300, "multifd-channels": 2}),
             events: Vec::new(),
             rounds: 0,
             saved: false,
@@ -122,14 +144,21 @@ impl Machine {
         }
         match command {
             "query-migrate-capabilities" => {
-                let names = [("x-ignore-shared", false), ("mapped-ram", self.is_mapped), ("multifd", self.is_mapped)];
-                json!(names.map(|(name, state)| json!({"capability": name, "state": state})))
+                let all = self.capabilities.iter();
+                all.map(|(name, state)| json!({"capability": name, "state": state})).collect()
             }
             "add-fd" => json!({"fdset-id": 7}),
             "migrate-set-capabilities" => {
-                let all = arguments["capabilities"].as_array().unwrap();
-                let mapped = all.iter().find(|one| one["capability"] == "mapped-ram");
-                self.is_mapped = mapped.map_or(self.is_mapped, |mapped| mapped["state"] == true);
+                for one in arguments["capabilities"].as_array().unwrap() {
+                    self.capabilities.insert(one["capability"].as_str().unwrap().into(), one["state"] == true);
+                }
+                json!({})
+            }
+            "query-migrate-parameters" => self.parameters.clone(),
+            "migrate-set-parameters" => {
+                for (name, value) in arguments.as_object().unwrap() {
+                    self.parameters[name] = value.clone();
+                }
                 json!({})
             }
             "query-memdev" => json!([{"id": "ram", "share": true}]),
@@ -150,7 +179,7 @@ impl Machine {
                 (self.saves_for, self.rounds) = (0, 0);
                 json!({})
             }
-            "migrate" if self.is_mapped => {
+            "migrate" if self.capabilities["mapped-ram"] => {
                 assert_eq!((self.status, self.saved), ("running", false), "all of the memory is saved while it runs");
                 assert_eq!(arguments["channels"][0]["addr"]["filename"], "/dev/fdset/7");
                 std::fs::write(&self.state, b"all of its memory, and the state of its devices").unwrap();
@@ -172,6 +201,7 @@ impl Machine {
             }
             "migrate" => {
                 assert_ne!(self.status, "running", "a state is saved of a machine that stands still");
+                assert!(self.capabilities["x-ignore-shared"]);
                 let address = &arguments["channels"][0]["addr"];
                 assert_eq!((&address["transport"], &address["offset"]), (&json!("file"), &json!(0)));
                 self.saved = !self.fails_to_save;

@@ -8,7 +8,7 @@ use epochfs::Error;
 use epochfs::platform::clock::Stopwatch;
 use epochfs::vmm::agent::{Agent, Health, MachineAgent, MonitorAt};
 
-use crate::monitor::{FakeMonitor, Fault};
+use crate::monitor::{FakeMonitor, Fault, try_until_free};
 
 fn program() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_epochfs"))
@@ -18,6 +18,7 @@ struct World {
     _directory: tempfile::TempDir,
     live: PathBuf,
     monitor: FakeMonitor,
+    _memory: std::fs::File,
 }
 
 impl World {
@@ -26,8 +27,10 @@ impl World {
         let live = directory.path().join("web1/live");
         std::fs::create_dir_all(&live).unwrap();
         std::fs::write(live.join("memory"), vec![7; 4096]).unwrap();
+        // The stand-in's process is this one.
+        let memory = std::fs::File::options().read(true).write(true).open(live.join("memory")).unwrap();
         let monitor = FakeMonitor::start(directory.path(), &live.join("memory"));
-        Self { _directory: directory, live, monitor }
+        Self { _directory: directory, live, monitor, _memory: memory }
     }
 
     fn try_agent(&self) -> epochfs::Result<MachineAgent> {
@@ -36,11 +39,18 @@ impl World {
 
     fn agent_with(&self, state: &str) -> epochfs::Result<MachineAgent> {
         let monitor = MonitorAt::Qemu(self.monitor.path.clone());
-        MachineAgent::new(&monitor, &self.live, state, self.live.parent().unwrap(), program())
+        try_until_free(|| MachineAgent::new(&monitor, &self.live, state, self.live.parent().unwrap(), program()))
     }
 
     fn agent(&self) -> MachineAgent {
         self.try_agent().unwrap()
+    }
+
+    /// Whether its migrations do something else than they did.
+    fn is_chosen(&self) -> bool {
+        let machine = self.monitor.machine();
+        let is_usual = machine.parameters["max-bandwidth"] == 1 << 30 && machine.parameters["downtime-limit"] == 300;
+        machine.capabilities.values().any(|state| *state) || !is_usual
     }
 
     fn status(&self) -> &'static str {
@@ -66,8 +76,12 @@ fn a_capture_freezes_a_machine_that_stands_still_and_lets_it_go_on() {
     let parts: Vec<&str> = capture.parts.iter().map(|(name, _)| *name).collect();
     assert_eq!(parts, ["stop", "state", "memory", "freeze", "resume"]);
     assert_eq!(capture.parts.iter().map(|(_, time)| *time).sum::<Duration>(), capture.pause);
-    assert_eq!(world.monitor.machine().told, ["migrate-set-capabilities", "stop", "migrate", "cont"]);
+    assert_eq!(
+        world.monitor.machine().told,
+        ["migrate-set-capabilities", "stop", "migrate", "cont", "migrate-set-capabilities"]
+    );
     assert_eq!(capture.how, "memory in place");
+    assert!(!world.is_chosen());
 }
 
 #[test]
@@ -119,14 +133,61 @@ fn a_machine_that_others_stopped_is_left_alone_and_one_that_is_gone_is_lost() {
     world.monitor.machine().status = "paused";
     assert_eq!(agent.health(), Health::Idle("paused".into()));
     assert_eq!(world.status(), "paused");
-    // What a capture left behind is not what others did.
+    // Nor is one let go on that was migrated away.
     world.monitor.machine().status = "postmigrate";
     drop(agent);
     let mut agent = world.agent();
-    assert_eq!((agent.health(), world.status()), (Health::Running, "running"));
+    assert_eq!((agent.health(), world.status()), (Health::Idle("postmigrate".into()), "postmigrate"));
+    // What a capture left behind is not what others did. It leaves a note, which is gone when the machine has gone on.
+    world.monitor.machine().status = "running";
+    let note = world.live.with_file_name("stopped-web1");
+    let mut noted = Vec::new();
+    agent
+        .capture(&mut || {
+            noted = std::fs::read(&note).unwrap();
+            Ok(())
+        })
+        .unwrap();
+    assert!(!note.exists());
+    drop(agent);
+    std::fs::write(&note, noted).unwrap();
+    world.monitor.machine().status = "postmigrate";
+    world.monitor.machine().capabilities.insert("x-ignore-shared".into(), true);
+    let mut agent = world.agent();
+    assert_eq!((agent.health(), world.status(), note.exists()), (Health::Running, "running", false));
+    assert!(!world.is_chosen());
     world.monitor.machine().fault = Some(("query-status", Fault::Close));
     assert!(matches!(agent.health(), Health::Lost(_)));
     assert_eq!(agent.health(), Health::Running, "it is reached again");
+}
+
+#[test]
+fn a_migration_that_others_began_is_left_alone() {
+    for world in [World::new(), elsewhere()] {
+        let mut agent = world.agent();
+        world.monitor.machine().saves_for = 1000;
+        let error = agent.capture(&mut || panic!("nothing was saved")).unwrap_err();
+        assert!(error.to_string().contains("is being migrated"), "{error}");
+        let machine = world.monitor.machine();
+        assert!(machine.told.is_empty() && machine.status == "running" && machine.saves_for > 900, "{machine:?}");
+    }
+}
+
+#[test]
+fn memory_that_comes_or_is_replaced_while_it_runs_is_captured_too() {
+    let world = World::new();
+    let mut agent = world.agent();
+    assert_eq!(agent.capture(&mut || Ok(())).unwrap().how, "memory in place");
+    // The process has another file open than the one that has its name now.
+    let memory = world.live.join("memory");
+    std::fs::remove_file(&memory).unwrap();
+    std::fs::write(&memory, vec![0; 4096]).unwrap();
+    assert_eq!(agent.capture(&mut || Ok(())).unwrap().how, "memory saved whole");
+    assert!(!world.is_chosen());
+    // QEMU makes a file without a name in a directory.
+    let world = World::new();
+    world.monitor.machine().memory = world.live.clone();
+    assert_eq!(world.agent().capture(&mut || Ok(())).unwrap().how, "memory saved whole");
 }
 
 #[test]

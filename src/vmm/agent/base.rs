@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::platform::process::NamedProcess;
 use crate::platform::socket;
 
-/// A note of it, in a file.
+/// A note of it, in a file; or of another thing that is so for one process.
 #[derive(Clone, Debug)]
 pub struct Base {
     file: PathBuf,
@@ -16,6 +17,22 @@ impl Base {
     /// The note of a machine, in the directory where this host keeps such notes.
     pub fn of(directory: &Path, machine: &str) -> Self {
         Self { file: directory.join(format!("complete-for-{}", epochfs_format::encode_component(machine))) }
+    }
+
+    /// A note of the machine whose process an agent stopped, or set up to be captured, and has not yet let go on.
+    pub fn of_stopped(directory: &Path, machine: &str) -> Self {
+        Self { file: directory.join(format!("stopped-{}", epochfs_format::encode_component(machine))) }
+    }
+
+    /// Whether it was noted of this process.
+    pub fn is_of_process(&self, process: &NamedProcess) -> bool {
+        let noted = std::fs::read_to_string(&self.file).ok();
+        noted.is_some() && noted == text_of(process).ok()
+    }
+
+    pub fn note_process(&self, process: &NamedProcess) -> Result<()> {
+        std::fs::write(&self.file, text_of(process)?)
+            .map_err(|error| Error::io(format!("cannot write {}", self.file.display()), error))
     }
 
     /// Whether the files are complete for the process behind this socket.
@@ -46,10 +63,13 @@ fn process_behind(socket: &Path) -> Result<String> {
     let failed = |error| Error::io(format!("cannot tell which process is behind {}", socket.display()), error);
     let stream = socket::connect(socket).map_err(failed)?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|error| failed(error.into()))?;
-    let pid = peer.pid.as_raw_nonzero();
-    let began = super::guard::name_of(pid.get())?.began;
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(failed)?;
-    Ok(format!("{pid} {began} {}\n", boot.trim()))
+    text_of(&super::guard::name_of(peer.pid.as_raw_nonzero().get())?)
+}
+
+fn text_of(process: &NamedProcess) -> Result<String> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_err(|error| Error::io("cannot tell since when this host runs", error))?;
+    Ok(format!("{} {} {}\n", process.pid, process.began, boot.trim()))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cloud_hypervisor::CloudHypervisorControl;
-use super::elsewhere::Place;
+use super::elsewhere::{Place, Written, opened_elsewhere};
 use super::firecracker::FirecrackerControl;
 use super::guard::{Guard, Guarded, GuardedLease, go_on, named, opened};
 use super::qemu::QemuControl;
@@ -83,7 +83,7 @@ impl MachineAgent {
                 .hint("end that `epochfs protect` first, or have it make the epochs")
         })?;
         let mut control: Box<dyn Control> = match monitor {
-            MonitorAt::Qemu(path) => Box::new(QemuControl::new(path, live, state)?),
+            MonitorAt::Qemu(path) => Box::new(QemuControl::new(path, live, state, notes)?),
             MonitorAt::Firecracker(path) => Box::new(FirecrackerControl::new(path, live, state, notes)),
             MonitorAt::CloudHypervisor(path) => Box::new(CloudHypervisorControl::new(path, live, state)),
         };
@@ -133,8 +133,14 @@ impl MachineAgent {
         if self.machine.as_ref().is_some_and(is_known) {
             return Ok(());
         }
+        // The guard is that one's that was there before.
+        self.guard = None;
         let before = self.machine.replace(peer);
         self.meet().inspect_err(|_| self.machine = before)
+    }
+
+    fn guarded(&self) -> Guarded {
+        Guarded::Monitor(self.monitor.clone(), self.machine.as_ref().and_then(|machine| named(machine).ok()))
     }
 
     /// Refuses to have the machine's state written over what the machine itself writes to.
@@ -145,12 +151,18 @@ impl MachineAgent {
             Err(Error::usage(text).hint(format!("give it a name of its own: --state {name}")))
         };
         let process = self.machine.as_ref().map(Peer::pid);
-        if let (MonitorAt::Firecracker(_), true) = (&self.monitor, state == self.live.join(firecracker::MEMORY)) {
-            return taken(&state.display());
+        let mut targets = vec![state.to_owned()];
+        if matches!(self.monitor, MonitorAt::Firecracker(_)) {
+            let memory = self.live.join(firecracker::MEMORY);
+            if state == memory {
+                return taken(&state.display());
+            }
+            targets.push(memory);
         }
         // What cannot be asked was told before.
         let written = self.control.written().unwrap_or_default();
-        if let Some(disk) = written.iter().find(|disk| disk.is_at(process, state)) {
+        let is_target = |disk: &&Written| targets.iter().any(|target| disk.is_at(process, target));
+        if let Some(disk) = written.iter().find(is_target) {
             return taken(disk);
         }
         if matches!(self.monitor, MonitorAt::Qemu(_)) && may_be_state(state) {
@@ -158,7 +170,7 @@ impl MachineAgent {
         }
         let identity = |path: &Path| std::fs::metadata(path).map(|of| (of.dev(), of.ino())).ok();
         let below = std::fs::read_dir(state).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
-        let all: Vec<_> = below.chain([state.to_owned()]).filter_map(|path| identity(&path)).collect();
+        let all: Vec<_> = below.chain(targets).filter_map(|path| identity(&path)).collect();
         // Not everybody may look what a process has open.
         let opened = process.and_then(|process| opened(process).ok()).unwrap_or_default();
         let is_written = |file: &Path| identity(file).is_some_and(|file| all.contains(&file));
@@ -194,8 +206,7 @@ impl MachineAgent {
         self.running = claim.as_ref().map(|claim| Running::hold(claim.directory(), &name)).transpose()?;
         let (live, is_mapped) = (Some(self.live.clone()), self.control.has_mapped_live());
         let lease = claim.map(|claim| GuardedLease { claim, machine: name, process, live, is_mapped });
-        let guarded = Guarded::Monitor(self.monitor.clone());
-        self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, lease.as_ref())?);
+        self.guard = Some(Guard::start(&self.program, &self.guarded(), STOPPED_MAX, lease.as_ref())?);
         Ok(())
     }
 
@@ -214,6 +225,14 @@ impl MachineAgent {
                 Place::Elsewhere => elsewhere.push(written.to_string()),
                 Place::OfMachine(other) if !refuses => elsewhere.push(format!("{written} in the live of {other}")),
                 Place::OfMachine(_) => written.is_in_live(process, &self.live).map(|_| ())?,
+            }
+        }
+        for foreign in opened_elsewhere(process, &self.live) {
+            if refuses {
+                return Err(foreign.refused(&self.live));
+            }
+            if !foreign.is_told(&elsewhere) {
+                elsewhere.push(foreign.to_string());
             }
         }
         self.elsewhere = elsewhere;
@@ -257,8 +276,7 @@ impl MachineAgent {
         if self.lessor.is_some() {
             self.renew_guard()?;
         } else {
-            let guarded = Guarded::Monitor(self.monitor.clone());
-            self.guard = Some(Guard::start(&self.program, &guarded, STOPPED_MAX, None)?);
+            self.guard = Some(Guard::start(&self.program, &self.guarded(), STOPPED_MAX, None)?);
         }
         self.guard.as_mut().map_or(Ok(()), Guard::stopping)
     }
@@ -291,12 +309,22 @@ impl MachineAgent {
 
     /// Lets the machine go on, whatever became of the connection.
     fn resume(&mut self) -> Result<()> {
-        match self.control.resume() {
-            Ok(stood_still) => self.stood_still = stood_still,
-            Err(error) => {
-                tracing::warn!("the machine does not go on at once: {error}");
-                self.control.reset();
-                go_on(&self.monitor, GO_ON_WAIT)?;
+        // Of what is not known no epoch is made.
+        self.stood_still = false;
+        if let Err(error) = self.control.resume(&mut self.stood_still) {
+            tracing::warn!("the machine does not go on at once: {error}");
+            self.control.reset();
+            let process = self.machine.as_ref().and_then(|machine| named(machine).ok());
+            let has_ended = self.machine.as_ref().is_some_and(Peer::has_ended);
+            let went_on = if has_ended { Ok(()) } else { go_on(&self.monitor, process.as_ref(), GO_ON_WAIT) };
+            if let Err(error) = went_on {
+                // It is left to the guard, which tries for longer.
+                self.guard = None;
+                return Err(error);
+            }
+            if has_ended {
+                self.guard = None;
+                return Err(error);
             }
         }
         // One that is gone has nothing left to do: the machine runs.
@@ -343,7 +371,11 @@ impl Agent for MachineAgent {
         let begun = Stopwatch::start();
         self.stood_still = true;
         self.recognize()?;
-        let (mut prepared, mut rounds) = self.prepare()?;
+        let prepared = self.prepare();
+        if prepared.as_ref().is_err_and(|error| error.kind() == Kind::Io) {
+            self.control.reset();
+        }
+        let (mut prepared, mut rounds) = prepared?;
         self.guard_stopping()?;
         let saved = self.save_running();
         let mut parts = Parts { since: Stopwatch::start(), told: Duration::ZERO, parts: Vec::with_capacity(5) };
@@ -354,6 +386,7 @@ impl Agent for MachineAgent {
         let captured = saved.and_then(|saved| self.capture_stopped(saved.is_some(), freeze, &mut parts));
         let resumed = self.resume();
         parts.end("resume");
+        self.control.settle();
         if captured.as_ref().is_err_and(|error| error.kind() == Kind::Io) {
             self.control.reset();
         }
@@ -361,7 +394,7 @@ impl Agent for MachineAgent {
         captured?;
         if !self.stood_still {
             return Err(Error::conflict(format!(
-                "somebody else let {} go on while it was captured: no epoch is made of that",
+                "somebody else let {} go on while it was captured, or may have: no epoch is made of that",
                 machine_of(&self.live)
             ))
             .hint("nobody else may stop it or let it go on meanwhile: another monitor, another agent, a script"));

@@ -67,7 +67,10 @@ impl Control for CloudHypervisorControl {
             let place = ["path", "file", "vhost_socket"].iter().find_map(|name| disk[name].as_str())?;
             Some(Written::new(disk["id"].as_str().unwrap_or_default(), place))
         };
-        Ok(disks.chain(pmem).filter_map(written).collect())
+        // Memory that others see is in no snapshot.
+        let zones = config["memory"]["zones"].as_array().cloned().unwrap_or_default();
+        let zones = zones.into_iter().filter(|zone| zone["shared"] == true && zone["file"].is_string());
+        Ok(disks.chain(pmem).chain(zones).filter_map(written).collect())
     }
 
     fn prepare(&mut self) -> Result<()> {
@@ -102,10 +105,12 @@ impl Control for CloudHypervisorControl {
         put(&self.path, "/api/v1/vm.snapshot", Some(&body), SNAPSHOT_WAIT)
     }
 
-    fn resume(&mut self) -> Result<bool> {
-        if matches!(self.health(), Ok(Health::Running)) {
-            return Ok(false);
+    fn resume(&mut self, stood_still: &mut bool) -> Result<()> {
+        match self.health()? {
+            Health::Running => return Ok(()),
+            Health::Idle(_) => *stood_still = true,
+            Health::Lost(_) => {}
         }
-        put(&self.path, "/api/v1/vm.resume", None, ANSWER_WAIT).map(|()| true)
+        put(&self.path, "/api/v1/vm.resume", None, ANSWER_WAIT)
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::guard::opened;
+use super::guard::{Opened, opened};
 use super::machine_of;
 use crate::error::{Error, Result};
 
@@ -59,32 +59,25 @@ impl Written {
         match self.place(process, live) {
             Place::InLive => Ok(true),
             Place::Elsewhere => Ok(false),
-            Place::OfMachine(other) => {
-                let machine = machine_of(live);
-                Err(Error::usage(format!(
-                    "the machine behind this monitor is not {machine}: its {self} is in the live of {other}"
-                ))
-                .hint(format!("give the monitor of {machine}; or protect this one as {other}")))
-            }
+            Place::OfMachine(other) => Err(refused(live, self, &other)),
         }
+    }
+
+    /// Whether the process has the very file open that has this name now. Not everybody may look.
+    pub fn is_opened(&self, process: Option<i32>) -> bool {
+        let Some(opened) = process.and_then(|process| opened(process).ok()) else { return true };
+        let seen = identity(&self.seen_by(process));
+        seen.is_some() && opened.iter().any(|open| identity(&open.file) == seen)
     }
 
     /// Where it is, as seen from a machine's live.
     pub fn place(&self, process: Option<i32>, live: &Path) -> Place {
         let seen = self.seen_by(process);
-        let device = |path: &Path| std::fs::metadata(path).map(|of| of.dev()).ok();
-        if device(&seen).is_none_or(|of| Some(of) != device(live)) {
-            return Place::Elsewhere;
-        }
-        let mut name = [0; epochfs_format::NAME_LEN_MAX];
-        match rustix::fs::getxattr(&seen, MACHINE, &mut name[..]) {
-            Ok(len) if name[..len] == *machine_of(live).as_bytes() => Place::InLive,
-            Ok(len) => Place::OfMachine(String::from_utf8_lossy(&name[..len]).into_owned()),
-            // It is in no live, or on a mount that does not say it.
-            Err(_) => match (seen.canonicalize(), live.canonicalize()) {
-                (Ok(path), Ok(live)) if path.starts_with(&live) => Place::InLive,
-                _ => Place::Elsewhere,
-            },
+        match (place_of(&seen, live), seen.canonicalize(), live.canonicalize()) {
+            // A mount that does not say it.
+            (None, Ok(path), Ok(live)) if path.starts_with(&live) && path.is_file() => Place::InLive,
+            (None, ..) => Place::Elsewhere,
+            (Some(place), ..) => place,
         }
     }
 
@@ -95,6 +88,79 @@ impl Written {
             _ => false,
         }
     }
+}
+
+/// In whose live a file is, if it is in any.
+fn place_of(file: &Path, live: &Path) -> Option<Place> {
+    let mut name = [0; epochfs_format::NAME_LEN_MAX];
+    let len = rustix::fs::getxattr(file, MACHINE, &mut name[..]).ok()?;
+    let (name, metadata) = (String::from_utf8_lossy(&name[..len]), std::fs::metadata(file).ok()?);
+    // A directory may be given where a file is to be made in it, which has no name there.
+    if !metadata.is_file() {
+        return None;
+    }
+    let is_here = std::fs::metadata(live).is_ok_and(|live| live.dev() == metadata.dev());
+    Some(match (is_here, name == machine_of(live)) {
+        (true, true) => Place::InLive,
+        (true, false) => Place::OfMachine(name.into_owned()),
+        (false, _) => Place::OfMachine(format!("{name}, on another mount")),
+    })
+}
+
+fn identity(file: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(file).map(|of| (of.dev(), of.ino())).ok()
+}
+
+fn refused(live: &Path, what: &dyn fmt::Display, other: &str) -> Error {
+    let machine = machine_of(live);
+    Error::usage(format!("the machine behind this monitor is not {machine}: its {what} is in the live of {other}"))
+        .hint(format!("give the monitor of {machine}; or protect this one as {other}"))
+}
+
+/// A file in another machine's live that a process may write to.
+pub struct Foreign {
+    path: PathBuf,
+    machine: String,
+}
+
+impl Foreign {
+    pub fn refused(&self, live: &Path) -> Error {
+        refused(live, &self.path.display(), &self.machine)
+    }
+
+    /// Whether that is told already.
+    pub fn is_told(&self, told: &[String]) -> bool {
+        told.iter().any(|told| told.contains(&format!("in the live of {}", self.machine)))
+    }
+}
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in the live of {}", self.path.display(), self.machine)
+    }
+}
+
+/// The files in other machines' lives that a process may write to, through whatever it reaches them. Only what is on a mount of
+/// this kind is looked at: another one may hang.
+pub fn opened_elsewhere(process: Option<i32>, live: &Path) -> Vec<Foreign> {
+    let Some(process) = process else { return Vec::new() };
+    let Ok(mounts) = std::fs::read_to_string(format!("/proc/{process}/mountinfo")) else { return Vec::new() };
+    let ours: Vec<&str> = mounts.lines().filter_map(our_mount).collect();
+    let is_ours = |open: &Opened| open.may_write && ours.contains(&open.mount.as_str());
+    let opened = if ours.is_empty() { Vec::new() } else { opened(process).unwrap_or_default() };
+    let foreign = |open: Opened| match place_of(&open.file, live) {
+        Some(Place::OfMachine(machine)) => Some(Foreign { path: open.path, machine }),
+        _ => None,
+    };
+    opened.into_iter().filter(is_ours).filter_map(foreign).collect()
+}
+
+/// The number of a mount, if it is one of a repository.
+fn our_mount(line: &str) -> Option<&str> {
+    let (place, kind) = line.split_once(" - ")?;
+    let mut kind = kind.split(' ');
+    let is_ours = kind.next()?.starts_with("fuse") && kind.next()?.starts_with("epochfs:");
+    place.split(' ').next().filter(|_| is_ours)
 }
 
 impl fmt::Display for Written {
@@ -160,6 +226,17 @@ mod tests {
             assert!(found(Path::new("disks/a"), pid).unwrap() && !found(Path::new("disks/b"), pid).unwrap());
             process.kill().unwrap();
             process.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn mounts_of_repositories_are_told_from_others() {
+        let options = "rw,nosuid - fuse.epochfs epochfs:s3://b/r rw,user_id=0";
+        assert_eq!(our_mount(&format!("49 27 0:44 / /mnt/a {options}")), Some("49"));
+        for line in
+            ["27 1 254:0 / / rw - ext4 /dev/vda rw", "50 27 0:45 / /s rw - fuse.sshfs host:/ rw", "", "1 - fuse"]
+        {
+            assert_eq!(our_mount(line), None, "{line}");
         }
     }
 

@@ -103,10 +103,12 @@ impl Control for FirecrackerControl {
         self.base.note(&self.path)
     }
 
-    fn resume(&mut self) -> Result<bool> {
-        if matches!(self.health(), Ok(Health::Running)) {
-            return Ok(false);
+    fn resume(&mut self, stood_still: &mut bool) -> Result<()> {
+        match self.health()? {
+            Health::Running => return Ok(()),
+            Health::Idle(_) => *stood_still = true,
+            Health::Lost(_) => {}
         }
-        change_state(&self.path, "Resumed").map(|()| true)
+        change_state(&self.path, "Resumed")
     }
 }

@@ -51,8 +51,8 @@ pub struct GuardedLease {
 /// What a guard looks after.
 #[derive(Clone, Debug)]
 pub enum Guarded {
-    /// The machine behind a monitor.
-    Monitor(MonitorAt),
+    /// The machine behind a monitor, and its process where that is known: another one's may listen there later.
+    Monitor(MonitorAt, Option<NamedProcess>),
     /// The process that started the guard, in which the machine runs.
     Parent,
 }
@@ -71,9 +71,14 @@ impl Guard {
         let mut command = Command::new(program);
         command.args(["protect", "--guard", &patience.as_millis().to_string()]);
         match guarded {
-            Guarded::Monitor(monitor) => command.arg(monitor.option()).arg(monitor.path()),
-            Guarded::Parent => command.arg("--parent"),
-        };
+            Guarded::Monitor(monitor, process) => {
+                command.arg(monitor.option()).arg(monitor.path());
+                if let Some(NamedProcess { pid, began }) = process {
+                    command.arg("--process").arg(format!("{pid}:{began}"));
+                }
+            }
+            Guarded::Parent => drop(command.arg("--parent")),
+        }
         if let Some(lease) = lease {
             let lease = serde_json::to_string(lease)
                 .map_err(|error| Error::usage(format!("the lease cannot be told to the guard: {error}")))?;
@@ -131,7 +136,11 @@ impl Drop for Guard {
 /// The guard's process: heeds the agent at the other end of standard input until it is gone, and the lease for as long as
 /// the machine runs.
 pub fn guard(guarded: &Guarded, patience: Duration, lease: Option<&GuardedLease>) -> Result<()> {
-    let machine = lease.map(|lease| hold(guarded, lease)).transpose()?;
+    let machine = match (lease, guarded) {
+        (Some(lease), _) => Some(hold(guarded, lease)?),
+        (None, Guarded::Monitor(_, Some(named))) => Some(held(named)?),
+        (None, _) => None,
+    };
     // For as long as this guards it, nobody on this host starts it again.
     let _running = lease.map(running).transpose()?;
     let is_done = AtomicBool::new(false);
@@ -251,8 +260,10 @@ pub(super) struct Opened {
     /// Leads to it, whatever became of its name.
     pub file: PathBuf,
     /// As the kernel names it.
-    path: PathBuf,
+    pub path: PathBuf,
     pub may_write: bool,
+    /// The mount that it is on, by its number.
+    pub mount: String,
 }
 
 impl Opened {
@@ -274,7 +285,8 @@ pub(super) fn opened(pid: i32) -> Result<Vec<Opened>> {
         let number = entry.file_name().to_string_lossy().into_owned();
         let told = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
         let flags = told.lines().find_map(|line| u32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
-        all.push(Opened { file: entry.path(), path, may_write: flags.is_some_and(|flags| flags & 3 != 0) });
+        let mount = told.lines().find_map(|line| line.strip_prefix("mnt_id:")).unwrap_or_default().trim().to_owned();
+        all.push(Opened { file: entry.path(), path, may_write: flags.is_some_and(|flags| flags & 3 != 0), mount });
     }
     Ok(all)
 }
@@ -320,8 +332,8 @@ fn heed(guarded: &Guarded, patience: Duration, machine: Option<&Peer>) -> Result
             Err(_) => break,
         }
     }
-    if let (true, Guarded::Monitor(monitor)) = (is_stopped, guarded) {
-        go_on(monitor, TRY_FOR)?;
+    if let (true, Guarded::Monitor(monitor, process)) = (is_stopped, guarded) {
+        go_on(monitor, process.as_ref(), TRY_FOR)?;
     }
     Ok(is_told_to_end)
 }
@@ -357,12 +369,15 @@ fn wait(input: impl AsFd, machine: Option<&Peer>, longest: Option<Duration>) -> 
     }
 }
 
-/// Lets a machine go on that was stopped to be captured.
-pub fn go_on(monitor: &MonitorAt, wait: Duration) -> Result<()> {
+/// Lets a machine go on that was stopped to be captured, unless it has ended: another may listen in its place.
+pub fn go_on(monitor: &MonitorAt, process: Option<&NamedProcess>, wait: Duration) -> Result<()> {
     let since = Stopwatch::start();
     loop {
+        if process.is_some_and(|process| !process.runs()) {
+            return Ok(());
+        }
         // The agent's connection may not be closed yet: QEMU answers one after the other.
-        match monitor.run() {
+        match monitor.run(process) {
             Ok(()) => {
                 tracing::warn!(monitor = %monitor.path().display(), "the machine goes on, although its capture broke off");
                 return Ok(());

@@ -26,6 +26,7 @@ use super::http::send;
 use super::qmp::Monitor;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
+use crate::platform::process::NamedProcess;
 use crate::uffd::Peer;
 
 /// What a capture did to a machine.
@@ -101,14 +102,22 @@ impl MonitorAt {
         }
     }
 
-    /// Lets the machine run if it does not, over a connection of its own.
-    fn run(&self) -> Result<()> {
+    /// Lets the machine run if it does not, over a connection of its own, if it is this process.
+    fn run(&self, process: Option<&NamedProcess>) -> Result<()> {
+        let check = |peer: Result<Peer>| match (process, peer) {
+            (None, _) => Ok(()),
+            (Some(process), Ok(peer)) if guard::named(&peer)? == *process => Ok(()),
+            (Some(_), Ok(peer)) => Err(Error::conflict(format!("{peer} listens there now, which is another machine"))),
+            (Some(_), Err(error)) => Err(error),
+        };
         match self {
             Self::Qemu(path) => {
-                Monitor::connect(path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end().go_on(ANSWER_WAIT)
+                let mut monitor = Monitor::connect(path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end();
+                check(monitor.peer())?;
+                qemu::recover(&mut monitor)
             }
-            Self::Firecracker(path) => firecracker::resume(path),
-            Self::CloudHypervisor(path) => cloud_hypervisor::resume(path),
+            Self::Firecracker(path) => check(guard::peer_of(path)).and_then(|()| firecracker::resume(path)),
+            Self::CloudHypervisor(path) => check(guard::peer_of(path)).and_then(|()| cloud_hypervisor::resume(path)),
         }
     }
 }
@@ -147,8 +156,11 @@ trait Control: Send {
     /// Has the state of the machine that stands still in its files, and the memory that is not in them anyway.
     fn save(&mut self) -> Result<()>;
 
-    /// Lets it go on. Whether it stood still since it was stopped, as far as can be told.
-    fn resume(&mut self) -> Result<bool>;
+    /// Lets it go on. Says first whether it stood still since it was stopped, if that is so.
+    fn resume(&mut self, stood_still: &mut bool) -> Result<()>;
+
+    /// What is left to be done when it runs again.
+    fn settle(&mut self) {}
 
     /// Something failed: answers to what was asked may still be on their way.
     fn reset(&mut self) {}

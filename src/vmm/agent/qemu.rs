@@ -7,10 +7,12 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::super::qmp::Monitor;
-use super::elsewhere::Written;
-use super::qemu_memory::{MemoryPlace, choose, save_whole};
-use super::{ANSWER_WAIT, Control, Health};
-use crate::error::Result;
+use super::base::Base;
+use super::elsewhere::{Written, opened_elsewhere};
+use super::guard::named;
+use super::qemu_memory::{Choice, MemoryPlace, save_whole};
+use super::{ANSWER_WAIT, Control, Health, machine_of};
+use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::uffd::Peer;
 
@@ -22,7 +24,11 @@ pub struct QemuControl {
     live: PathBuf,
     state: PathBuf,
     monitor: Option<Monitor<'static>>,
-    /// Where the memory of the machine is that was last connected to.
+    /// Of the process that an agent has stopped: only such a one is let go on.
+    stopped: Base,
+    /// What migrations did before they were made to save captures.
+    chosen: Option<Choice>,
+    /// Where the memory of the machine is, as far as was looked.
     memory: MemoryPlace,
     /// The state was saved to its end since the machine was stopped: only then can it simply go on.
     is_saved: bool,
@@ -31,10 +37,19 @@ pub struct QemuControl {
 }
 
 impl QemuControl {
-    pub fn new(path: &Path, live: &Path, state: &str) -> Result<Self> {
-        let (path, live, state) = (path.to_owned(), live.to_owned(), live.join(state));
-        let mut control =
-            Self { path, live, state, monitor: None, memory: MemoryPlace::InLive, is_saved: false, resumed: 0 };
+    /// In `notes` it is noted which machine an agent has stopped.
+    pub fn new(path: &Path, live: &Path, state: &str, notes: &Path) -> Result<Self> {
+        let mut control = Self {
+            path: path.to_owned(),
+            live: live.to_owned(),
+            state: live.join(state),
+            monitor: None,
+            stopped: Base::of_stopped(notes, &machine_of(live)),
+            chosen: None,
+            memory: MemoryPlace::InLive,
+            is_saved: false,
+            resumed: 0,
+        };
         control.monitor()?;
         Ok(control)
     }
@@ -55,11 +70,20 @@ impl QemuControl {
         for disk in monitor.run("query-block", Value::Null).map(|drives| all_written(&drives)).unwrap_or_default() {
             disk.is_in_live(process, &self.live)?;
         }
-        if monitor.is_saving()? {
-            // An agent before this one began it, and is gone.
-            monitor.go_on(ANSWER_WAIT)?;
+        opened_elsewhere(process, &self.live).into_iter().try_for_each(|file| Err(file.refused(&self.live)))?;
+        Choice::check(&mut monitor, &memory, &self.live)?;
+        let named = monitor.peer().and_then(|peer| named(&peer)).ok();
+        if named.is_some_and(|named| self.stopped.is_of_process(&named)) {
+            tracing::warn!(monitor = %self.path.display(), "a capture of the machine broke off: it goes on, if it did not");
+            recover(&mut monitor)?;
+            self.stopped.forget()?;
+            self.chosen = None;
         }
-        choose(&mut monitor, &memory, &self.live)?;
+        self.found(memory);
+        Ok(monitor)
+    }
+
+    fn found(&mut self, memory: MemoryPlace) {
         if let (MemoryPlace::Own(backends), true) = (&memory, self.memory != memory) {
             tracing::info!(
                 monitor = %self.path.display(),
@@ -69,12 +93,13 @@ impl QemuControl {
             );
         }
         self.memory = memory;
-        if monitor.run("query-status", Value::Null)?["status"] == "postmigrate" {
-            tracing::warn!(monitor = %self.path.display(), "the machine was left stopped by a capture, and goes on");
-            monitor.run("cont", Value::Null)?;
-        }
-        Ok(monitor)
     }
+}
+
+/// Lets a machine go on that an agent has stopped, and its migrations do again what they are meant to.
+pub fn recover(monitor: &mut Monitor<'_>) -> Result<()> {
+    monitor.go_on(ANSWER_WAIT)?;
+    Choice::forget(monitor)
 }
 
 fn all_written(drives: &Value) -> Vec<Written> {
@@ -91,22 +116,31 @@ fn written(drive: &Value) -> Vec<Written> {
     };
     let device = drive["device"].as_str().filter(|device| !device.is_empty()).unwrap_or(qdev);
     let data = medium["image"]["format-specific"]["data"]["data-file"].as_str();
-    [Some(file), data].into_iter().flatten().filter_map(place).map(|path| Written::new(device, &path)).collect()
+    let files = [Some(file), data].into_iter().flatten().flat_map(places);
+    files.map(|path| Written::new(device, &path)).collect()
 }
 
-/// Where a file is by its name, unless that is nowhere.
-fn place(file: &str) -> Option<String> {
-    // One with options is told as a document.
-    let Some(document) = file.strip_prefix("json:").and_then(|text| serde_json::from_str::<Value>(text).ok()) else {
-        return Some(file.to_owned());
-    };
-    let mut options = &document;
-    while let Some(below) = options.get("file").or_else(|| options.get("image")).filter(|below| below.is_object()) {
-        options = below;
+/// Where a file is by its name, unless that is nowhere; what mirrors itself is in several places.
+fn places(file: &str) -> Vec<String> {
+    if let Some(options) = file.strip_prefix("json:").and_then(|text| serde_json::from_str::<Value>(text).ok()) {
+        return places_of(&options, file);
     }
+    match file.strip_prefix("blkdebug:").and_then(|rest| rest.split_once(':')) {
+        Some((_, below)) => vec![below.to_owned()],
+        None => vec![file.to_owned()],
+    }
+}
+
+/// The same, of a file with options, which is told as a document.
+fn places_of(options: &Value, file: &str) -> Vec<String> {
+    let below = ["file", "image", "data-file"].into_iter().filter_map(|name| options.get(name));
+    let mirrors = options["children"].as_array().into_iter().flatten();
+    let below: Vec<String> =
+        below.chain(mirrors).filter(|below| below.is_object()).flat_map(|below| places_of(below, file)).collect();
     match options["driver"].as_str() {
-        Some("null-co" | "null-aio") => None,
-        _ => Some(options["filename"].as_str().unwrap_or(file).to_owned()),
+        _ if !below.is_empty() => below,
+        Some("null-co" | "null-aio") => Vec::new(),
+        _ => vec![options["filename"].as_str().unwrap_or(file).to_owned()],
     }
 }
 
@@ -141,17 +175,33 @@ impl Control for QemuControl {
     }
 
     fn prepare(&mut self) -> Result<()> {
-        self.monitor().map(|_| ())
+        let live = self.live.clone();
+        let monitor = self.monitor()?;
+        if monitor.is_saving()? {
+            return Err(Error::conflict("the machine is being migrated, which somebody else began")
+                .hint("it is captured again when that is over"));
+        }
+        // Memory may have come since, and files may have been replaced.
+        let memory = MemoryPlace::find(monitor, &live)?;
+        self.found(memory);
+        Ok(())
     }
 
     fn save_running(&mut self, heed: &mut dyn FnMut() -> Result<()>) -> Result<Option<(Stopwatch, u32)>> {
         self.is_saved = false;
-        let state = self.state.clone();
-        self.resumed = self.monitor()?.resumed();
-        if self.memory == MemoryPlace::InLive {
+        let (state, live) = (self.state.clone(), self.live.clone());
+        let process = named(&self.peer()?)?;
+        self.stopped.note_process(&process)?;
+        let Self { monitor: Some(monitor), chosen, memory, .. } = self else {
+            return Err(Error::new(Kind::Io, "there is no connection to QEMU's monitor"));
+        };
+        *chosen = Some(Choice::make(monitor, memory, &live)?);
+        monitor.begin_capture();
+        self.resumed = monitor.resumed();
+        if *memory == MemoryPlace::InLive {
             return Ok(None);
         }
-        let saved = save_whole(self.monitor()?, &state, heed)?;
+        let saved = save_whole(monitor, &state, heed)?;
         self.is_saved = true;
         Ok(Some(saved))
     }
@@ -168,12 +218,23 @@ impl Control for QemuControl {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<bool> {
+    fn resume(&mut self, stood_still: &mut bool) -> Result<()> {
         let (is_saved, resumed) = (std::mem::take(&mut self.is_saved), self.resumed);
-        match is_saved {
-            true => self.monitor()?.go_on_from(resumed),
+        let monitor = self.monitor()?;
+        match is_saved || !monitor.has_begun_to_save() {
+            true => monitor.go_on_from(resumed, stood_still),
             // Nothing was frozen.
-            false => self.monitor()?.go_on(ANSWER_WAIT).map(|()| true),
+            false => monitor.go_on(ANSWER_WAIT),
+        }
+    }
+
+    fn settle(&mut self) {
+        let Some(monitor) = &mut self.monitor else { return };
+        let undone = self.chosen.take().map_or(Ok(()), |chosen| chosen.undo(monitor));
+        if let Err(error) = undone.and_then(|()| self.stopped.forget()) {
+            // Whoever connects next finds the note, and sees to it.
+            tracing::info!("what migrations do is not yet as it was: {error}");
+            self.monitor = None;
         }
     }
 

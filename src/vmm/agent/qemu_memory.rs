@@ -32,8 +32,10 @@ impl MemoryPlace {
             let id = backend["id"].as_str().unwrap_or_default();
             let of = json!({"path": format!("/objects/{id}"), "property": "mem-path"});
             let path = monitor.run("qom-get", of).unwrap_or(Value::Null);
-            let file = path.as_str().map(|path| Written::new(id, path));
-            let is_there = file.map_or(Ok(false), |file| file.is_in_live(process, live))?;
+            let is_there = match path.as_str().map(|path| Written::new(id, path)) {
+                Some(file) => file.is_in_live(process, live)? && file.is_opened(process),
+                None => false,
+            };
             if !is_there || backend["share"] != true {
                 own.push(id.to_owned());
             }
@@ -61,16 +63,53 @@ const NAP: Duration = Duration::from_millis(1);
 /// How often it is said that this still goes on.
 const HEED_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Has the next migrations leave out memory that is in files others see, or save all of it in its place.
-pub fn choose(monitor: &mut Monitor<'_>, place: &MemoryPlace, live: &Path) -> Result<()> {
-    let is_own = matches!(place, MemoryPlace::Own(_));
-    let known = monitor.run("query-migrate-capabilities", Value::Null)?;
-    let is_set = |name: &str| {
-        let known = known.as_array().and_then(|all| all.iter().find(|known| known["capability"] == name));
-        known.map(|known| known["state"] == true)
+/// What the next migrations do: leave out memory that is in files others see, or save all of it in its place. What they did before
+/// is kept: whoever migrates the machine otherwise counts on it.
+pub struct Choice {
+    capabilities: Vec<(&'static str, bool)>,
+    parameters: Option<Value>,
+}
+
+const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "mapped-ram", "multifd"];
+
+/// What migrations of memory that is QEMU's own are told besides, and what QEMU begins with.
+const BANDWIDTH: (&str, u64) = ("max-bandwidth", 128 << 20);
+const DOWNTIME: (&str, u64) = ("downtime-limit", 300);
+const THREADS: (&str, u64) = ("multifd-channels", 2);
+
+/// The capabilities that this QEMU has, of those that are chosen, and whether they are on.
+fn known(monitor: &mut Monitor<'_>) -> Result<Vec<(&'static str, bool)>> {
+    let answer = monitor.run("query-migrate-capabilities", Value::Null)?;
+    let all = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+    let of = |name: &'static str| {
+        all.iter().find(|known| known["capability"] == name).map(|known| (name, known["state"] == true))
     };
-    if is_own && is_set("mapped-ram").is_none() {
-        return Err(Error::usage(format!(
+    Ok(CAPABILITIES.into_iter().filter_map(of).collect())
+}
+
+fn set(monitor: &mut Monitor<'_>, known: &[(&'static str, bool)], wanted: &[(&'static str, bool)]) -> Result<()> {
+    // What is to be off first: some exclude each other.
+    for state in [false, true] {
+        let changes: Vec<Value> = wanted
+            .iter()
+            .filter(|(name, wanted)| *wanted == state && (state || known.contains(&(*name, true))))
+            .map(|(name, state)| json!({"capability": name, "state": state}))
+            .collect();
+        if !changes.is_empty() {
+            monitor.run("migrate-set-capabilities", json!({"capabilities": changes}))?;
+        }
+    }
+    Ok(())
+}
+
+impl Choice {
+    /// Whether this QEMU can save memory that is there.
+    pub fn check(monitor: &mut Monitor<'_>, place: &MemoryPlace, live: &Path) -> Result<()> {
+        let can_save = known(monitor)?.iter().any(|(name, _)| *name == "mapped-ram");
+        if can_save || *place == MemoryPlace::InLive {
+            return Ok(());
+        }
+        Err(Error::usage(format!(
             "the memory is no shared file in {}, and this QEMU cannot save it with each page in its place",
             live.display()
         ))
@@ -78,25 +117,44 @@ pub fn choose(monitor: &mut Monitor<'_>, place: &MemoryPlace, live: &Path) -> Re
             "use QEMU 9.0 or newer; or start it with -machine memory-backend=ram -object \
              memory-backend-file,id=ram,size=SIZE,share=on,mem-path={}",
             live.join("memory").display()
-        )));
+        )))
     }
-    let wanted = [("x-ignore-shared", !is_own), ("mapped-ram", is_own), ("multifd", is_own)];
-    // What is to be off first: some exclude each other.
-    for state in [false, true] {
-        let changes: Vec<Value> = wanted
-            .iter()
-            .filter(|(name, wanted)| *wanted == state && (state || is_set(name) == Some(true)))
-            .map(|(name, state)| json!({"capability": name, "state": state}))
-            .collect();
-        if !changes.is_empty() {
-            monitor.run("migrate-set-capabilities", json!({"capabilities": changes}))?;
+
+    pub fn make(monitor: &mut Monitor<'_>, place: &MemoryPlace, live: &Path) -> Result<Self> {
+        Self::check(monitor, place, live)?;
+        let is_own = matches!(place, MemoryPlace::Own(_));
+        let capabilities = known(monitor)?;
+        let wanted = [("x-ignore-shared", !is_own), ("mapped-ram", is_own), ("multifd", is_own)];
+        let mut parameters = None;
+        if is_own {
+            let before = monitor.run("query-migrate-parameters", Value::Null)?;
+            let kept = |(name, usual): (&str, u64)| (name.to_owned(), json!(before[name].as_u64().unwrap_or(usual)));
+            parameters = Some(Value::Object([BANDWIDTH, DOWNTIME, THREADS].map(kept).into_iter().collect()));
         }
+        set(monitor, &capabilities, &wanted)?;
+        if is_own {
+            let own = json!({BANDWIDTH.0: 0, DOWNTIME.0: PAUSE_WANTED_MS, THREADS.0: CHANNELS});
+            monitor.run("migrate-set-parameters", own)?;
+        }
+        Ok(Self { capabilities, parameters })
     }
-    if is_own {
-        let parameters = json!({"max-bandwidth": 0, "downtime-limit": PAUSE_WANTED_MS, "multifd-channels": CHANNELS});
-        monitor.run("migrate-set-parameters", parameters)?;
+
+    /// Has migrations do again what they did.
+    pub fn undo(self, monitor: &mut Monitor<'_>) -> Result<()> {
+        let now = known(monitor)?;
+        set(monitor, &now, &self.capabilities)?;
+        self.parameters.map_or(Ok(()), |parameters| monitor.run("migrate-set-parameters", parameters).map(|_| ()))
     }
-    Ok(())
+
+    /// The same where it is not known any more: they do what they do in a QEMU that was just started.
+    pub fn forget(monitor: &mut Monitor<'_>) -> Result<()> {
+        let capabilities = known(monitor)?;
+        let is_own = capabilities.contains(&("mapped-ram", true));
+        let usual = [BANDWIDTH, DOWNTIME, THREADS].map(|(name, usual)| (name.to_owned(), json!(usual)));
+        let parameters = is_own.then(|| Value::Object(usual.into_iter().collect()));
+        Self { capabilities: capabilities.into_iter().map(|(name, _)| (name, false)).collect(), parameters }
+            .undo(monitor)
+    }
 }
 
 /// Saves memory and state of a machine that runs, and returns when it is stopped and all is saved: since when it stands still, at
