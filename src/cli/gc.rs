@@ -1,6 +1,6 @@
 //! `epochfs gc`
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -280,11 +280,13 @@ fn collect(context: &Context, run: &Run) -> Result<ExitCode> {
                 waiting_for.clone_from(readers);
                 return Err(Error::conflict("readers have not said yet what they hold"));
             }
-            let new: Vec<String> = readers
-                .iter()
-                .filter(|one| told.insert(one.reader.clone()))
-                .map(|one| format!("{} ({} s)", one.host, one.seconds_left))
-                .collect();
+            let mut new: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+            for one in readers.iter().filter(|one| told.insert(one.reader.clone())) {
+                let (count, longest) = new.entry(&one.host).or_default();
+                (*count, *longest) = (*count + 1, one.seconds_left.max(*longest));
+            }
+            let new: Vec<String> =
+                new.iter().map(|(host, (count, longest))| format!("{count} of {host} ({longest} s)")).collect();
             if !new.is_empty() {
                 context
                     .notice(&format!("waiting for readers at most until they are taken for dead: {}", new.join(", ")));

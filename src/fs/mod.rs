@@ -43,7 +43,7 @@ pub use store_status::StoreStatus;
 pub use crate::epoch::live::LiveCommit;
 use crate::epoch::live::{Answer, Budget, CommitTicket, Live, LiveSettings, Refusal, machines_kept};
 use crate::epoch::{Committed, EpochStore};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::files::{Files, RealFiles};
 use crate::platform::lock::lock;
 use crate::platform::process::NamedProcess;
@@ -335,9 +335,16 @@ impl FileSystem {
         self.end_prefetches();
         let mut result = Ok(());
         for live in self.all_lives() {
-            if let Err(error) = live.close() {
-                tracing::error!(machine = %live.machine(), "closing live failed: {error}");
-                result = Err(error);
+            match live.close() {
+                // Nothing of it is only here. It stays this host's until it is given up from here, or taken over.
+                Err(error) if error.kind() == Kind::Unavailable && live.is_clean() => {
+                    tracing::warn!(machine = %live.machine(), "it stays this host's: {error}");
+                }
+                Err(error) => {
+                    tracing::error!(machine = %live.machine(), "closing live failed: {error}");
+                    result = Err(error);
+                }
+                Ok(()) => {}
             }
         }
         result

@@ -1,15 +1,13 @@
 //! The collector: looks at what step is due, and takes it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use epochfs_format::{CONDEMNED_MAX, GcBody, ObjectRef, hex, pack_key};
 
-use super::leases::{Reader, Watch};
+use super::leases::{Reader, Watch, at_once};
 use super::marks::{Marked, Memory};
 use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
@@ -378,17 +376,8 @@ impl Collector {
 
     /// Takes objects away, several at once from a store that is far away. Returns how many bytes that gave back.
     fn take_all_away(&self, objects: &[&ObjectRef]) -> Result<u64> {
-        let take = |objects: &[&ObjectRef]| objects.iter().map(|object| self.take_away(object)).sum::<Result<u64>>();
-        if !self.store.repository().objects().store().is_remote() {
-            return take(objects);
-        }
-        let each = objects.len().div_ceil(AT_ONCE).max(1);
-        let taken: Vec<Result<u64>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = objects.chunks(each).map(|chunk| scope.spawn(move || take(chunk))).collect();
-            let joined = |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
-            threads.into_iter().map(joined).collect()
-        });
-        taken.into_iter().sum()
+        let is_remote = self.store.repository().objects().store().is_remote();
+        Ok(at_once(is_remote, objects, &|object| self.take_away(object))?.into_iter().sum())
     }
 
     /// Deletes a pack, or the blocks in a record, for a log's numbers must never become free. Returns how many bytes that
@@ -473,9 +462,6 @@ fn encoded_len(object: &ObjectRef) -> usize {
         ObjectRef::Record { machine, .. } => 12 + machine.len(),
     }
 }
-
-/// How many objects of a store that is far away are taken away at once.
-const AT_ONCE: usize = 8;
 
 /// How often leases are looked at.
 const POLL: Duration = Duration::from_secs(2);

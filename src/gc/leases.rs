@@ -1,7 +1,9 @@
 //! Readers as a collector sees them: by their leases, and by its own clock.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use epochfs_format::{Lease, READERS_PREFIX, lease_key, parse_lease_key};
@@ -28,7 +30,14 @@ pub struct Reader {
 /// What is known of readers from looking at their leases again and again.
 #[derive(Default)]
 pub struct Watch {
-    seen: HashMap<[u8; 16], (u64, Duration)>,
+    seen: BTreeMap<[u8; 16], Seen>,
+}
+
+/// A reader's newest lease, which never changes, and since when it is the newest.
+struct Seen {
+    number: u64,
+    since: Duration,
+    lease: Option<Lease>,
 }
 
 /// How the readers stand to a record of the collector's log.
@@ -42,9 +51,8 @@ pub struct Standing {
 impl Watch {
     /// Looks at all leases. One that did not change for as long as it says is taken away.
     pub fn look(&mut self, objects: &Objects, clock: &dyn Clock, fence: u64, expire: bool) -> Result<Standing> {
-        let store = objects.store();
         let mut newest: BTreeMap<[u8; 16], u64> = BTreeMap::new();
-        store.list(READERS_PREFIX, None, &mut |info| {
+        objects.store().list(READERS_PREFIX, None, &mut |info| {
             if let Some((reader, number)) = parse_lease_key(&info.key) {
                 let known = newest.entry(reader).or_default();
                 *known = number.max(*known);
@@ -52,39 +60,53 @@ impl Watch {
             Ok(true)
         })?;
         self.seen.retain(|reader, _| newest.contains_key(reader));
-        let mut standing = Standing { waiting: Vec::new(), held: Vec::new() };
-        for (reader, number) in newest {
-            let now = clock.elapsed();
-            let (seen, since) = self.seen.entry(reader).or_insert((number, now));
-            if *seen != number {
-                (*seen, *since) = (number, now);
+        let new: Vec<([u8; 16], u64)> = newest
+            .into_iter()
+            .filter(|(reader, number)| self.seen.get(reader).is_none_or(|seen| seen.number != *number))
+            .collect();
+        let read = at_once(objects.store().is_remote(), &new, &|(reader, number)| read(objects, *reader, *number))?;
+        let now = clock.elapsed();
+        for ((reader, _), read) in new.into_iter().zip(read) {
+            match read {
+                Some((number, lease)) => drop(self.seen.insert(reader, Seen { number, since: now, lease })),
+                // It has ended meanwhile.
+                None => drop(self.seen.remove(&reader)),
             }
+        }
+        let mut standing = Standing { waiting: Vec::new(), held: Vec::new() };
+        let mut dead = Vec::new();
+        for (reader, Seen { number, since, lease }) in &self.seen {
             let silent = now.saturating_sub(*since);
-            let lease = match store.get(&lease_key(&reader, number)) {
-                Ok(bytes) => Lease::decode(&bytes, objects.repository()).ok(),
-                // It was renewed or ended meanwhile, or is damaged: the next look tells, or time does.
-                Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Damaged) => None,
-                Err(error) => return Err(error),
-            };
             let valid_for =
                 lease.as_ref().map_or(UNREADABLE_LEASE, |lease| Duration::from_millis(lease.lease_ms.into()));
-            let heeded = lease.as_ref().map_or(0, |lease| lease.heeded);
-            let (host, held) = lease.map_or_else(Default::default, |lease| (lease.host, lease.held));
-            if heeded >= fence {
-                standing.held.extend(held);
-                continue;
+            let is_dead = expire && silent >= valid_for;
+            let (host, heeded, held) = match lease {
+                Some(lease) => (lease.host.clone(), lease.heeded, &*lease.held),
+                None => ("whoever wrote a lease that cannot be read".to_owned(), 0, &[][..]),
+            };
+            if is_dead {
+                dead.push((*reader, *number, host.clone(), silent));
             }
-            if expire && silent >= valid_for && self.take_away(objects, &reader, number)? {
-                tracing::info!(host, "a reader said nothing for {} s and is taken for dead", silent.as_secs());
+            if heeded >= fence {
+                standing.held.extend(held.iter().cloned());
                 continue;
             }
             standing.waiting.push(Reader {
                 host,
-                reader: epochfs_format::hex(&reader),
+                reader: epochfs_format::hex(reader),
                 epochs: held.iter().map(|(machine, epoch)| format!("{machine}@{epoch}")).collect(),
                 seconds_left: valid_for.saturating_sub(silent).as_secs(),
             });
         }
+        for (reader, number, host, silent) in dead {
+            if self.take_away(objects, &reader, number)? {
+                tracing::info!(host, "a reader said nothing for {} s and is taken for dead", silent.as_secs());
+                let name = epochfs_format::hex(&reader);
+                standing.waiting.retain(|waiting| waiting.reader != name);
+            }
+        }
+        // In the same order each time.
+        standing.waiting.sort_by(|a, b| (&a.host, &a.reader).cmp(&(&b.host, &b.reader)));
         Ok(standing)
     }
 
@@ -117,6 +139,55 @@ impl Watch {
         self.seen.remove(reader);
         Ok(!later)
     }
+}
+
+/// A reader's newest lease, from the one with this number on, if it can be read; nothing if there is none any more.
+fn read(objects: &Objects, reader: [u8; 16], number: u64) -> Result<Option<(u64, Option<Lease>)>> {
+    let store = objects.store();
+    let get = |number: u64| match store.get(&lease_key(&reader, number)) {
+        Ok(bytes) => Ok(Some((number, Lease::decode(&bytes, objects.repository()).ok()))),
+        Err(error) if error.kind() == Kind::Damaged => Ok(Some((number, None))),
+        Err(error) if error.kind() == Kind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    };
+    // It may be renewed just now, mostly under the next number, or end.
+    for number in [number, number + 1] {
+        if let Some(found) = get(number)? {
+            return Ok(Some(found));
+        }
+    }
+    let mut later = None;
+    store.list(READERS_PREFIX, Some(&lease_key(&reader, number)), &mut |info| {
+        match parse_lease_key(&info.key) {
+            Some((of, found)) if of == reader => later = later.max(Some(found)),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })?;
+    // One that renews it as quickly as that is looked at again.
+    later.map_or(Ok(None), |later| Ok(Some(get(later)?.unwrap_or((later, None)))))
+}
+
+/// How many objects of a store that is far away are dealt with at once.
+const AT_ONCE: usize = 8;
+
+/// Does something with each, several at a time where the store is far away. The results are in their order.
+pub(super) fn at_once<T: Sync, R: Send>(
+    is_remote: bool,
+    all: &[T],
+    work: &(impl Fn(&T) -> Result<R> + Sync),
+) -> Result<Vec<R>> {
+    let each = |part: &[T]| part.iter().map(work).collect::<Result<Vec<R>>>();
+    if !is_remote || all.len() < 2 {
+        return each(all);
+    }
+    let done: Vec<Result<Vec<R>>> = std::thread::scope(|scope| {
+        let parts = all.chunks(all.len().div_ceil(AT_ONCE));
+        let threads: Vec<_> = parts.map(|part| scope.spawn(move || each(part))).collect();
+        let joined = |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+        threads.into_iter().map(joined).collect()
+    });
+    Ok(done.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 /// What readers say they read, with the host that does.

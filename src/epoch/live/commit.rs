@@ -310,7 +310,11 @@ impl Live {
                     error.kind(),
                     format!("the mount ended before this epoch of {} could be stored: {error}", self.machine),
                 )
-                .hint("what it would have held stays on this host: mount again, and commit"));
+                .hint(format!(
+                    "what it would have held stays on this host: mount again, and commit; `epochfs log {}` tells whether it \
+                     arrived all the same",
+                    self.machine
+                )));
             }
             if error.kind() == Kind::Conflict {
                 // A collector may have gone by since the record that this began with.

@@ -163,7 +163,9 @@ pub fn serve(
     };
     let unmounter = mount.unmounter();
     let device = mounts::device_at(claim.mountpoint());
-    let mut watch = Watch::new(claim.who.mountpoint.clone(), device, unmounter, events);
+    let reached = store.repository().objects().store().clone();
+    let unmounted = Box::new(move || reached.be_brief());
+    let mut watch = Watch::new(claim.who.mountpoint.clone(), device, unmounter, events, unmounted);
     let served = (store.clone(), filesystem.clone());
     let service = Arc::new(
         DaemonService::new(&claim.who, options, &socket, device, served, sender)

@@ -68,11 +68,19 @@ pub struct Watch {
     phase: Phase,
     /// Who asked for an unmount that is under way.
     answers: Vec<Answer>,
+    /// Called when nobody can read or write any more.
+    unmounted: Box<dyn Fn() + Send>,
 }
 
 impl Watch {
-    pub fn new(mountpoint: String, device: Option<(u32, u32)>, unmounter: Unmounter, events: Receiver<Event>) -> Self {
-        Self { mountpoint, device, unmounter, events, phase: Phase::Serving, answers: Vec::new() }
+    pub fn new(
+        mountpoint: String,
+        device: Option<(u32, u32)>,
+        unmounter: Unmounter,
+        events: Receiver<Event>,
+        unmounted: Box<dyn Fn() + Send>,
+    ) -> Self {
+        Self { mountpoint, device, unmounter, events, phase: Phase::Serving, answers: Vec::new(), unmounted }
     }
 
     /// Takes a mount away that nobody was told of.
@@ -165,7 +173,11 @@ impl Watch {
                 false => Err(Error::conflict(format!("{} is unmounted, but files are open", self.mountpoint))),
             };
         }
-        self.unmounter.unmount(lazily)
+        self.unmounter.unmount(lazily)?;
+        if !lazily {
+            (self.unmounted)();
+        }
+        Ok(())
     }
 
     /// Stops although files are open: what the kernel still has is handed over, then the mount goes.

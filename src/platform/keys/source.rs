@@ -155,6 +155,13 @@ const HOW_TO_MAKE: &str = "`epochfs key generate FILE` makes one";
 /// The keys in a file, which nobody else may read.
 pub fn read_keys(path: &Path) -> Result<Vec<Secret>> {
     let shown = path.display();
+    // Who takes the name of a file for the key itself must not find it in a log.
+    if path.to_str().is_some_and(|name| name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())) {
+        return Err(Error::usage(
+            "a key was given where the name of its file belongs, and may have been seen by others",
+        )
+        .hint("write it into a file that nobody else may read, and make another: epochfs key rotate --help"));
+    }
     let failed = |error| Error::io(format!("cannot read the key file {shown}"), error);
     let file = File::open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;

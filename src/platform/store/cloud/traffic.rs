@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use object_store::ClientOptions;
@@ -23,6 +24,7 @@ pub struct Traffic {
     lists: AtomicU64,
     deletes: AtomicU64,
     failures: AtomicU64,
+    answered: AtomicU64,
     reach: Mutex<Reach>,
 }
 
@@ -60,6 +62,18 @@ impl Traffic {
         lock(&self.reach).clone()
     }
 
+    /// How many requests were answered.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Relaxed)
+    }
+
+    /// Nothing was answered for as long as anybody waits.
+    pub fn note_silence(&self, waited: Duration) {
+        let mut reach = lock(&self.reach);
+        reach.unreachable_since_ns.get_or_insert_with(|| clock::now_ns().saturating_sub(waited.as_nanos() as u64));
+        reach.last_failure.get_or_insert_with(|| format!("no answer within {} s", waited.as_secs()));
+    }
+
     /// A client that is counted here.
     pub(super) fn connector(self: &Arc<Self>) -> Connector {
         Connector { traffic: self.clone() }
@@ -80,7 +94,10 @@ impl Traffic {
     fn note(&self, failure: Option<String>) {
         let mut reach = lock(&self.reach);
         match failure {
-            None => reach.unreachable_since_ns = None,
+            None => {
+                self.answered.fetch_add(1, Relaxed);
+                reach.unreachable_since_ns = None;
+            }
             Some(failure) => {
                 self.failures.fetch_add(1, Relaxed);
                 reach.unreachable_since_ns.get_or_insert_with(clock::now_ns);

@@ -60,6 +60,10 @@ const SMALL_PUT_LEN_MAX: usize = 1 << 20;
 /// How long callers wait for what can also be left, where nothing is answered.
 const BRIEF_WAIT: Duration = Duration::from_secs(3);
 
+/// It is taken for away when nothing at all was answered for so long; how often that is looked at.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+const BRIEF_LOOK: Duration = Duration::from_millis(500);
+
 /// How long callers wait unless they say otherwise.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(30);
 
@@ -184,10 +188,19 @@ impl Shared {
             let briefly = async {
                 // The sender lives as long as this does.
                 let _ = brief.wait_for(|is_brief| *is_brief).await;
+                let answered = || self.traffic.as_ref().map_or(0, |traffic| traffic.answered());
+                let (mut before, mut silent) = (answered(), Duration::ZERO);
                 loop {
-                    sleep(BRIEF_WAIT).await;
-                    if self.is_away() {
-                        break;
+                    let (is_away, nap) = if self.is_away() { (true, BRIEF_WAIT) } else { (false, BRIEF_LOOK) };
+                    sleep(nap).await;
+                    if is_away && self.is_away() {
+                        return;
+                    }
+                    silent = if answered() == before { silent + nap } else { Duration::ZERO };
+                    before = answered();
+                    if silent >= SILENCE_MAX {
+                        self.traffic.iter().for_each(|traffic| traffic.note_silence(silent));
+                        return;
                     }
                 }
             };
