@@ -1,11 +1,10 @@
 //! The order of a capture, whatever the monitor: prepare, tell the guard, stop, save, hand over, freeze, go on.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::cloud_hypervisor::CloudHypervisorControl;
-use super::elsewhere::{Place, Written, opened_elsewhere};
+use super::elsewhere::{Place, Written, is_among, opened_elsewhere};
 use super::firecracker::FirecrackerControl;
 use super::guard::{Guard, Guarded, GuardedLease, go_on, named, opened};
 use super::qemu::QemuControl;
@@ -168,13 +167,11 @@ impl MachineAgent {
         if matches!(self.monitor, MonitorAt::Qemu(_)) && may_be_state(state) {
             return Ok(());
         }
-        let identity = |path: &Path| std::fs::metadata(path).map(|of| (of.dev(), of.ino())).ok();
         let below = std::fs::read_dir(state).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
-        let all: Vec<_> = below.chain(targets).filter_map(|path| identity(&path)).collect();
+        let all: Vec<PathBuf> = below.chain(targets).filter_map(|path| path.canonicalize().ok()).collect();
         // Not everybody may look what a process has open.
         let opened = process.and_then(|process| opened(process).ok()).unwrap_or_default();
-        let is_written = |file: &Path| identity(file).is_some_and(|file| all.contains(&file));
-        match opened.iter().any(|open| open.may_write && is_written(&open.file)) {
+        match is_among(&all, opened.iter().filter(|open| open.may_write())) {
             true => taken(&state.display()),
             false => Ok(()),
         }
@@ -315,14 +312,12 @@ impl MachineAgent {
             tracing::warn!("the machine does not go on at once: {error}");
             self.control.reset();
             let process = self.machine.as_ref().and_then(|machine| named(machine).ok());
-            let has_ended = self.machine.as_ref().is_some_and(Peer::has_ended);
-            let went_on = if has_ended { Ok(()) } else { go_on(&self.monitor, process.as_ref(), GO_ON_WAIT) };
+            let went_on = match self.machine.as_ref().is_some_and(Peer::has_ended) {
+                true => Err(error),
+                false => go_on(&self.monitor, process.as_ref(), GO_ON_WAIT),
+            };
             if let Err(error) = went_on {
-                // It is left to the guard, which tries for longer.
-                self.guard = None;
-                return Err(error);
-            }
-            if has_ended {
+                // It is left to the guard, which tries for longer, but not if it has ended.
                 self.guard = None;
                 return Err(error);
             }

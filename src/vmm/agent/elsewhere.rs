@@ -66,8 +66,10 @@ impl Written {
     /// Whether the process has the very file open that has this name now. Not everybody may look.
     pub fn is_opened(&self, process: Option<i32>) -> bool {
         let Some(opened) = process.and_then(|process| opened(process).ok()) else { return true };
-        let seen = identity(&self.seen_by(process));
-        seen.is_some() && opened.iter().any(|open| identity(&open.file) == seen)
+        let seen = self.seen_by(process);
+        // A link has another name, and what is only in the process's view has only that one.
+        let names: Vec<PathBuf> = seen.canonicalize().into_iter().chain([seen]).collect();
+        is_among(&names, opened.iter())
     }
 
     /// Where it is, as seen from a machine's live.
@@ -107,8 +109,13 @@ fn place_of(file: &Path, live: &Path) -> Option<Place> {
     })
 }
 
-fn identity(file: &Path) -> Option<(u64, u64)> {
-    std::fs::metadata(file).map(|of| (of.dev(), of.ino())).ok()
+/// Whether one of these files is open. Only what has the same name is looked at: another may be on a mount that hangs.
+pub fn is_among<'a>(files: &[PathBuf], mut opened: impl Iterator<Item = &'a Opened>) -> bool {
+    let identity = |file: &Path| std::fs::metadata(file).map(|of| (of.dev(), of.ino())).ok();
+    opened.any(|open| {
+        let mut alike = files.iter().filter(|file| file.file_name() == open.path.file_name());
+        alike.any(|file| identity(file).is_some_and(|of| Some(of) == identity(&open.file)))
+    })
 }
 
 fn refused(live: &Path, what: &dyn fmt::Display, other: &str) -> Error {
@@ -146,7 +153,7 @@ pub fn opened_elsewhere(process: Option<i32>, live: &Path) -> Vec<Foreign> {
     let Some(process) = process else { return Vec::new() };
     let Ok(mounts) = std::fs::read_to_string(format!("/proc/{process}/mountinfo")) else { return Vec::new() };
     let ours: Vec<&str> = mounts.lines().filter_map(our_mount).collect();
-    let is_ours = |open: &Opened| open.may_write && ours.contains(&open.mount.as_str());
+    let is_ours = |open: &Opened| open.mount().is_some_and(|at| ours.contains(&at.as_str())) && open.may_write();
     let opened = if ours.is_empty() { Vec::new() } else { opened(process).unwrap_or_default() };
     let foreign = |open: Opened| match place_of(&open.file, live) {
         Some(Place::OfMachine(machine)) => Some(Foreign { path: open.path, machine }),

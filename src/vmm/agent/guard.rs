@@ -261,9 +261,6 @@ pub(super) struct Opened {
     pub file: PathBuf,
     /// As the kernel names it.
     pub path: PathBuf,
-    pub may_write: bool,
-    /// The mount that it is on, by its number.
-    pub mount: String,
 }
 
 impl Opened {
@@ -272,6 +269,23 @@ impl Opened {
         let name: PathBuf = name.components().filter(|part| matches!(part, Component::Normal(_))).collect();
         !name.as_os_str().is_empty() && self.path.ends_with(name)
     }
+
+    /// What else is told of it, under this name.
+    fn told(&self, name: &str) -> Option<String> {
+        let number = self.file.file_name()?;
+        let told = std::fs::read_to_string(self.file.parent()?.with_file_name("fdinfo").join(number)).ok()?;
+        told.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim().to_owned()))
+    }
+
+    pub fn may_write(&self) -> bool {
+        let flags = self.told("flags").and_then(|flags| u32::from_str_radix(&flags, 8).ok());
+        flags.is_some_and(|flags| flags & 3 != 0)
+    }
+
+    /// The mount that it is on, by its number.
+    pub fn mount(&self) -> Option<String> {
+        self.told("mnt_id")
+    }
 }
 
 /// What a process has open.
@@ -279,14 +293,11 @@ pub(super) fn opened(pid: i32) -> Result<Vec<Opened>> {
     let failed = |error| Error::io(format!("cannot tell what process {pid} has open"), error);
     let mut all = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
+        let file = entry.map_err(failed)?.path();
         // What is closed meanwhile is not open.
-        let Ok(path) = std::fs::read_link(entry.path()) else { continue };
-        let number = entry.file_name().to_string_lossy().into_owned();
-        let told = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
-        let flags = told.lines().find_map(|line| u32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
-        let mount = told.lines().find_map(|line| line.strip_prefix("mnt_id:")).unwrap_or_default().trim().to_owned();
-        all.push(Opened { file: entry.path(), path, may_write: flags.is_some_and(|flags| flags & 3 != 0), mount });
+        if let Ok(path) = std::fs::read_link(&file) {
+            all.push(Opened { file, path });
+        }
     }
     Ok(all)
 }
@@ -403,7 +414,7 @@ mod tests {
         let of_machine = i32::try_from(machine.id()).unwrap();
         assert!(
             has_guest(of_machine, dir.path()).unwrap()
-                && opened(of_machine).unwrap().iter().any(|open| open.may_write && open.is_named(Path::new("disk0")))
+                && opened(of_machine).unwrap().iter().any(|open| open.may_write() && open.is_named(Path::new("disk0")))
         );
         for process in [&mut other, &mut machine] {
             process.kill().unwrap();

@@ -77,8 +77,10 @@ impl QemuControl {
             tracing::warn!(monitor = %self.path.display(), "a capture of the machine broke off: it goes on, if it did not");
             recover(&mut monitor)?;
             self.stopped.forget()?;
-            self.chosen = None;
+        } else if let Some(chosen) = self.chosen.take() {
+            chosen.undo(&mut monitor)?;
         }
+        self.chosen = None;
         self.found(memory);
         Ok(monitor)
     }
@@ -190,8 +192,10 @@ impl Control for QemuControl {
     fn save_running(&mut self, heed: &mut dyn FnMut() -> Result<()>) -> Result<Option<(Stopwatch, u32)>> {
         self.is_saved = false;
         let (state, live) = (self.state.clone(), self.live.clone());
-        let process = named(&self.peer()?)?;
-        self.stopped.note_process(&process)?;
+        // Of one that cannot be named, because not everybody may look, only this agent knows.
+        if let Ok(process) = named(&self.peer()?) {
+            self.stopped.note_process(&process)?;
+        }
         let Self { monitor: Some(monitor), chosen, memory, .. } = self else {
             return Err(Error::new(Kind::Io, "there is no connection to QEMU's monitor"));
         };
