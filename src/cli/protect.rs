@@ -16,7 +16,7 @@ use crate::ha::{Config, MachineConfig, ProtectionStatus, parse_duration};
 use crate::ops::control::Client;
 use crate::ops::protect::{Here, Protector, UNBOUNDED};
 use crate::platform::process::NamedProcess;
-use crate::vmm::agent::{Guarded, GuardedLease, guard};
+use crate::vmm::agent::{Base, Guarded, GuardedLease, guard};
 
 /// Protect running machines: make an epoch of each, again and again, while it runs.
 ///
@@ -95,6 +95,9 @@ pub struct Protect {
     /// The machine's process, as PID:BEGAN.
     #[arg(long, hide = true, requires = "guard", value_name = "PROCESS", value_parser = parse_process)]
     process: Option<NamedProcess>,
+    /// Where it is noted that the machine was stopped.
+    #[arg(long, hide = true, requires = "guard", value_name = "FILE")]
+    note: Option<PathBuf>,
     /// What that process is to end the machine by.
     #[arg(long, hide = true, requires = "guard", value_name = "JSON", value_parser = parse_lease)]
     lease: Option<GuardedLease>,
@@ -114,7 +117,11 @@ impl Protect {
         if let Some(patience) = self.guard {
             let guarded = match self.parent {
                 true => Guarded::Parent,
-                false => Guarded::Monitor(self.described().monitor()?, self.process.clone()),
+                false => Guarded::Monitor {
+                    at: self.described().monitor()?,
+                    process: self.process.clone(),
+                    note: self.note.clone().map(Base::at),
+                },
             };
             guard(&guarded, Duration::from_millis(patience), self.lease.as_ref())?;
             return Ok(ExitCode::SUCCESS);

@@ -50,6 +50,8 @@ pub struct Monitor<'a> {
     resumed: u64,
     /// Whether it was told to save something since the last capture began.
     has_begun_to_save: bool,
+    /// What it was told and has not answered. A late answer would be taken for that of what it is told next.
+    unanswered: u32,
     check: Box<dyn FnMut() -> Result<()> + Send + 'a>,
     answer_wait_max: Duration,
     end_wait: Duration,
@@ -85,6 +87,7 @@ impl<'a> Monitor<'a> {
             received: Vec::new(),
             resumed: 0,
             has_begun_to_save: false,
+            unanswered: 0,
             check: Box::new(check),
             answer_wait_max: wait.min(ANSWER_WAIT_MAX),
             end_wait: END_WAIT,
@@ -117,10 +120,12 @@ impl<'a> Monitor<'a> {
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
+        self.is_in_step(name)?;
         self.say(name, &request)?;
-        let answer = self.answer(name)?;
-        self.has_begun_to_save |= name == "migrate";
-        Ok(answer)
+        let answer = self.answer(name);
+        // What it did not answer it may do all the same.
+        self.has_begun_to_save |= name == "migrate" && (answer.is_ok() || self.unanswered > 0);
+        answer
     }
 
     /// From here on it is told whether this has it save anything.
@@ -132,26 +137,50 @@ impl<'a> Monitor<'a> {
         self.has_begun_to_save
     }
 
+    /// Nothing more is said on a connection on which an answer is missing: on another one it is known what is answered.
+    fn is_in_step(&self, name: &str) -> Result<()> {
+        match self.unanswered {
+            0 => Ok(()),
+            _ => Err(Error::new(Kind::Io, format!("QEMU has not answered what it was told before {name}"))),
+        }
+    }
+
     fn say(&mut self, name: &str, request: &Value) -> Result<()> {
+        self.unanswered += 1;
         match self.socket.write_all(format!("{request}\n").as_bytes()) {
             Ok(()) => Ok(()),
             Err(_) => Err(self.closed(name)),
         }
     }
 
+    /// Runs a command, and hands what the machine's status was just before it, and how often it had gone on, to `see`.
+    fn run_with_status(&mut self, name: &str, see: impl FnOnce(&str, u64)) -> Result<()> {
+        const STATUS: &str = "query-status";
+        self.is_in_step(name)?;
+        // Both at once: nothing comes between them.
+        [STATUS, name].iter().try_for_each(|name| self.say(name, &json!({"execute": name})))?;
+        let status = self.answer(STATUS)?;
+        see(status["status"].as_str().unwrap_or("unknown"), self.resumed);
+        self.answer(name).map(|_| ())
+    }
+
+    /// Stops the machine, and says what it was before: one that did not run was stopped by somebody else.
+    pub fn stop(&mut self) -> Result<String> {
+        let mut before = String::new();
+        self.run_with_status("stop", |status, _| status.clone_into(&mut before))?;
+        Ok(before)
+    }
+
     /// Lets a machine go on that is stopped. Says first whether nobody else had, since it had gone on so often.
     pub fn go_on_from(&mut self, resumed: u64, stood_still: &mut bool) -> Result<()> {
-        // Both at once: it stands still until the second.
-        let commands = ["query-status", "cont"];
-        commands.iter().try_for_each(|name| self.say(name, &json!({"execute": name})))?;
-        let status = self.answer(commands[0])?;
-        *stood_still = status["status"] != "running" && self.resumed <= resumed;
-        self.answer(commands[1]).map(|_| ())
+        self.run_with_status("cont", |status, now| *stood_still = status != "running" && now <= resumed)
     }
 
     /// Gives QEMU an open file, as a file set of that number.
     pub fn give(&mut self, file: &File) -> Result<u64> {
         let (name, request) = ("add-fd", b"{\"execute\": \"add-fd\"}\n");
+        self.is_in_step(name)?;
+        self.unanswered += 1;
         let descriptors = [file.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -170,15 +199,15 @@ impl<'a> Monitor<'a> {
     fn answer(&mut self, name: &str) -> Result<Value> {
         loop {
             let mut answer = self.receive(name, self.answer_wait_max)?;
-            if let Some(error) = answer.get("error") {
-                let text = |field: &str| error[field].as_str().unwrap_or("?").to_owned();
-                return Err(Error::new(Kind::Io, format!("QEMU refused {name}: {}: {}", text("class"), text("desc"))));
+            if answer.get("return").or(answer.get("error")).is_none() {
+                // Anything else is an event.
+                self.resumed += u64::from(answer["event"] == "RESUME");
+                continue;
             }
-            if answer.get("return").is_some() {
-                return Ok(answer["return"].take());
-            }
-            // Anything else is an event.
-            self.resumed += u64::from(answer["event"] == "RESUME");
+            self.unanswered = self.unanswered.saturating_sub(1);
+            let Some(error) = answer.get("error") else { return Ok(answer["return"].take()) };
+            let text = |field: &str| error[field].as_str().unwrap_or("?").to_owned();
+            return Err(Error::new(Kind::Io, format!("QEMU refused {name}: {}: {}", text("class"), text("desc"))));
         }
     }
 

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use epochfs::vmm::agent::{Agent, Health, MachineAgent, MonitorAt};
 use serde_json::{Value, json};
@@ -26,6 +27,8 @@ struct Machine {
     disks: Vec<(&'static str, PathBuf)>,
     /// A request that fails, once, after half of its work.
     fails: Option<&'static str>,
+    /// It refuses so often to go on.
+    ignores: u32,
 }
 
 impl Machine {
@@ -51,6 +54,10 @@ impl Machine {
         }
         let kind = body["snapshot_type"].as_str().or(body["state"].as_str()).unwrap_or_default();
         self.told.push(format!("{request} {kind}").trim().to_owned());
+        if self.ignores > 0 && (kind == "Resumed" || request.ends_with("resume")) {
+            self.ignores -= 1;
+            return (500, json!({"fault_message": "it is busy"}));
+        }
         let fails = self.fails.take_if(|fails| request.ends_with(*fails)).is_some();
         match request {
             "PATCH /vm" => self.is_running = kind == "Resumed",
@@ -151,6 +158,7 @@ impl World {
             told: Vec::new(),
             disks: Vec::new(),
             fails: None,
+            ignores: 0,
         };
         let machine = Arc::new(Mutex::new(machine));
         let of_thread = machine.clone();
@@ -326,6 +334,49 @@ fn p6_a_machine_that_others_let_go_on_while_it_is_captured_is_of_no_moment() {
         assert!(!agent.stood_still() && world.machine().is_running);
         agent.capture(&mut || Ok(())).unwrap();
         assert!(agent.stood_still());
+    }
+}
+
+#[test]
+fn what_others_stop_stays_stopped_and_what_an_agent_left_stopped_goes_on() {
+    for state in ["vmstate", "snapshot"] {
+        let world = World::new();
+        let agent = || match state {
+            "vmstate" => world.firecracker(),
+            state => world.agent(MonitorAt::CloudHypervisor(world.socket.clone()), state),
+        };
+        let mut first = agent();
+        let note = world.directory.path().join("stopped-web1");
+        let mut noted = Vec::new();
+        first
+            .capture(&mut || {
+                noted = std::fs::read(&note).unwrap();
+                Ok(())
+            })
+            .unwrap();
+        assert!(!note.exists());
+        world.machine().is_running = false;
+        let error = first.capture(&mut || panic!("it stands still for somebody else")).unwrap_err();
+        assert!(error.to_string().contains("somebody else stopped it"), "{error}");
+        assert_eq!(first.health(), Health::Idle("Paused".into()));
+        assert!(!note.exists() && !world.machine().is_running);
+        drop(first);
+        // Another agent died with its guard.
+        std::fs::write(&note, noted).unwrap();
+        let mut next = agent();
+        assert_eq!(next.health(), Health::Running);
+        assert!(!note.exists() && world.machine().is_running);
+        // It takes longer than its agent and the guard have tried, or does not answer meanwhile.
+        world.machine().ignores = 1000;
+        assert!(next.capture(&mut || Ok(())).is_err());
+        assert!(!world.machine().is_running);
+        world.machine().ignores = 0;
+        assert_eq!(next.health(), Health::Running);
+        assert!(!note.exists() && world.machine().is_running);
+        // The guard sees that, too.
+        std::thread::sleep(Duration::from_millis(300));
+        world.machine().is_running = false;
+        assert_eq!(next.health(), Health::Idle("Paused".into()));
     }
 }
 

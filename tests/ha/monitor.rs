@@ -34,6 +34,8 @@ pub enum Fault {
     Close,
     /// Does what it was told, and closes the connection before it says so.
     CloseAfter,
+    /// Does what it was told, and answers when nobody waits for it any more.
+    Late,
 }
 
 #[derive(Debug)]
@@ -51,6 +53,8 @@ pub struct Machine {
     pub fails_to_save: bool,
     /// It is asked so often before the state that it saves just now is there; then it is stopped, whatever it was told meanwhile.
     pub saves_for: u32,
+    /// Somebody else stops it in this round of saving its memory.
+    pub stopped_in_round: u64,
     /// It writes so much that saving its memory while it runs never ends.
     pub never_converges: bool,
     /// What its migrations do: whether the next state has all of the memory in it, and is begun while the machine runs.
@@ -80,6 +84,7 @@ impl FakeMonitor {
             state: memory.with_file_name("vmstate"),
             fails_to_save: false,
             saves_for: 0,
+            stopped_in_round: 0,
             never_converges: false,
             capabilities: ["x-ignore-shared", "mapped-ram", "multifd"].map(|name| (name.to_owned(), false)).into(),
             parameters: json!({"max-bandwidth": 1 << 30, "downtime-limit": 300, "multifd-channels": 2}),
@@ -129,6 +134,9 @@ fn serve(mut stream: &UnixStream, machine: &Mutex<Machine>) -> std::io::Result<(
         };
         let events = std::mem::take(&mut machine.events);
         drop(machine);
+        if fault == Some(Fault::Late) {
+            std::thread::sleep(Duration::from_millis(3500));
+        }
         for event in events {
             stream.write_all(format!("{{\"event\": \"{event}\"}}\r\n").as_bytes())?;
         }
@@ -172,7 +180,11 @@ impl Machine {
             }
             "query-status" => json!({"status": self.status}),
             "stop" => {
-                self.status = "paused";
+                // What stands still stands still as it does.
+                if self.status == "running" {
+                    self.status = "paused";
+                    self.events.push("STOP");
+                }
                 json!({})
             }
             "migrate_cancel" => {
@@ -188,6 +200,9 @@ impl Machine {
             }
             "query-migrate" if self.rounds > 0 => {
                 self.rounds += 1;
+                if self.rounds == self.stopped_in_round {
+                    self.status = "paused";
+                }
                 let is_stuck = self.never_converges && self.status == "running";
                 if self.rounds < 6 || (is_stuck && self.rounds < 1000) {
                     let left = if self.never_converges { 4096 } else { 4096 >> self.rounds };
@@ -221,6 +236,9 @@ impl Machine {
             "query-migrate" if self.saved => json!({"status": "completed"}),
             "query-migrate" => json!({"status": "failed", "error-desc": "no room"}),
             "cont" => {
+                if self.status != "running" {
+                    self.events.push("RESUME");
+                }
                 (self.status, self.saved) = ("running", false);
                 json!({})
             }

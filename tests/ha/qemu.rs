@@ -162,6 +162,58 @@ fn a_machine_that_others_stopped_is_left_alone_and_one_that_is_gone_is_lost() {
 }
 
 #[test]
+fn what_others_stop_while_it_is_captured_stays_stopped() {
+    let paused_before = World::new();
+    paused_before.monitor.machine().status = "paused";
+    let migrated_before = World::new();
+    migrated_before.monitor.machine().status = "postmigrate";
+    let paused_in_round = elsewhere();
+    paused_in_round.monitor.machine().stopped_in_round = 3;
+    for world in [paused_before, migrated_before, paused_in_round] {
+        let before = world.status();
+        let mut agent = world.agent();
+        let error = agent.capture(&mut || panic!("it stands still for somebody else")).unwrap_err();
+        assert!(error.to_string().contains("somebody else stopped it"), "{error}");
+        let status = if before == "running" { "paused" } else { before };
+        assert_eq!(agent.health(), Health::Idle(status.into()));
+        assert!(!world.is_chosen() && !world.live.with_file_name("stopped-web1").exists());
+        assert!(!world.monitor.machine().told.iter().any(|told| told == "cont"), "{:?}", world.monitor.machine().told);
+        world.monitor.machine().status = "running";
+        world.monitor.machine().stopped_in_round = 0;
+        agent.capture(&mut || Ok(())).unwrap();
+    }
+}
+
+/// The answers that come late are not taken for those of what was asked next.
+#[test]
+fn p6_a_monitor_that_answers_late_leaves_nothing_stopped_or_changed() {
+    let late = |(world, command): (World, &'static str)| {
+        let mut agent = world.agent();
+        // So that it has to be stopped.
+        world.monitor.machine().never_converges = true;
+        world.monitor.machine().fault = Some((command, Fault::Late));
+        let result = agent.capture(&mut || Ok(()));
+        // As the last thing that is asked of it.
+        assert_eq!(result.is_ok(), command == "cont", "{command}: {result:?}");
+        let since = Stopwatch::start();
+        while agent.health() != Health::Running {
+            assert!(since.elapsed() < Duration::from_secs(30), "{command}: it stays {:?}", agent.health());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        assert_eq!((world.status(), world.is_chosen()), ("running", false), "{command}");
+        assert!(!world.live.with_file_name("stopped-web1").exists(), "{command}");
+        agent.capture(&mut || Ok(())).unwrap();
+        assert_eq!(world.monitor.machine().fault, None, "{command} was not met");
+    };
+    std::thread::scope(|scope| {
+        for command in ["migrate-set-capabilities", "stop", "migrate", "query-migrate", "cont"] {
+            scope.spawn(move || late((World::new(), command)));
+            scope.spawn(move || late((elsewhere(), command)));
+        }
+    });
+}
+
+#[test]
 fn a_migration_that_others_began_is_left_alone() {
     for world in [World::new(), elsewhere()] {
         let mut agent = world.agent();

@@ -21,7 +21,16 @@ impl Base {
 
     /// A note of the machine whose process an agent stopped, or set up to be captured, and has not yet let go on.
     pub fn of_stopped(directory: &Path, machine: &str) -> Self {
-        Self { file: directory.join(format!("stopped-{}", epochfs_format::encode_component(machine))) }
+        Self::at(directory.join(format!("stopped-{}", epochfs_format::encode_component(machine))))
+    }
+
+    /// The note in this file.
+    pub fn at(file: PathBuf) -> Self {
+        Self { file }
+    }
+
+    pub fn file(&self) -> &Path {
+        &self.file
     }
 
     /// Whether it was noted of this process.

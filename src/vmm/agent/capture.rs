@@ -8,7 +8,7 @@ use super::elsewhere::{Place, Written, is_among, opened_elsewhere};
 use super::firecracker::FirecrackerControl;
 use super::guard::{Guard, Guarded, GuardedLease, go_on, named, opened};
 use super::qemu::QemuControl;
-use super::{Agent, Capture, Control, Health, MonitorAt, firecracker, machine_of};
+use super::{Agent, Base, Capture, Control, Health, MonitorAt, firecracker, machine_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::flush::hand_over_files;
@@ -37,6 +37,8 @@ pub struct MachineAgent {
     program: PathBuf,
     control: Box<dyn Control>,
     guard: Option<Guard>,
+    /// Where it is noted that the machine was stopped.
+    stopped: Base,
     /// The machine's process, if that could be told when this began.
     machine: Option<Peer>,
     lessor: Option<Box<dyn Lessor>>,
@@ -75,16 +77,16 @@ impl MachineAgent {
     /// is this one, of which guards are started.
     pub fn new(monitor: &MonitorAt, live: &Path, state: &str, notes: &Path, program: &Path) -> Result<Self> {
         // Before anything is asked of the machine.
-        let machine = machine_of(live);
-        let alone = Alone::take(notes, &format!("agent-{}", epochfs_format::encode_component(&machine)))?;
+        let name = machine_of(live);
+        let alone = Alone::take(notes, &format!("agent-{}", epochfs_format::encode_component(&name)))?;
         let alone = alone.ok_or_else(|| {
-            Error::conflict(format!("another agent captures {machine} on this host"))
+            Error::conflict(format!("another agent captures {name} on this host"))
                 .hint("end that `epochfs protect` first, or have it make the epochs")
         })?;
         let mut control: Box<dyn Control> = match monitor {
             MonitorAt::Qemu(path) => Box::new(QemuControl::new(path, live, state, notes)?),
             MonitorAt::Firecracker(path) => Box::new(FirecrackerControl::new(path, live, state, notes)),
-            MonitorAt::CloudHypervisor(path) => Box::new(CloudHypervisorControl::new(path, live, state)),
+            MonitorAt::CloudHypervisor(path) => Box::new(CloudHypervisorControl::new(path, live, state, notes)),
         };
         if let Health::Lost(why) = control.health()? {
             return Err(Error::new(Kind::Io, why));
@@ -96,6 +98,7 @@ impl MachineAgent {
             program: program.to_owned(),
             control,
             guard: None,
+            stopped: Base::of_stopped(notes, &name),
             machine,
             lessor: None,
             is_leased: false,
@@ -132,6 +135,13 @@ impl MachineAgent {
         if self.machine.as_ref().is_some_and(is_known) {
             return Ok(());
         }
+        if self.machine.as_ref().is_some_and(|machine| !machine.has_ended()) {
+            let path = self.monitor.path().display();
+            return Err(Error::conflict(format!(
+                "{peer} listens at {path} now, and the machine's own process runs on"
+            ))
+            .hint("give each machine's monitor a path of its own"));
+        }
         // The guard is that one's that was there before.
         self.guard = None;
         let before = self.machine.replace(peer);
@@ -139,7 +149,8 @@ impl MachineAgent {
     }
 
     fn guarded(&self) -> Guarded {
-        Guarded::Monitor(self.monitor.clone(), self.machine.as_ref().and_then(|machine| named(machine).ok()))
+        let process = self.machine.as_ref().and_then(|machine| named(machine).ok());
+        Guarded::Monitor { at: self.monitor.clone(), process, note: Some(self.stopped.clone()) }
     }
 
     /// Refuses to have the machine's state written over what the machine itself writes to.
@@ -311,14 +322,15 @@ impl MachineAgent {
         if let Err(error) = self.control.resume(&mut self.stood_still) {
             tracing::warn!("the machine does not go on at once: {error}");
             self.control.reset();
-            let process = self.machine.as_ref().and_then(|machine| named(machine).ok());
             let went_on = match self.machine.as_ref().is_some_and(Peer::has_ended) {
                 true => Err(error),
-                false => go_on(&self.monitor, process.as_ref(), GO_ON_WAIT),
+                false => go_on(&self.guarded(), GO_ON_WAIT),
             };
             if let Err(error) = went_on {
-                // It is left to the guard, which tries for longer, but not if it has ended.
-                self.guard = None;
+                // The guard tries for longer.
+                if let Some(guard) = self.guard.take() {
+                    guard.leave();
+                }
                 return Err(error);
             }
         }
@@ -381,7 +393,7 @@ impl Agent for MachineAgent {
         let captured = saved.and_then(|saved| self.capture_stopped(saved.is_some(), freeze, &mut parts));
         let resumed = self.resume();
         parts.end("resume");
-        self.control.settle();
+        self.control.settle(resumed.is_ok());
         if captured.as_ref().is_err_and(|error| error.kind() == Kind::Io) {
             self.control.reset();
         }

@@ -11,6 +11,7 @@ use super::super::http::put;
 use super::super::place::text;
 use super::elsewhere::Written;
 use super::guard::peer_of;
+use super::stopped::Stopped;
 use super::{ANSWER_WAIT, Control, Health, ask};
 use crate::error::{Error, Result};
 use crate::uffd::Peer;
@@ -18,21 +19,32 @@ use crate::uffd::Peer;
 /// How long a snapshot may take: memory that is not on the mount is written whole.
 const SNAPSHOT_WAIT: Duration = Duration::from_secs(50);
 
+const RESUME: &str = "/api/v1/vm.resume";
+
 pub struct CloudHypervisorControl {
     path: PathBuf,
     directory: PathBuf,
+    stopped: Stopped,
 }
 
 impl CloudHypervisorControl {
-    pub fn new(path: &Path, live: &Path, directory: &str) -> Self {
-        Self { path: path.to_owned(), directory: live.join(directory) }
+    pub fn new(path: &Path, live: &Path, directory: &str, notes: &Path) -> Self {
+        Self { path: path.to_owned(), directory: live.join(directory), stopped: Stopped::of(notes, live) }
+    }
+
+    fn state(&self) -> Result<Health> {
+        Ok(match ask(&self.path, "/api/v1/vm.info")?["state"].as_str() {
+            Some("Running") => Health::Running,
+            Some(state) => Health::Idle(state.to_owned()),
+            None => Health::Lost(format!("{} is no API of Cloud Hypervisor", self.path.display())),
+        })
     }
 }
 
 pub fn resume(path: &Path) -> Result<()> {
     match ask(path, "/api/v1/vm.info")?["state"].as_str() {
         Some("Running") => Ok(()),
-        _ => put(path, "/api/v1/vm.resume", None, ANSWER_WAIT),
+        _ => put(path, RESUME, None, ANSWER_WAIT),
     }
 }
 
@@ -47,11 +59,8 @@ impl Control for CloudHypervisorControl {
     }
 
     fn health(&mut self) -> Result<Health> {
-        Ok(match ask(&self.path, "/api/v1/vm.info")?["state"].as_str() {
-            Some("Running") => Health::Running,
-            Some(state) => Health::Idle(state.to_owned()),
-            None => Health::Lost(format!("{} is no API of Cloud Hypervisor", self.path.display())),
-        })
+        let seen = self.state()?;
+        self.stopped.let_go_on(&self.path, seen, || put(&self.path, RESUME, None, ANSWER_WAIT))
     }
 
     fn peer(&mut self) -> Result<Peer> {
@@ -97,6 +106,7 @@ impl Control for CloudHypervisorControl {
     }
 
     fn stop(&mut self) -> Result<()> {
+        self.stopped.begin(&self.path, self.state()?)?;
         put(&self.path, "/api/v1/vm.pause", None, ANSWER_WAIT)
     }
 
@@ -106,11 +116,20 @@ impl Control for CloudHypervisorControl {
     }
 
     fn resume(&mut self, stood_still: &mut bool) -> Result<()> {
-        match self.health()? {
+        if !self.stopped.has_begun() {
+            return Ok(());
+        }
+        match self.state()? {
             Health::Running => return Ok(()),
             Health::Idle(_) => *stood_still = true,
             Health::Lost(_) => {}
         }
-        put(&self.path, "/api/v1/vm.resume", None, ANSWER_WAIT)
+        put(&self.path, RESUME, None, ANSWER_WAIT)
+    }
+
+    fn settle(&mut self, goes_on: bool) {
+        if goes_on {
+            self.stopped.end();
+        }
     }
 }

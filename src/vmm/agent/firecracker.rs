@@ -10,13 +10,15 @@ use super::super::place::text;
 use super::base::Base;
 use super::elsewhere::Written;
 use super::guard::peer_of;
+use super::stopped::Stopped;
 use super::{ANSWER_WAIT, Control, Health, ask, machine_of};
 use crate::error::Result;
+use crate::platform::clock::Stopwatch;
 use crate::uffd::Peer;
 
 const CREATE: &str = "/snapshot/create";
 
-/// How long a snapshot may take: one of everything writes all memory.
+/// How long a snapshot may take, with one of everything that is made in place of what changed: that one writes all memory.
 const SNAPSHOT_WAIT: Duration = Duration::from_secs(50);
 
 /// The stream that the memory goes to.
@@ -27,21 +29,31 @@ pub struct FirecrackerControl {
     live: PathBuf,
     state: PathBuf,
     base: Base,
+    stopped: Stopped,
 }
 
 impl FirecrackerControl {
     pub fn new(path: &Path, live: &Path, state: &str, notes: &Path) -> Self {
         let base = Base::of(notes, &machine_of(live));
-        Self { path: path.to_owned(), live: live.to_owned(), state: live.join(state), base }
+        let stopped = Stopped::of(notes, live);
+        Self { path: path.to_owned(), live: live.to_owned(), state: live.join(state), base, stopped }
     }
 
-    fn create(&self, kind: &str) -> Result<()> {
+    fn state(&self) -> Result<Health> {
+        Ok(match ask(&self.path, "/")?["state"].as_str() {
+            Some("Running") => Health::Running,
+            Some(state) => Health::Idle(state.to_owned()),
+            None => Health::Lost(format!("{} is no API of Firecracker", self.path.display())),
+        })
+    }
+
+    fn create(&self, kind: &str, wait: Duration) -> Result<()> {
         let body = json!({
             "snapshot_type": kind,
             "snapshot_path": text(&self.state)?,
             "mem_file_path": text(&self.live.join(MEMORY))?,
         });
-        put(&self.path, CREATE, Some(&body), SNAPSHOT_WAIT)
+        put(&self.path, CREATE, Some(&body), wait)
     }
 }
 
@@ -62,11 +74,8 @@ impl Control for FirecrackerControl {
     }
 
     fn health(&mut self) -> Result<Health> {
-        Ok(match ask(&self.path, "/")?["state"].as_str() {
-            Some("Running") => Health::Running,
-            Some(state) => Health::Idle(state.to_owned()),
-            None => Health::Lost(format!("{} is no API of Firecracker", self.path.display())),
-        })
+        let seen = self.state()?;
+        self.stopped.let_go_on(&self.path, seen, || change_state(&self.path, "Resumed"))
     }
 
     fn peer(&mut self) -> Result<Peer> {
@@ -85,6 +94,7 @@ impl Control for FirecrackerControl {
     }
 
     fn stop(&mut self) -> Result<()> {
+        self.stopped.begin(&self.path, self.state()?)?;
         change_state(&self.path, "Paused")
     }
 
@@ -92,23 +102,39 @@ impl Control for FirecrackerControl {
         let is_base = self.base.is_of(&self.path) && self.live.join(MEMORY).exists();
         // A snapshot that breaks off leaves pages behind that nobody will call changed again.
         self.base.forget()?;
+        let begun = Stopwatch::start();
         let made = match is_base {
-            true => self.create("Diff").or_else(|error| {
-                tracing::warn!("all memory is captured, and not only what changed: {error}");
-                self.create("Full")
+            true => self.create("Diff", SNAPSHOT_WAIT).or_else(|error| {
+                match SNAPSHOT_WAIT.saturating_sub(begun.elapsed()) {
+                    // It is at work on the first one yet.
+                    Duration::ZERO => Err(error),
+                    left => {
+                        tracing::warn!("all memory is captured, and not only what changed: {error}");
+                        self.create("Full", left)
+                    }
+                }
             }),
-            false => self.create("Full"),
+            false => self.create("Full", SNAPSHOT_WAIT),
         };
         made?;
         self.base.note(&self.path)
     }
 
     fn resume(&mut self, stood_still: &mut bool) -> Result<()> {
-        match self.health()? {
+        if !self.stopped.has_begun() {
+            return Ok(());
+        }
+        match self.state()? {
             Health::Running => return Ok(()),
             Health::Idle(_) => *stood_still = true,
             Health::Lost(_) => {}
         }
         change_state(&self.path, "Resumed")
+    }
+
+    fn settle(&mut self, goes_on: bool) {
+        if goes_on {
+            self.stopped.end();
+        }
     }
 }

@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, getppid, kill_process};
 use serde::{Deserialize, Serialize};
 
-use super::MonitorAt;
+use super::{Base, MonitorAt};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{BootClock, Clock, Stopwatch};
 use crate::platform::lease::{LeaseClaim, watch_claim};
@@ -51,15 +51,17 @@ pub struct GuardedLease {
 /// What a guard looks after.
 #[derive(Clone, Debug)]
 pub enum Guarded {
-    /// The machine behind a monitor, and its process where that is known: another one's may listen there later.
-    Monitor(MonitorAt, Option<NamedProcess>),
+    /// The machine behind a monitor, and its process where that is known: another one's may listen there later. The note says
+    /// whether it was stopped, until it has gone on.
+    Monitor { at: MonitorAt, process: Option<NamedProcess>, note: Option<Base> },
     /// The process that started the guard, in which the machine runs.
     Parent,
 }
 
 /// The agent's end.
 pub struct Guard {
-    process: Child,
+    /// Until it is left to itself.
+    process: Option<Child>,
     pipe: Option<ChildStdin>,
 }
 
@@ -71,10 +73,13 @@ impl Guard {
         let mut command = Command::new(program);
         command.args(["protect", "--guard", &patience.as_millis().to_string()]);
         match guarded {
-            Guarded::Monitor(monitor, process) => {
-                command.arg(monitor.option()).arg(monitor.path());
+            Guarded::Monitor { at, process, note } => {
+                command.arg(at.option()).arg(at.path());
                 if let Some(NamedProcess { pid, began }) = process {
                     command.arg("--process").arg(format!("{pid}:{began}"));
+                }
+                if let Some(note) = note {
+                    command.arg("--note").arg(note.file());
                 }
             }
             Guarded::Parent => drop(command.arg("--parent")),
@@ -89,12 +94,11 @@ impl Guard {
         command.stdin(Stdio::piped()).stdout(stdout).process_group(0);
         let mut process = command.spawn().map_err(failed)?;
         let (pipe, said) = (process.stdin.take(), process.stdout.take());
-        let mut guard = Self { process, pipe };
+        let mut guard = Self { process: Some(process), pipe };
         if let Some(mut said) = said {
             let mut text = [0; HOLDS.len()];
             if said.read_exact(&mut text).is_err() || text != HOLDS {
-                drop(guard.pipe.take());
-                let _ = guard.process.wait();
+                guard.pipe = None;
                 return Err(Error::new(Kind::Io, "nobody could end the machine when this host's lease is over")
                     .hint("what is before this in the log says why"));
             }
@@ -103,7 +107,8 @@ impl Guard {
     }
 
     fn tell(&mut self, byte: u8) -> Result<()> {
-        let Some(pipe) = &mut self.pipe else { return Ok(()) };
+        let gone = || Error::new(Kind::Io, "the guard is gone");
+        let pipe = self.pipe.as_mut().ok_or_else(gone)?;
         pipe.write_all(&[byte]).map_err(|error| Error::io("the guard is gone", error))
     }
 
@@ -119,7 +124,15 @@ impl Guard {
 
     /// Whether it is still there.
     pub fn is_there(&mut self) -> bool {
-        matches!(self.process.try_wait(), Ok(None))
+        self.process.as_mut().is_some_and(|process| matches!(process.try_wait(), Ok(None)))
+    }
+
+    /// Leaves it to itself: it lets a machine go on that is stopped, and watches the machine's lease on.
+    pub fn leave(mut self) {
+        self.pipe = None;
+        if let Some(mut process) = self.process.take() {
+            std::thread::spawn(move || process.wait());
+        }
     }
 }
 
@@ -128,8 +141,8 @@ impl Drop for Guard {
         // One that is gone has nothing to be told.
         let _ = self.tell(END);
         // It ends with the pipe, at once where the machine runs.
-        drop(self.pipe.take());
-        let _ = self.process.wait();
+        self.pipe = None;
+        let _ = self.process.as_mut().map(Child::wait);
     }
 }
 
@@ -138,7 +151,7 @@ impl Drop for Guard {
 pub fn guard(guarded: &Guarded, patience: Duration, lease: Option<&GuardedLease>) -> Result<()> {
     let machine = match (lease, guarded) {
         (Some(lease), _) => Some(hold(guarded, lease)?),
-        (None, Guarded::Monitor(_, Some(named))) => Some(held(named)?),
+        (None, Guarded::Monitor { process: Some(named), .. }) => Some(held(named)?),
         (None, _) => None,
     };
     // For as long as this guards it, nobody on this host starts it again.
@@ -343,8 +356,8 @@ fn heed(guarded: &Guarded, patience: Duration, machine: Option<&Peer>) -> Result
             Err(_) => break,
         }
     }
-    if let (true, Guarded::Monitor(monitor, process)) = (is_stopped, guarded) {
-        go_on(monitor, process.as_ref(), TRY_FOR)?;
+    if is_stopped {
+        go_on(guarded, TRY_FOR)?;
     }
     Ok(is_told_to_end)
 }
@@ -381,19 +394,26 @@ fn wait(input: impl AsFd, machine: Option<&Peer>, longest: Option<Duration>) -> 
 }
 
 /// Lets a machine go on that was stopped to be captured, unless it has ended: another may listen in its place.
-pub fn go_on(monitor: &MonitorAt, process: Option<&NamedProcess>, wait: Duration) -> Result<()> {
-    let since = Stopwatch::start();
+pub fn go_on(guarded: &Guarded, wait: Duration) -> Result<()> {
+    let Guarded::Monitor { at, process, note } = guarded else { return Ok(()) };
+    let is_noted = || note.as_ref().is_some_and(|note| note.file().exists());
+    let (since, was_noted) = (Stopwatch::start(), is_noted());
     loop {
-        if process.is_some_and(|process| !process.runs()) {
+        // It is gone, or somebody else has let it go on.
+        if process.as_ref().is_some_and(|process| !process.runs()) || (was_noted && !is_noted()) {
             return Ok(());
         }
         // The agent's connection may not be closed yet: QEMU answers one after the other.
-        match monitor.run(process) {
+        match at.run(process.as_ref()) {
             Ok(()) => {
-                tracing::warn!(monitor = %monitor.path().display(), "the machine goes on, although its capture broke off");
+                tracing::warn!(monitor = %at.path().display(), "the machine goes on, although its capture broke off");
+                // Who stops it from now on is somebody else.
+                if let Some(Err(error)) = note.as_ref().map(Base::forget) {
+                    tracing::warn!("a machine that somebody else stops may be let go on: {error}");
+                }
                 return Ok(());
             }
-            Err(error) if since.elapsed() >= wait => return Err(error.context(monitor.path().display())),
+            Err(error) if since.elapsed() >= wait => return Err(error.context(at.path().display())),
             Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
     }

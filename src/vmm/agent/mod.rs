@@ -10,6 +10,7 @@ mod guard;
 mod heartbeat;
 mod qemu;
 mod qemu_memory;
+mod stopped;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -151,16 +152,17 @@ trait Control: Send {
         Ok(None)
     }
 
+    /// Stops it, if nobody else has.
     fn stop(&mut self) -> Result<()>;
 
     /// Has the state of the machine that stands still in its files, and the memory that is not in them anyway.
     fn save(&mut self) -> Result<()>;
 
-    /// Lets it go on. Says first whether it stood still since it was stopped, if that is so.
+    /// Lets it go on, if it was stopped here. Says first whether it stood still since, if that is so.
     fn resume(&mut self, stood_still: &mut bool) -> Result<()>;
 
-    /// What is left to be done when it runs again.
-    fn settle(&mut self) {}
+    /// What is left to be done after a capture. If it is known that the machine goes on, it is somebody else who stops it next.
+    fn settle(&mut self, goes_on: bool);
 
     /// Something failed: answers to what was asked may still be on their way.
     fn reset(&mut self) {}

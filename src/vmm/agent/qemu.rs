@@ -11,10 +11,13 @@ use super::base::Base;
 use super::elsewhere::{Written, opened_elsewhere};
 use super::guard::named;
 use super::qemu_memory::{Choice, MemoryPlace, save_whole};
+use super::stopped::others_stopped;
 use super::{ANSWER_WAIT, Control, Health, machine_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::uffd::Peer;
+
+const NOT_UNDONE: &str = "what migrations of the machine do is not yet as it was";
 
 /// How long the state may take to be saved, while the machine stands still.
 const STATE_WAIT: Duration = Duration::from_secs(10);
@@ -26,14 +29,35 @@ pub struct QemuControl {
     monitor: Option<Monitor<'static>>,
     /// Of the process that an agent has stopped: only such a one is let go on.
     stopped: Base,
-    /// What migrations did before they were made to save captures.
-    chosen: Option<Choice>,
+    changed: Option<Changed>,
     /// Where the memory of the machine is, as far as was looked.
     memory: MemoryPlace,
     /// The state was saved to its end since the machine was stopped: only then can it simply go on.
     is_saved: bool,
     /// How often it had gone on when its capture began.
     resumed: u64,
+}
+
+/// What was done to a machine to capture it, and is not yet undone.
+struct Changed {
+    /// Its process.
+    process: i32,
+    /// What migrations did before.
+    choice: Choice,
+    /// It was stopped, or may have been, and is not known to have gone on.
+    has_stopped: bool,
+}
+
+impl Changed {
+    /// Has migrations do again what they did; then nobody need know any more what was done.
+    fn undo(this: &mut Option<Self>, note: &Base, monitor: &mut Monitor<'_>) -> Result<()> {
+        if let Some(changed) = this {
+            changed.choice.undo(monitor)?;
+        }
+        note.forget()?;
+        *this = None;
+        Ok(())
+    }
 }
 
 impl QemuControl {
@@ -45,7 +69,7 @@ impl QemuControl {
             state: live.join(state),
             monitor: None,
             stopped: Base::of_stopped(notes, &machine_of(live)),
-            chosen: None,
+            changed: None,
             memory: MemoryPlace::InLive,
             is_saved: false,
             resumed: 0,
@@ -64,6 +88,7 @@ impl QemuControl {
 
     fn connect(&mut self) -> Result<Monitor<'static>> {
         let mut monitor = Monitor::connect(&self.path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end();
+        self.recover(&mut monitor)?;
         // Nothing is changed before it is known that this is the machine.
         let memory = MemoryPlace::find(&mut monitor, &self.live)?;
         let process = monitor.peer().ok().map(|peer| peer.pid());
@@ -72,17 +97,37 @@ impl QemuControl {
         }
         opened_elsewhere(process, &self.live).into_iter().try_for_each(|file| Err(file.refused(&self.live)))?;
         Choice::check(&mut monitor, &memory, &self.live)?;
-        let named = monitor.peer().and_then(|peer| named(&peer)).ok();
-        if named.is_some_and(|named| self.stopped.is_of_process(&named)) {
-            tracing::warn!(monitor = %self.path.display(), "a capture of the machine broke off: it goes on, if it did not");
-            recover(&mut monitor)?;
-            self.stopped.forget()?;
-        } else if let Some(chosen) = self.chosen.take() {
-            chosen.undo(&mut monitor)?;
-        }
-        self.chosen = None;
         self.found(memory);
         Ok(monitor)
+    }
+
+    /// Sees to what a capture that broke off has left of this machine.
+    fn recover(&mut self, monitor: &mut Monitor<'_>) -> Result<()> {
+        let peer = monitor.peer().ok();
+        let warn = || tracing::warn!(monitor = %self.path.display(), "a capture of the machine broke off: it goes on");
+        match &mut self.changed {
+            Some(changed) if peer.as_ref().is_some_and(|peer| peer.pid() == changed.process) => {
+                if changed.has_stopped {
+                    warn();
+                    monitor.go_on(ANSWER_WAIT)?;
+                    changed.has_stopped = false;
+                }
+                // What cannot be undone while somebody migrates it is before the next capture.
+                if let Err(error) = Changed::undo(&mut self.changed, &self.stopped, monitor) {
+                    tracing::info!("{NOT_UNDONE}: {error}");
+                }
+            }
+            _ => {
+                self.changed = None;
+                // It was an agent before this one.
+                if peer.and_then(|peer| named(&peer).ok()).is_some_and(|named| self.stopped.is_of_process(&named)) {
+                    warn();
+                    recover(monitor)?;
+                    self.stopped.forget()?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn found(&mut self, memory: MemoryPlace) {
@@ -102,6 +147,10 @@ impl QemuControl {
 pub fn recover(monitor: &mut Monitor<'_>) -> Result<()> {
     monitor.go_on(ANSWER_WAIT)?;
     Choice::forget(monitor)
+}
+
+fn unconnected() -> Error {
+    Error::new(Kind::Io, "there is no connection to QEMU's monitor")
 }
 
 fn all_written(drives: &Value) -> Vec<Written> {
@@ -186,32 +235,42 @@ impl Control for QemuControl {
         // Memory may have come since, and files may have been replaced.
         let memory = MemoryPlace::find(monitor, &live)?;
         self.found(memory);
-        Ok(())
+        let Self { monitor: Some(monitor), changed, stopped, .. } = self else { return Err(unconnected()) };
+        Changed::undo(changed, stopped, monitor)
     }
 
     fn save_running(&mut self, heed: &mut dyn FnMut() -> Result<()>) -> Result<Option<(Stopwatch, u32)>> {
         self.is_saved = false;
         let (state, live) = (self.state.clone(), self.live.clone());
+        let peer = self.peer()?;
         // Of one that cannot be named, because not everybody may look, only this agent knows.
-        if let Ok(process) = named(&self.peer()?) {
+        if let Ok(process) = named(&peer) {
             self.stopped.note_process(&process)?;
         }
-        let Self { monitor: Some(monitor), chosen, memory, .. } = self else {
-            return Err(Error::new(Kind::Io, "there is no connection to QEMU's monitor"));
-        };
-        *chosen = Some(Choice::make(monitor, memory, &live)?);
+        let Self { monitor: Some(monitor), changed, memory, .. } = self else { return Err(unconnected()) };
+        let choice = Choice::new(monitor, memory, &live)?;
+        let changed = changed.insert(Changed { process: peer.pid(), choice, has_stopped: false });
+        changed.choice.make(monitor)?;
         monitor.begin_capture();
         self.resumed = monitor.resumed();
         if *memory == MemoryPlace::InLive {
             return Ok(None);
         }
-        let saved = save_whole(monitor, &state, heed)?;
+        let saved = save_whole(monitor, &state, heed, &mut changed.has_stopped)?;
         self.is_saved = true;
         Ok(Some(saved))
     }
 
     fn stop(&mut self) -> Result<()> {
-        self.monitor()?.run("stop", Value::Null).map(|_| ())
+        let Self { monitor: Some(monitor), changed: Some(changed), .. } = self else { return Err(unconnected()) };
+        changed.has_stopped = true;
+        match monitor.stop()?.as_str() {
+            "running" => Ok(()),
+            status => {
+                changed.has_stopped = false;
+                Err(others_stopped(status))
+            }
+        }
     }
 
     fn save(&mut self) -> Result<()> {
@@ -224,7 +283,10 @@ impl Control for QemuControl {
 
     fn resume(&mut self, stood_still: &mut bool) -> Result<()> {
         let (is_saved, resumed) = (std::mem::take(&mut self.is_saved), self.resumed);
-        let monitor = self.monitor()?;
+        if !self.changed.as_ref().is_some_and(|changed| changed.has_stopped) {
+            return Ok(());
+        }
+        let monitor = self.monitor.as_mut().ok_or_else(unconnected)?;
         match is_saved || !monitor.has_begun_to_save() {
             true => monitor.go_on_from(resumed, stood_still),
             // Nothing was frozen.
@@ -232,13 +294,16 @@ impl Control for QemuControl {
         }
     }
 
-    fn settle(&mut self) {
-        let Some(monitor) = &mut self.monitor else { return };
-        let undone = self.chosen.take().map_or(Ok(()), |chosen| chosen.undo(monitor));
-        if let Err(error) = undone.and_then(|()| self.stopped.forget()) {
-            // Whoever connects next finds the note, and sees to it.
-            tracing::info!("what migrations do is not yet as it was: {error}");
-            self.monitor = None;
+    fn settle(&mut self, goes_on: bool) {
+        let has_stopped = self.changed.as_mut().is_some_and(|changed| {
+            changed.has_stopped &= !goes_on;
+            changed.has_stopped
+        });
+        // Where it may stand still, or nothing is said any more, the next connection sees to it.
+        if let (false, Some(monitor)) = (has_stopped, &mut self.monitor)
+            && let Err(error) = Changed::undo(&mut self.changed, &self.stopped, monitor)
+        {
+            tracing::info!("{NOT_UNDONE}: {error}");
         }
     }
 

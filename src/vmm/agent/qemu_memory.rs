@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::super::qmp::{Monitor, file_channel};
 use super::elsewhere::Written;
+use super::stopped::others_stopped;
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 
@@ -92,7 +93,9 @@ fn set(monitor: &mut Monitor<'_>, known: &[(&'static str, bool)], wanted: &[(&'s
     for state in [false, true] {
         let changes: Vec<Value> = wanted
             .iter()
-            .filter(|(name, wanted)| *wanted == state && (state || known.contains(&(*name, true))))
+            .filter(|change| {
+                change.1 == state && !known.contains(change) && (state || known.contains(&(change.0, true)))
+            })
             .map(|(name, state)| json!({"capability": name, "state": state}))
             .collect();
         if !changes.is_empty() {
@@ -120,30 +123,36 @@ impl Choice {
         )))
     }
 
-    pub fn make(monitor: &mut Monitor<'_>, place: &MemoryPlace, live: &Path) -> Result<Self> {
+    /// For a machine whose memory is there; nothing is changed yet.
+    pub fn new(monitor: &mut Monitor<'_>, place: &MemoryPlace, live: &Path) -> Result<Self> {
         Self::check(monitor, place, live)?;
-        let is_own = matches!(place, MemoryPlace::Own(_));
         let capabilities = known(monitor)?;
-        let wanted = [("x-ignore-shared", !is_own), ("mapped-ram", is_own), ("multifd", is_own)];
         let mut parameters = None;
-        if is_own {
+        if matches!(place, MemoryPlace::Own(_)) {
             let before = monitor.run("query-migrate-parameters", Value::Null)?;
             let kept = |(name, usual): (&str, u64)| (name.to_owned(), json!(before[name].as_u64().unwrap_or(usual)));
             parameters = Some(Value::Object([BANDWIDTH, DOWNTIME, THREADS].map(kept).into_iter().collect()));
         }
-        set(monitor, &capabilities, &wanted)?;
+        Ok(Self { capabilities, parameters })
+    }
+
+    pub fn make(&self, monitor: &mut Monitor<'_>) -> Result<()> {
+        let is_own = self.parameters.is_some();
+        let wanted = [("x-ignore-shared", !is_own), ("mapped-ram", is_own), ("multifd", is_own)];
+        set(monitor, &self.capabilities, &wanted)?;
         if is_own {
             let own = json!({BANDWIDTH.0: 0, DOWNTIME.0: PAUSE_WANTED_MS, THREADS.0: CHANNELS});
             monitor.run("migrate-set-parameters", own)?;
         }
-        Ok(Self { capabilities, parameters })
+        Ok(())
     }
 
     /// Has migrations do again what they did.
-    pub fn undo(self, monitor: &mut Monitor<'_>) -> Result<()> {
+    pub fn undo(&self, monitor: &mut Monitor<'_>) -> Result<()> {
         let now = known(monitor)?;
         set(monitor, &now, &self.capabilities)?;
-        self.parameters.map_or(Ok(()), |parameters| monitor.run("migrate-set-parameters", parameters).map(|_| ()))
+        let parameters = self.parameters.clone();
+        parameters.map_or(Ok(()), |parameters| monitor.run("migrate-set-parameters", parameters).map(|_| ()))
     }
 
     /// The same where it is not known any more: they do what they do in a QEMU that was just started.
@@ -158,20 +167,22 @@ impl Choice {
 }
 
 /// Saves memory and state of a machine that runs, and returns when it is stopped and all is saved: since when it stands still, at
-/// the most. `heed` is called while this goes on.
+/// the most. `heed` is called while this goes on. If this fails, `has_stopped` says whether the machine may have been stopped by it,
+/// or will yet be.
 pub fn save_whole(
     monitor: &mut Monitor<'_>,
     path: &Path,
     heed: &mut dyn FnMut() -> Result<()>,
+    has_stopped: &mut bool,
 ) -> Result<(Stopwatch, u32)> {
     // QEMU opens the file once more for each of its threads, and does not survive that this fails: so it is given an open one.
     let failed = |error| Error::io(format!("cannot open {} to save the memory there", path.display()), error);
     let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path).map_err(failed)?;
     let set = monitor.give(&file)?;
-    let saved = monitor
-        .run("migrate", file_channel(Path::new(&format!("/dev/fdset/{set}")))?)
-        .and_then(|_| follow(monitor, heed));
-    if saved.is_err() {
+    let begun = monitor.run("migrate", file_channel(Path::new(&format!("/dev/fdset/{set}")))?);
+    *has_stopped = monitor.has_begun_to_save();
+    let saved = begun.and_then(|_| follow(monitor, heed, has_stopped));
+    if saved.is_err() && monitor.has_begun_to_save() {
         // It runs, or whoever lets it go on waits for the end of this.
         let _ = monitor.run("migrate_cancel", Value::Null);
     }
@@ -187,7 +198,19 @@ pub fn save_whole(
     }
 }
 
-fn follow(monitor: &mut Monitor<'_>, heed: &mut dyn FnMut() -> Result<()>) -> Result<(Stopwatch, u32)> {
+fn follow(
+    monitor: &mut Monitor<'_>,
+    heed: &mut dyn FnMut() -> Result<()>,
+    has_stopped: &mut bool,
+) -> Result<(Stopwatch, u32)> {
+    // QEMU itself stops it otherwise.
+    let mut others = |status: &str| match status {
+        "paused" => {
+            *has_stopped = false;
+            Err(others_stopped(status))
+        }
+        _ => Ok(()),
+    };
     let begun = Stopwatch::start();
     let (mut stopped, mut heeded) = (Stopwatch::start(), Stopwatch::start());
     let mut is_running = true;
@@ -196,7 +219,10 @@ fn follow(monitor: &mut Monitor<'_>, heed: &mut dyn FnMut() -> Result<()>) -> Re
         if is_running {
             // It runs when the question is asked, if the answer is that it runs.
             let asked = Stopwatch::start();
-            is_running = monitor.run("query-status", Value::Null)?["status"] == "running";
+            let answer = monitor.run("query-status", Value::Null)?;
+            let status = answer["status"].as_str().unwrap_or("unknown");
+            others(status)?;
+            is_running = status == "running";
             if is_running {
                 stopped = asked;
             }
@@ -213,7 +239,7 @@ fn follow(monitor: &mut Monitor<'_>, heed: &mut dyn FnMut() -> Result<()>) -> Re
         let is_over = rounds.see(&migration["ram"]);
         if is_running && (is_over || begun.elapsed() > RUNNING_WAIT) {
             stopped = Stopwatch::start();
-            monitor.run("stop", Value::Null)?;
+            others(&monitor.stop()?)?;
             is_running = false;
         }
         if !is_running && stopped.elapsed() > STOPPED_WAIT {
