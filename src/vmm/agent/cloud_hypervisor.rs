@@ -116,20 +116,10 @@ impl Control for CloudHypervisorControl {
     }
 
     fn resume(&mut self, stood_still: &mut bool) -> Result<()> {
-        if !self.stopped.has_begun() {
-            return Ok(());
-        }
-        match self.state()? {
-            Health::Running => return Ok(()),
-            Health::Idle(_) => *stood_still = true,
-            Health::Lost(_) => {}
-        }
-        put(&self.path, RESUME, None, ANSWER_WAIT)
+        self.stopped.resume(|| self.state(), stood_still, || put(&self.path, RESUME, None, ANSWER_WAIT))
     }
 
     fn settle(&mut self, goes_on: bool) {
-        if goes_on {
-            self.stopped.end();
-        }
+        self.stopped.settle(goes_on);
     }
 }

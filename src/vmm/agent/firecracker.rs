@@ -121,20 +121,10 @@ impl Control for FirecrackerControl {
     }
 
     fn resume(&mut self, stood_still: &mut bool) -> Result<()> {
-        if !self.stopped.has_begun() {
-            return Ok(());
-        }
-        match self.state()? {
-            Health::Running => return Ok(()),
-            Health::Idle(_) => *stood_still = true,
-            Health::Lost(_) => {}
-        }
-        change_state(&self.path, "Resumed")
+        self.stopped.resume(|| self.state(), stood_still, || change_state(&self.path, "Resumed"))
     }
 
     fn settle(&mut self, goes_on: bool) {
-        if goes_on {
-            self.stopped.end();
-        }
+        self.stopped.settle(goes_on);
     }
 }

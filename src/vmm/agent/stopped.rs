@@ -37,8 +37,33 @@ impl Stopped {
     }
 
     /// Whether this agent may have stopped it since it was known to run.
-    pub fn has_begun(&self) -> bool {
+    fn has_begun(&self) -> bool {
         self.process.is_some()
+    }
+
+    /// Lets it go on, if it was stopped. Says first whether it stood still until now.
+    pub fn resume(
+        &self,
+        see: impl FnOnce() -> Result<Health>,
+        stood_still: &mut bool,
+        go_on: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if !self.has_begun() {
+            return Ok(());
+        }
+        match see()? {
+            Health::Running => return Ok(()),
+            Health::Idle(_) => *stood_still = true,
+            Health::Lost(_) => {}
+        }
+        go_on()
+    }
+
+    /// Whether it is known after a capture that it goes on.
+    pub fn settle(&mut self, goes_on: bool) {
+        if goes_on {
+            self.end();
+        }
     }
 
     /// Lets the machine go on that was seen to stand still, if an agent stopped it.
@@ -64,7 +89,7 @@ impl Stopped {
     }
 
     /// It runs.
-    pub fn end(&mut self) {
+    fn end(&mut self) {
         self.process = None;
         if let Err(error) = self.note.forget() {
             tracing::warn!("a machine that somebody else stops may be let go on: {error}");
