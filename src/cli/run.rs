@@ -28,6 +28,7 @@ use crate::ops::protect::Teller;
 use crate::platform::clock::{BootClock, Stopwatch};
 use crate::platform::lease::lease_of_host;
 use crate::restore::{Prefetcher, Settings as PrefetchSettings};
+use crate::vmm::agent::only_agent;
 use crate::vmm::kvm::{
     BOARD, BOARD_LEN, Counter, Ended, Guest, Load, MEMORY, Machine, MemoryShape, Orders, Output, Runner, STATE, Spec,
     Tracking, own, read_state, run,
@@ -219,6 +220,15 @@ impl Run {
         let open = || Ok::<_, Error>(context.open_without_index()?.with_node_cache(NODE_CACHE_LEN));
         let store = if needs_store { Some(Arc::new(open()?)) } else { None };
         let output = output(context.json());
+        // One that runs already is not taken over from whoever runs it.
+        let _alone = match (&self.protect, &store) {
+            (Some(machine), Some(store)) => {
+                let directory = context.local_directory(store);
+                make_directory(&directory)?;
+                Some(only_agent(&directory, machine)?)
+            }
+            _ => None,
+        };
         let (mut prefetcher, mut prefetch) = (None, None);
         let (mut runner, processors, protection) = match (&self.from, &store) {
             (Some(from), Some(store)) => {

@@ -116,6 +116,31 @@ fn a_guest_that_is_killed_again_and_again_counts_to_its_end() {
 }
 
 #[test]
+fn a_guest_that_runs_is_not_taken_over_from_its_host() {
+    if !can_run("a_guest_that_runs_is_not_taken_over_from_its_host") {
+        return;
+    }
+    let host = Host::new();
+    let words = ["run", "--memory", "8M", "--protect", "web1", "--interval", "30ms", "--time", "60s", "--quiet"];
+    let mut first = Guest(host.command(&words).stdout(Stdio::null()).spawn().unwrap());
+    let has_epochs = |more: usize| {
+        let (since, before) = (Stopwatch::start(), host.epochs("web1"));
+        while host.epochs("web1") < before + more {
+            assert!(since.elapsed() < Duration::from_secs(30), "it makes no epochs");
+        }
+    };
+    has_epochs(2);
+    let second = host.run(&["run", "--from", "web1", "--protect", "web1", "--time", "1s", "--quiet"]);
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(4), "{said}");
+    assert!(said.contains("another agent captures web1"), "{said}");
+    has_epochs(2);
+    assert!(first.0.try_wait().unwrap().is_none(), "the first runs on");
+    drop(first);
+    host.json(&["run", "--from", "web1", "--protect", "web1", "--time", "200ms"]);
+}
+
+#[test]
 fn a_guest_goes_on_as_another_machine_from_any_epoch() {
     if !can_run("a_guest_goes_on_as_another_machine_from_any_epoch") {
         return;

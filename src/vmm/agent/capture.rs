@@ -71,6 +71,15 @@ pub trait Lessor: Send {
     fn claim(&mut self) -> Result<Option<LeaseClaim>>;
 }
 
+/// The one agent of a machine on this host, for as long as this is held; in `notes` agents find each other.
+pub fn only_agent(notes: &Path, machine: &str) -> Result<Alone> {
+    let alone = Alone::take(notes, &format!("agent-{}", epochfs_format::encode_component(machine)))?;
+    alone.ok_or_else(|| {
+        Error::conflict(format!("another agent captures {machine} on this host"))
+            .hint("end that `epochfs protect` or `epochfs run` first, or have it make the epochs")
+    })
+}
+
 impl MachineAgent {
     /// Looks whether the machine can be captured. `live` is its directory on the mount, `state` the stream (for Cloud
     /// Hypervisor, the directory) that its state goes to; in `notes` agents note what the next one must know; `program`
@@ -78,11 +87,7 @@ impl MachineAgent {
     pub fn new(monitor: &MonitorAt, live: &Path, state: &str, notes: &Path, program: &Path) -> Result<Self> {
         // Before anything is asked of the machine.
         let name = machine_of(live);
-        let alone = Alone::take(notes, &format!("agent-{}", epochfs_format::encode_component(&name)))?;
-        let alone = alone.ok_or_else(|| {
-            Error::conflict(format!("another agent captures {name} on this host"))
-                .hint("end that `epochfs protect` first, or have it make the epochs")
-        })?;
+        let alone = only_agent(notes, &name)?;
         let mut control: Box<dyn Control> = match monitor {
             MonitorAt::Qemu(path) => Box::new(QemuControl::new(path, live, state, notes)?),
             MonitorAt::Firecracker(path) => Box::new(FirecrackerControl::new(path, live, state, notes)),

@@ -18,7 +18,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 pub use base::Base;
-pub use capture::{Lessor, MachineAgent};
+pub use capture::{Lessor, MachineAgent, only_agent};
 use elsewhere::Written;
 pub use guard::{Guard, Guarded, GuardedLease, guard};
 pub use heartbeat::Heartbeat;
