@@ -334,7 +334,10 @@ impl FileSystem {
         self.keeper.stop();
         self.end_prefetches();
         let mut result = Ok(());
-        for live in self.all_lives() {
+        let lives = self.all_lives();
+        // All at once: each may have to hear first that the store is away.
+        lives.iter().for_each(|live| live.begin_to_end());
+        for live in lives {
             match live.close() {
                 // Nothing of it is only here. It stays this host's until it is given up from here, or taken over.
                 Err(error) if error.kind() == Kind::Unavailable && live.is_clean() => {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use epochfs_format::{ObjectRef, Place, QUARANTINE_PREFIX, QUARANTINED_MAX, Quarantine, quarantine_key};
 
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
 use crate::platform::lock::lock;
 use crate::platform::random;
@@ -65,7 +65,14 @@ impl Quarantined {
 #[derive(Default)]
 pub(super) struct Lists {
     known: RwLock<Arc<Quarantined>>,
-    looked: Mutex<Option<Stopwatch>>,
+    looked: Mutex<Looked>,
+}
+
+/// When it was looked for lists.
+#[derive(Default)]
+struct Looked {
+    done: Option<Stopwatch>,
+    failed: Option<(Stopwatch, Error)>,
 }
 
 impl Lists {
@@ -75,13 +82,27 @@ impl Lists {
 
     /// Looks for lists, unless that was done a moment ago.
     pub fn look(&self, store: &dyn Store, repository: &[u8; 16]) -> Result<Arc<Quarantined>> {
+        let asked = Stopwatch::start();
         let mut looked = lock(&self.looked);
-        if store.is_remote() && looked.as_ref().is_some_and(|since| since.elapsed() < LOOK_AFTER) {
+        if store.is_remote() && looked.done.as_ref().is_some_and(|since| since.elapsed() < LOOK_AFTER) {
             return Ok(self.known());
         }
-        let known = self.read(store, repository)?;
-        *looked = Some(Stopwatch::start());
-        Ok(known)
+        // It failed for all who waited for it.
+        if let Some((failed, error)) = &looked.failed
+            && failed.elapsed() < asked.elapsed()
+        {
+            return Err(Error::new(error.kind(), error.to_string()));
+        }
+        match self.read(store, repository) {
+            Ok(known) => {
+                *looked = Looked { done: Some(Stopwatch::start()), failed: None };
+                Ok(known)
+            }
+            Err(error) => {
+                looked.failed = Some((Stopwatch::start(), Error::new(error.kind(), error.to_string())));
+                Err(error)
+            }
+        }
     }
 
     /// The lists as they are now.

@@ -206,20 +206,17 @@ impl Live {
             if let Err(error) = spawned {
                 pipeline.running = false;
                 let job = pipeline.waiting.pop_back().expect("it was just pushed");
-                self.take_back(&job.entries, None);
+                self.take_back(&job.entries, &mut pipeline.waiting);
                 return Err(Error::io("cannot start a thread for the commit", error));
             }
         }
         Ok(CommitTicket { result, frozen_for })
     }
 
-    /// Ends commits that wait for a store that is away, and waits until none is on its way. What they would have
-    /// committed stays in live.
-    pub fn end_commits(&self) {
+    /// From here on no commit waits for a store that is away. What it would have committed stays in live.
+    pub fn begin_to_end(&self) {
         self.ending.store(true, Ordering::Release);
         self.pipeline_moved.notify_all();
-        self.wait_for_commits();
-        self.ending.store(false, Ordering::Release);
     }
 
     /// Waits until no commit is on its way.
@@ -256,8 +253,7 @@ impl Live {
                     if error.kind() == Kind::Fenced {
                         self.halt_with(Halt::Fenced);
                     }
-                    let mut pipeline = lock(&self.pipeline);
-                    self.take_back(&job.entries, pipeline.waiting.front_mut());
+                    self.take_back(&job.entries, &mut lock(&self.pipeline).waiting);
                 }
             }
             let is_committed = result.is_ok();
@@ -287,25 +283,21 @@ impl Live {
     fn make_epoch_when_possible(&self, job: &Job) -> Result<Committed> {
         let (mut tried, mut conflicts) = (Vec::new(), 0);
         loop {
-            let (writer, term) = (random::id16(), self.term());
-            let error = match self.make_epoch(job, writer) {
+            let term = self.term();
+            let error = match self.try_epoch(job, &mut tried) {
                 // This host itself has taken a new term meanwhile.
                 Err(error) if error.kind() == Kind::Fenced && self.has_another_term(term) => continue,
                 Err(error) if matches!(error.kind(), Kind::Unavailable | Kind::Conflict) => error,
                 result => return result,
             };
-            tried.push(writer);
-            // What an earlier try put may have arrived after it was given up.
-            match self.store.repository().latest_record(&self.machine) {
-                Ok(record) if tried.contains(&record.writer) => {
-                    tracing::info!(machine = %self.machine, epoch = record.seq, "it was committed by a try that was given up");
-                    let committed = Committed::of_record(record)?;
-                    self.rebase(job, &committed)?;
-                    return Ok(committed);
-                }
-                _ => {}
+            conflicts += u32::from(error.kind() == Kind::Conflict);
+            let is_ending = self.ending.load(Ordering::Acquire);
+            if (is_ending || conflicts > CONFLICTS_MAX)
+                && let Ok(Some(committed)) = self.arrived(job, &tried)
+            {
+                return Ok(committed);
             }
-            if self.ending.load(Ordering::Acquire) {
+            if is_ending {
                 return Err(Error::new(
                     error.kind(),
                     format!("the mount ended before this epoch of {} could be stored: {error}", self.machine),
@@ -318,7 +310,6 @@ impl Live {
             }
             if error.kind() == Kind::Conflict {
                 // A collector may have gone by since the record that this began with.
-                conflicts += 1;
                 if conflicts > CONFLICTS_MAX {
                     return Err(error);
                 }
@@ -333,6 +324,32 @@ impl Live {
         }
     }
 
+    /// Tries to make the epoch, unless a try that was given up has made it: that is known before the next one begins.
+    fn try_epoch(&self, job: &Job, tried: &mut Vec<[u8; 16]>) -> Result<Committed> {
+        if let Some(committed) = self.arrived(job, tried)? {
+            return Ok(committed);
+        }
+        let writer = random::id16();
+        tried.push(writer);
+        self.make_epoch(job, writer)
+    }
+
+    /// The epoch that one of these tries put, though it was given up: what was put may arrive later.
+    fn arrived(&self, job: &Job, tried: &[[u8; 16]]) -> Result<Option<Committed>> {
+        if tried.is_empty() {
+            return Ok(None);
+        }
+        let record = match self.store.repository().latest_record(&self.machine) {
+            Ok(record) if tried.contains(&record.writer) => record,
+            Err(error) if error.kind() == Kind::Unavailable => return Err(error),
+            _ => return Ok(None),
+        };
+        tracing::info!(machine = %self.machine, epoch = record.seq, "it was committed by a try that was given up");
+        let committed = Committed::of_record(record)?;
+        self.rebase(job, &committed)?;
+        Ok(Some(committed))
+    }
+
     /// Whether this host's term is another than it was, once nobody is just taking one.
     fn has_another_term(&self, before: Option<u64>) -> bool {
         let _ownership = lock(&self.ownership);
@@ -341,6 +358,14 @@ impl Live {
 
     /// Stores the newest epoch once more.
     fn move_epoch(&self, job: &Job, moves: &Arc<Moves>, writer: [u8; 16]) -> Result<Committed> {
+        let (base, newest) = (self.base(), self.store.repository().latest_record(&self.machine)?.seq);
+        if newest != base {
+            return Err(Error::conflict(format!(
+                "what is changed of {} lies over epoch {base}, and {newest} is the newest",
+                self.machine
+            ))
+            .hint(format!("commit it first: epochfs commit {}", self.machine)));
+        }
         let options = CommitOptions {
             message: job.options.message.clone(),
             compression_level: job.options.level.unwrap_or(self.settings.compression_level),
@@ -459,8 +484,9 @@ impl Live {
     }
 
     /// The commit failed: the next one holds all that this one would have held.
-    fn take_back(&self, entries: &[FrozenEntry], next: Option<&mut Job>) {
-        let mut next = next;
+    fn take_back(&self, entries: &[FrozenEntry], waiting: &mut VecDeque<Job>) {
+        // What stores the newest epoch again holds no changes.
+        let mut next = waiting.iter_mut().find(|job| job.options.moves.is_none());
         for frozen in entries.iter().filter_map(FrozenEntry::file) {
             let Some(layer) = &frozen.layer else { continue };
             let in_next = next.as_mut().and_then(|job| {

@@ -516,6 +516,7 @@ impl Live {
             }
             self.closed.store(true, Ordering::Release);
         }
+        self.begin_to_end();
         self.wait_for_commits();
         if !self.owned.load(Ordering::Acquire) || self.halt().is_some() {
             return Ok(());
@@ -529,6 +530,7 @@ impl Live {
             let _tree = self.exclusive();
             self.closed.store(true, Ordering::Release);
         }
+        self.begin_to_end();
         self.wait_for_commits();
         self.give_up()
     }
@@ -601,7 +603,8 @@ impl Live {
     /// Ends the live: what is on its way is finished; what no epoch holds stays in the spool, and the machine stays
     /// this host's. A machine without such changes is given up. One whose epoch was dropped has nothing but what is here.
     pub fn close(&self) -> Result<()> {
-        self.end_commits();
+        self.begin_to_end();
+        self.wait_for_commits();
         self.sync()?;
         {
             let tree = self.exclusive();

@@ -100,6 +100,37 @@ fn p6_a_live_goes_on_over_an_epoch_that_is_stored_again() {
     assert!(daemon.store.verify(&mut |_, _| {}).unwrap().is_whole());
 }
 
+/// What was captured is not taken back into what holds no changes.
+#[test]
+fn p6_a_capture_that_fails_before_an_epoch_is_stored_again_is_in_the_next_epoch() {
+    for writes_more in [false, true] {
+        let files = machine();
+        let daemon = start(&files, 1);
+        daemon.write(b"memory", 0, &[1; 4 * PAGE]).unwrap();
+        let newest = daemon.commit().unwrap();
+        let epoch = daemon.store.epoch(&crate::support::numbered(MACHINE, newest)).unwrap();
+        let moves: Moves = Survey::of(&epoch).unwrap().used.into_keys().collect();
+        daemon.write(b"memory", PAGE as u64, &[2; PAGE]).unwrap();
+        let (confirm, confirmed) = crossbeam_channel::bounded(1);
+        let capture = LiveCommit { confirmed: Some(confirmed), ..LiveCommit::default() };
+        let capture = daemon.live.commit(capture).unwrap();
+        let again = LiveCommit { moves: Some(Arc::new(moves)), ..LiveCommit::default() };
+        let again = daemon.live.commit(again).unwrap();
+        confirm.send(false).unwrap();
+        assert!(capture.wait().is_err());
+        let again = again.wait().unwrap().epoch;
+        assert_eq!(epoch_files(&daemon.store, again).unwrap()[&b"memory"[..]], [1; 4 * PAGE]);
+        if writes_more {
+            daemon.write(b"memory", 3 * PAGE as u64, &[3; PAGE]).unwrap();
+        }
+        let now = daemon.read(b"memory").unwrap();
+        assert!(now[PAGE..2 * PAGE] == [2; PAGE] && now[0] == 1);
+        let epoch = daemon.commit().unwrap();
+        assert!(epoch_files(&daemon.store, epoch).unwrap()[&b"memory"[..]] == now);
+        assert!(daemon.read(b"memory").unwrap() == now && daemon.live.is_clean());
+    }
+}
+
 #[test]
 fn p1_a_live_that_was_given_up_takes_no_change() {
     let files = machine();

@@ -3,6 +3,7 @@
 
 mod profile;
 mod traffic;
+mod uploads;
 mod variables;
 
 use std::sync::{Arc, Once};
@@ -17,6 +18,7 @@ use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, Retry
 
 use self::profile::Profile;
 pub use self::traffic::{Reach, Traffic, TrafficTotals};
+pub(super) use self::uploads::UPLOAD_WAIT_MAX;
 pub use self::variables::Variables;
 use super::RemoteStore;
 use super::location::{BucketUrl, Service};

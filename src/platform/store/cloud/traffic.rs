@@ -12,6 +12,8 @@ use object_store::client::{
 
 use serde::{Deserialize, Serialize};
 
+use super::TRY_WAIT;
+use super::uploads::Uploads;
 use crate::platform::clock;
 use crate::platform::lock::lock;
 use crate::platform::store::remote::{innermost, is_about_trust};
@@ -116,13 +118,15 @@ pub(super) struct Connector {
 impl HttpConnector for Connector {
     fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
         let inner = ReqwestConnector::default().connect(options)?;
-        Ok(HttpClient::new(Counted { inner, traffic: self.traffic.clone() }))
+        let uploads = Uploads::connect(options, TRY_WAIT)?;
+        Ok(HttpClient::new(Counted { inner, uploads, traffic: self.traffic.clone() }))
     }
 }
 
 #[derive(Debug)]
 struct Counted {
     inner: HttpClient,
+    uploads: Uploads,
     traffic: Arc<Traffic>,
 }
 
@@ -130,7 +134,10 @@ struct Counted {
 impl HttpService for Counted {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         self.traffic.count(&request);
-        let result = self.inner.execute(request).await;
+        let result = match Uploads::is_large(&request) {
+            true => self.uploads.execute(request).await,
+            false => self.inner.execute(request).await,
+        };
         self.traffic.note(match &result {
             // Whoever is not let in was answered all the same.
             Ok(response) if response.status().is_server_error() => Some(format!("it answers {}", response.status())),

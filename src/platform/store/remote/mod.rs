@@ -32,7 +32,7 @@ use self::explain::{explain, missing};
 pub(super) use self::explain::{innermost, is_about_trust};
 use self::flights::{AHEAD_LEN_MAX, Demand, Flights};
 use self::writer::RemoteWriter;
-use super::cloud::{Reach, Traffic};
+use super::cloud::{Reach, Traffic, UPLOAD_WAIT_MAX};
 use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix, check_range};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{self, Stopwatch};
@@ -81,7 +81,7 @@ impl Patience {
     pub fn of(patience: Duration) -> Self {
         // Whoever tried last is heard, for what it says is worth more than that time is up.
         let answer = patience + patience / 4 + Duration::from_secs(1);
-        Self { answer, part: answer * 2 }
+        Self { answer, part: answer * 2 + UPLOAD_WAIT_MAX }
     }
 }
 
@@ -369,6 +369,7 @@ impl Shared {
         let once = || self.remote.put_opts(&path, payload.clone(), mode.clone().into());
         // One that replaces is not repeated beside itself: it could arrive after another.
         let is_asked_again = matches!(mode, PutMode::Create) && payload.content_length() <= PUT_AGAIN_LEN_MAX;
+        let since = Stopwatch::start();
         loop {
             let put = async {
                 match is_asked_again {
@@ -383,7 +384,10 @@ impl Shared {
                 // Some services also say so of a key that two are just writing, and of which nobody is yet.
                 Ok(Err(RemoteError::AlreadyExists { .. } | RemoteError::Precondition { .. })) => {
                     if self.len(key).await?.is_none() {
-                        sleep(Duration::from_millis(20)).await;
+                        if since.elapsed() > patience {
+                            return Err(self.no_answer("write", key, since.elapsed()));
+                        }
+                        sleep(Duration::from_millis(20) + since.elapsed() / 8).await;
                         continue;
                     }
                     Put::Exists
