@@ -111,13 +111,8 @@ fn render_servers(servers: &[ServerStatus]) -> String {
     format!("page-fault servers\n{}", table(&["EPOCH", "STREAM", ">VMS", "SOCKET", ">PROCESS"], &rows))
 }
 
-/// An agent that has said nothing for so long is gone, or hangs.
-const SILENT_MS: f64 = 5000.0;
-
 fn protected_row(protected: &Protected) -> Vec<String> {
     let Protected { status, said_ms_ago } = protected;
-    let is_silent = *said_ms_ago > SILENT_MS && status.state != "ended";
-    let state = if is_silent { "agent silent".to_owned() } else { status.state.clone() };
     let ms = |ms: f64| if ms < 100.0 { format!("{ms:.1} ms") } else { format!("{ms:.0} ms") };
     let age = status.age_ms.map_or("-".to_owned(), |age| format!("{:.1} s", (age + said_ms_ago) / 1000.0));
     let mut why = match (&status.why, status.meets_rpo) {
@@ -131,7 +126,7 @@ fn protected_row(protected: &Protected) -> Vec<String> {
     }
     vec![
         status.machine.clone(),
-        state,
+        status.state.clone(),
         if status.how.is_empty() { "-".to_owned() } else { plain(&status.how) },
         status.newest_epoch.map_or("-".to_owned(), |epoch| epoch.to_string()),
         age,

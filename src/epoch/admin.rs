@@ -11,6 +11,7 @@ use epochfs_format::{
 use super::view::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{BootClock, Clock};
+use crate::platform::random;
 use crate::platform::store::keys_below;
 use crate::repo::{Birth, Draft, FIRST_TERM, Head, Inline, Rebase};
 
@@ -22,6 +23,27 @@ pub struct Ownership {
     /// Before the term was asked for, in this host's time since it was started.
     pub since: Duration,
 }
+
+/// A try to take a machine over. Made again as the same one, it knows what it put before.
+pub struct TermTry {
+    /// The term that is to end.
+    over: u64,
+    writer: [u8; 16],
+    since: Duration,
+}
+
+impl TermTry {
+    pub fn new(over: u64) -> Self {
+        Self { over, writer: random::id16(), since: BootClock.elapsed() }
+    }
+
+    pub fn is_over(&self, term: u64) -> bool {
+        self.over == term
+    }
+}
+
+/// So many records are gone back over for the one that began a term.
+const TERM_LOOK_MAX: u32 = 64;
 
 fn draft(record: Option<&Record>, body: Body) -> Draft {
     Draft {
@@ -257,14 +279,21 @@ impl EpochStore {
             return Err(Error::conflict(format!("{machine} is owned by host {}", other.name))
                 .hint("take it over only if that host is certainly dead: it can then never commit again"));
         }
-        self.begin_term(machine, head, owner, since)
+        self.begin_term(machine, head, owner, since, None)
     }
 
     /// Takes a machine over in which this term is in force, whoever owns it. Whatever was found out about the owner was so
     /// after the term had begun: another one that began meanwhile, also of the same owner, is left alone.
     pub fn take_over(&self, machine: &Arc<str>, owner: Owner, term: u64) -> Result<Ownership> {
-        let since = BootClock.elapsed();
-        let head = self.repository().require(machine)?;
+        self.take_over_by(machine, owner, &TermTry::new(term))
+    }
+
+    /// The same, by a try that may have been made before: what it put then may have arrived although nobody could tell.
+    pub fn take_over_by(&self, machine: &Arc<str>, owner: Owner, by: &TermTry) -> Result<Ownership> {
+        let (head, term) = (self.repository().require(machine)?, by.over);
+        if let Some(arrived) = self.arrived(&head, by)? {
+            return Ok(arrived);
+        }
         if head.record.term != term {
             let owner = head.record.owner.as_ref().map_or("nobody".to_owned(), |owner| format!("host {}", owner.name));
             return Err(Error::conflict(format!(
@@ -273,14 +302,48 @@ impl EpochStore {
             ))
             .hint("look again who owns it, and whether that host lives: epochfs hosts"));
         }
-        self.begin_term(machine, head, owner, since)
+        self.begin_term(machine, head, owner, by.since, Some(by.writer))
+    }
+
+    /// The ownership that this try has brought, if it has: the term is in force, and the first record of it is the try's.
+    pub fn arrived_by(&self, machine: &Arc<str>, by: &TermTry) -> Result<Option<Ownership>> {
+        self.arrived(&self.repository().require(machine)?, by)
+    }
+
+    fn arrived(&self, head: &Head, by: &TermTry) -> Result<Option<Ownership>> {
+        let (machine, term) = (&head.record.machine, by.over + 1);
+        let mut record = head.record.clone();
+        if record.owner.is_none() {
+            return Ok(None);
+        }
+        // Few records come behind it that are not its owner's.
+        for _ in 0..TERM_LOOK_MAX {
+            if record.term != term {
+                break;
+            }
+            if record.writer == by.writer {
+                return Ok(Some(Ownership { machine: machine.clone(), term, since: by.since }));
+            }
+            match self.repository().objects().record(machine, record.seq.saturating_sub(1))? {
+                Some((before, _)) => record = before,
+                None => break,
+            }
+        }
+        Ok(None)
     }
 
     /// Appends the record of the term behind a head, unless another term or the machine's removal comes first.
-    fn begin_term(&self, machine: &Arc<str>, head: Head, owner: Owner, since: Duration) -> Result<Ownership> {
+    fn begin_term(
+        &self,
+        machine: &Arc<str>,
+        head: Head,
+        owner: Owner,
+        since: Duration,
+        writer: Option<[u8; 16]>,
+    ) -> Result<Ownership> {
         let base = head.record.term;
         let term = base + 1;
-        let draft = Draft { term, owner: Some(owner), ..draft(Some(&head.record), Body::Term) };
+        let draft = Draft { term, owner: Some(owner), writer, ..draft(Some(&head.record), Body::Term) };
         self.repository().append(machine, Some(head), draft, &mut |record, draft| {
             if record.term != base || record.body == Body::Remove {
                 let error = Error::conflict(format!("another host became the owner of {machine} first"));

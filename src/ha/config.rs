@@ -109,7 +109,7 @@ impl Config {
 
     /// What all machines may take together.
     pub fn totals(&self) -> Result<Totals> {
-        let store_rate = self.store_rate.as_deref().map(parse_bytes).transpose()?;
+        let store_rate = field("store-rate", &self.store_rate, parse_bytes)?;
         Ok(Totals { time: self.overhead, store_rate })
     }
 
@@ -144,7 +144,7 @@ impl MachineConfig {
 
     /// Where its guest's signs of life are looked for, if that is wanted.
     pub fn heartbeat(&self) -> Result<Option<Heartbeat>> {
-        let limit = self.heartbeat_limit.as_deref().map_or(Ok(HEARTBEAT_LIMIT), parse_duration)?;
+        let limit = field("heartbeat-limit", &self.heartbeat_limit, parse_duration)?.unwrap_or(HEARTBEAT_LIMIT);
         if self.heartbeat.is_none() && self.heartbeat_limit.is_some() {
             return Err(Error::usage("heartbeat-limit is given, and not where the guest's signs of life are")
                 .hint("name a file that the guest changes, or its agent's socket, as heartbeat"));
@@ -169,13 +169,21 @@ impl MachineConfig {
         self.heartbeat()?;
         epochfs_format::check_stream_path(self.state().as_bytes())
             .map_err(|error| Error::usage(format!("state = {:?}: {error}", self.state())))?;
-        let duration = |text: &Option<String>| text.as_deref().map(parse_duration).transpose();
+        if self.outputs.as_deref().is_some_and(|command| command.trim().is_empty()) {
+            return Err(Error::usage("outputs names no command").hint("leave it out where nothing is held back"));
+        }
         let default = Target::default();
         let overhead = self.overhead.unwrap_or(default.overhead);
         check_share("overhead", overhead, 1.0)?;
-        let store_rate = self.store_rate.as_deref().map(parse_bytes).transpose()?;
-        Ok(Target { fixed: duration(&self.interval)?, rpo: duration(&self.rpo)?, overhead, store_rate })
+        let store_rate = field("store-rate", &self.store_rate, parse_bytes)?;
+        let fixed = field("interval", &self.interval, parse_duration)?;
+        Ok(Target { fixed, rpo: field("rpo", &self.rpo, parse_duration)?, overhead, store_rate })
     }
+}
+
+/// What a field says, if it is given.
+fn field<T>(name: &str, text: &Option<String>, parse: impl FnOnce(&str) -> Result<T>) -> Result<Option<T>> {
+    text.as_deref().map(parse).transpose().map_err(|error| error.context(name))
 }
 
 fn check_share(what: &str, share: f64, most: f64) -> Result<()> {

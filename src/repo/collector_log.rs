@@ -79,7 +79,7 @@ impl CollectorLog {
 
     /// The newest record, or `None` where nothing was ever collected.
     pub fn newest(&self) -> Result<Option<GcRecord>> {
-        newest(&self.objects, 0)
+        newest(&self.objects, self.read().seq)
     }
 
     /// What a condemnation condemned.
@@ -113,7 +113,7 @@ impl CollectorLog {
     /// generation that is known.
     pub fn heed(&self, generation: u64) -> Result<u64> {
         if self.read().seq < generation {
-            self.catch_up()?;
+            self.catch_up(generation)?;
             let known = self.read().seq;
             if known < generation {
                 return Err(Error::damaged(format!("{} is missing", gc_record_key(generation))));
@@ -124,7 +124,7 @@ impl CollectorLog {
 
     /// Learns all that was condemned so far. Returns the newest generation.
     pub fn heed_newest(&self) -> Result<u64> {
-        self.catch_up()?;
+        self.catch_up(0)?;
         Ok(self.generation())
     }
 
@@ -169,7 +169,8 @@ impl CollectorLog {
         self.known.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn catch_up(&self) -> Result<()> {
+    /// Reads on, also behind a record that is known to be there.
+    fn catch_up(&self, there: u64) -> Result<()> {
         let _reading: MutexGuard<'_, ()> = lock(&self.reading);
         let (from, is_listed) = {
             let known = self.read();
@@ -183,7 +184,8 @@ impl CollectorLog {
                 }
             }
         }
-        let Some(newest) = newest(&self.objects, self.read().seq)? else {
+        let from = self.read().seq.max(there);
+        let Some(newest) = newest(&self.objects, from)? else {
             self.write().is_listed = true;
             return Ok(());
         };

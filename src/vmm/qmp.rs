@@ -50,6 +50,8 @@ pub struct Monitor<'a> {
     resumed: u64,
     /// Whether it was told to save something since the last capture began.
     has_begun_to_save: bool,
+    /// The event by which the machine told that it stopped by itself, since the last capture began.
+    stopped_by: Option<String>,
     /// What it was told and has not answered. A late answer would be taken for that of what it is told next.
     unanswered: u32,
     check: Box<dyn FnMut() -> Result<()> + Send + 'a>,
@@ -87,6 +89,7 @@ impl<'a> Monitor<'a> {
             received: Vec::new(),
             resumed: 0,
             has_begun_to_save: false,
+            stopped_by: None,
             unanswered: 0,
             check: Box::new(check),
             answer_wait_max: wait.min(ANSWER_WAIT_MAX),
@@ -131,6 +134,12 @@ impl<'a> Monitor<'a> {
     /// From here on it is told whether this has it save anything.
     pub fn begin_capture(&mut self) {
         self.has_begun_to_save = false;
+        self.stopped_by = None;
+    }
+
+    /// Whether the machine told since then that it stopped by itself, and by which event.
+    pub fn stopped_by(&self) -> Option<&str> {
+        self.stopped_by.as_deref()
     }
 
     pub fn has_begun_to_save(&self) -> bool {
@@ -200,14 +209,27 @@ impl<'a> Monitor<'a> {
         loop {
             let mut answer = self.receive(name, self.answer_wait_max)?;
             if answer.get("return").or(answer.get("error")).is_none() {
-                // Anything else is an event.
-                self.resumed += u64::from(answer["event"] == "RESUME");
+                self.hear(&answer);
                 continue;
             }
             self.unanswered = self.unanswered.saturating_sub(1);
             let Some(error) = answer.get("error") else { return Ok(answer["return"].take()) };
             let text = |field: &str| error[field].as_str().unwrap_or("?").to_owned();
             return Err(Error::new(Kind::Io, format!("QEMU refused {name}: {}: {}", text("class"), text("desc"))));
+        }
+    }
+
+    /// Anything that is no answer is an event.
+    fn hear(&mut self, event: &Value) {
+        self.resumed += u64::from(event["event"] == "RESUME");
+        let stops = match event["event"].as_str() {
+            Some("SHUTDOWN" | "GUEST_PANICKED" | "SUSPEND" | "SUSPEND_DISK") => true,
+            Some("BLOCK_IO_ERROR") => event["data"]["action"] == "stop",
+            Some("WATCHDOG") => event["data"]["action"] == "pause",
+            _ => false,
+        };
+        if stops {
+            self.stopped_by = event["event"].as_str().map(str::to_owned);
         }
     }
 
@@ -230,8 +252,8 @@ impl<'a> Monitor<'a> {
         Ok(())
     }
 
-    /// Saves the state of a machine that is stopped, without memory that others see, too.
-    pub fn save_state(&mut self, path: &Path, wait: Duration) -> Result<()> {
+    /// Saves the state of a machine that is stopped, without memory that others see, too. Says what this migration is known by.
+    pub fn save_state(&mut self, path: &Path, wait: Duration) -> Result<String> {
         let since = Stopwatch::start();
         self.run("migrate", file_channel(path)?)?;
         loop {
@@ -241,7 +263,7 @@ impl<'a> Monitor<'a> {
                 Error::new(Kind::Io, format!("the state could not be saved: migration {status}: {why}"))
             };
             match migration["status"].as_str() {
-                Some("completed") => return Ok(()),
+                Some("completed") => return Ok(migration.to_string()),
                 Some(status @ ("failed" | "cancelled")) => return Err(failed(status)),
                 _ if since.elapsed() > wait => {
                     // Whoever lets the machine go on sees to its end.
@@ -263,9 +285,19 @@ impl<'a> Monitor<'a> {
     }
 
     /// Lets a machine go on that was stopped to save its state, whatever is left of that. One that were let go on while the state is
-    /// still being saved would be stopped again when it is.
-    pub fn go_on(&mut self, wait: Duration) -> Result<()> {
+    /// still being saved would be stopped again when it is. If it was `saved` to its end, by a migration that is known by this, and
+    /// is not as that has left it, it went on since, and whatever it does is somebody else's wish.
+    pub fn go_on(&mut self, wait: Duration, saved: Option<&str>) -> Result<()> {
         let since = Stopwatch::start();
+        if let Some(saved) = saved {
+            let migration = self.run("query-migrate", Value::Null)?.to_string();
+            let answer = self.run("query-status", Value::Null)?;
+            let status = answer["status"].as_str().unwrap_or("unknown");
+            if status != "running" && (status != "postmigrate" || migration != saved) {
+                tracing::warn!("the machine is {status:?} by now, and not as its capture left it: it is left alone");
+                return Ok(());
+            }
+        }
         let (mut is_cancelled, mut status) = (false, String::new());
         while since.elapsed() < wait * 2 {
             if self.is_saving()? {

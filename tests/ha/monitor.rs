@@ -62,6 +62,10 @@ pub struct Machine {
     pub parameters: Value,
     /// What it tells before it answers next.
     pub events: Vec<&'static str>,
+    /// How many states it has saved: by this they are told apart.
+    pub migrations: u64,
+    /// It shuts down in this round of saving its memory, and stays.
+    pub shuts_down_in_round: u64,
     rounds: u64,
     saved: bool,
 }
@@ -89,6 +93,8 @@ impl FakeMonitor {
             capabilities: ["x-ignore-shared", "mapped-ram", "multifd"].map(|name| (name.to_owned(), false)).into(),
             parameters: json!({"max-bandwidth": 1 << 30, "downtime-limit": 300, "multifd-channels": 2}),
             events: Vec::new(),
+            migrations: 0,
+            shuts_down_in_round: 0,
             rounds: 0,
             saved: false,
         };
@@ -200,6 +206,10 @@ impl Machine {
             }
             "query-migrate" if self.rounds > 0 => {
                 self.rounds += 1;
+                if self.rounds == self.shuts_down_in_round {
+                    (self.status, self.rounds) = ("finish-migrate", 5);
+                    self.events.extend(["SHUTDOWN", "STOP"]);
+                }
                 if self.rounds == self.stopped_in_round {
                     self.status = "paused";
                 }
@@ -211,8 +221,10 @@ impl Machine {
                 (self.rounds, self.saved) = (0, !self.fails_to_save);
                 if self.saved {
                     self.status = "postmigrate";
+                    self.migrations += 1;
+                    return json!({"status": "completed", "total-time": self.migrations});
                 }
-                json!({"status": if self.saved { "completed" } else { "failed" }, "error-desc": "no room"})
+                json!({"status": "failed", "error-desc": "no room"})
             }
             "migrate" => {
                 assert_ne!(self.status, "running", "a state is saved of a machine that stands still");
@@ -223,6 +235,7 @@ impl Machine {
                 if self.saved {
                     std::fs::write(address["filename"].as_str().unwrap(), b"the state of its devices").unwrap();
                     self.status = "postmigrate";
+                    self.migrations += 1;
                 }
                 json!({})
             }
@@ -230,10 +243,13 @@ impl Machine {
                 self.saves_for -= 1;
                 if self.saves_for == 0 {
                     (self.saved, self.status) = (true, "postmigrate");
+                    self.migrations += 1;
                 }
                 json!({"status": "active"})
             }
-            "query-migrate" if self.saved => json!({"status": "completed"}),
+            "query-migrate" if self.migrations > 0 && !self.fails_to_save => {
+                json!({"status": "completed", "total-time": self.migrations})
+            }
             "query-migrate" => json!({"status": "failed", "error-desc": "no room"}),
             "cont" => {
                 if self.status != "running" {

@@ -184,6 +184,57 @@ fn what_others_stop_while_it_is_captured_stays_stopped() {
     }
 }
 
+#[test]
+fn a_guest_that_shuts_down_while_its_memory_is_saved_stays_shut_down() {
+    let world = elsewhere();
+    world.monitor.machine().shuts_down_in_round = 3;
+    let mut agent = world.agent();
+    let error = agent.capture(&mut || panic!("it shut down")).unwrap_err();
+    assert!(error.to_string().contains("SHUTDOWN"), "{error}");
+    assert!(!world.monitor.machine().told.iter().any(|told| told == "cont"), "{:?}", world.monitor.machine().told);
+    assert_ne!(world.status(), "running");
+    assert!(!world.is_chosen());
+}
+
+/// Its agent and the guard died, or hung, in a pause, and it went on since.
+#[test]
+fn what_went_on_since_a_capture_and_was_stopped_or_migrated_is_left_alone() {
+    // What the next agent finds, and whether it lets the machine go on.
+    for (status, migrations, is_ours) in
+        [("postmigrate", 0, true), ("postmigrate", 1, false), ("paused", 0, false), ("paused", 1, false)]
+    {
+        for by_guard in [false, true] {
+            let world = World::new();
+            let note = world.live.with_file_name("stopped-web1");
+            let mut noted = Vec::new();
+            let mut agent = world.agent();
+            agent
+                .capture(&mut || {
+                    noted = std::fs::read(&note).unwrap();
+                    Ok(())
+                })
+                .unwrap();
+            drop(agent);
+            std::fs::write(&note, &noted).unwrap();
+            {
+                let mut machine = world.monitor.machine();
+                (machine.status, machine.migrations) = (status, machine.migrations + migrations);
+                machine.told.clear();
+            }
+            if by_guard {
+                let mut process = guard_with(&world, 60_000, "s", &["--note", note.to_str().unwrap()]);
+                world.monitor.machine().status = status;
+                drop(process.stdin.take());
+                process.wait().unwrap();
+            } else {
+                world.agent();
+            }
+            let expected = if is_ours { "running" } else { status };
+            assert_eq!((world.status(), note.exists()), (expected, false), "{status} {migrations} {by_guard}");
+        }
+    }
+}
+
 /// The answers that come late are not taken for those of what was asked next.
 #[test]
 fn p6_a_monitor_that_answers_late_leaves_nothing_stopped_or_changed() {
@@ -435,14 +486,19 @@ fn p6_memory_that_is_not_saved_is_not_frozen() {
 
 /// The guard of an agent that this test plays; the machine has been stopped by it.
 fn guard(world: &World, patience_ms: u64, first: &str) -> std::process::Child {
+    guard_with(world, patience_ms, first, &[])
+}
+
+fn guard_with(world: &World, patience_ms: u64, first: &str, more: &[&str]) -> std::process::Child {
     world.monitor.machine().status = "paused";
     // A shell between them is the agent that the guard may kill.
     Command::new("sh")
         .arg("-c")
         .arg(format!(
-            "{{ printf '{first}'; exec 3<&0; cat <&3; }} | '{}' protect --guard {patience_ms} --qmp '{}'; :",
+            "{{ printf '{first}'; exec 3<&0; cat <&3; }} | '{}' protect --guard {patience_ms} --qmp '{}' {}; :",
             program().display(),
-            world.monitor.path.display()
+            world.monitor.path.display(),
+            more.join(" ")
         ))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())

@@ -285,8 +285,12 @@ impl Live {
         loop {
             let term = self.term();
             let error = match self.try_epoch(job, &mut tried) {
-                // This host itself has taken a new term meanwhile.
-                Err(error) if error.kind() == Kind::Fenced && self.has_another_term(term) => continue,
+                // This host itself may have taken a new term meanwhile.
+                Err(error) if error.kind() == Kind::Fenced => match self.has_another_term(term) {
+                    Ok(true) => continue,
+                    Err(unknown) if unknown.kind() == Kind::Unavailable => unknown,
+                    _ => return Err(error),
+                },
                 Err(error) if matches!(error.kind(), Kind::Unavailable | Kind::Conflict) => error,
                 result => return result,
             };
@@ -348,12 +352,6 @@ impl Live {
         let committed = Committed::of_record(record)?;
         self.rebase(job, &committed)?;
         Ok(Some(committed))
-    }
-
-    /// Whether this host's term is another than it was, once nobody is just taking one.
-    fn has_another_term(&self, before: Option<u64>) -> bool {
-        let _ownership = lock(&self.ownership);
-        self.term() != before
     }
 
     /// Stores the newest epoch once more.

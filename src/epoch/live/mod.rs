@@ -32,7 +32,7 @@ pub use refusal::{Answer, Refusal};
 pub use spool::Budget;
 pub use tree::{Creator, ROOT};
 
-use super::admin::Ownership;
+use super::admin::{Ownership, TermTry};
 use super::view::{EpochStore, commit_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::files::Files;
@@ -91,6 +91,8 @@ pub struct Live {
     spool: OnceLock<Spool>,
     journal: Mutex<Option<Journal>>,
     ownership: Mutex<Option<Ownership>>,
+    /// A try to take a term of which it is not known what came of it.
+    taking: Mutex<Option<TermTry>>,
     /// The term of that ownership, or 0.
     term: AtomicU64,
     owned: AtomicBool,
@@ -156,6 +158,7 @@ impl Live {
                 spool,
                 journal: Mutex::new(journal),
                 ownership: Mutex::new(None),
+                taking: Mutex::new(None),
                 term: AtomicU64::new(0),
                 owned: AtomicBool::new(false),
                 halt: RwLock::new(None),

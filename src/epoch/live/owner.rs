@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::journal::Journal;
 use super::refusal::{Answer, Refusal};
 use super::{Halt, Live, directory_of};
-use crate::epoch::admin::Ownership;
+use crate::epoch::admin::{Ownership, TermTry};
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
 
@@ -53,7 +53,7 @@ impl Live {
 
     /// Takes the machine over, in which this term is in force. Nothing of an earlier term may be kept here.
     pub fn take_over(&self, term: u64) -> Result<Ownership> {
-        let own = || self.store.take_over(&self.machine, self.settings.host.clone(), term);
+        let own = || self.take_term(term);
         self.become_owner_by(&own)
             .map_err(|refusal| if self.halt().is_some() { self.halted() } else { refusal.into() })?;
         self.owned_since(Duration::ZERO)
@@ -62,29 +62,66 @@ impl Live {
     /// The ownership, in a term that was asked for at `since` or later, by this host's clock: a new one if need be.
     pub fn owned_since(&self, since: Duration) -> Result<Ownership> {
         self.begin_change().map_err(|refusal| if self.halt().is_some() { self.halted() } else { refusal.into() })?;
-        let renewed = {
+        let (held, is_new) = {
             let mut ownership = lock(&self.ownership);
-            let Some(held) = ownership.as_ref() else {
-                return Err(Error::conflict(format!("{} was just given up here", self.machine)).hint("repeat it"));
-            };
-            if held.since >= since {
-                return Ok(held.clone());
-            }
-            match self.store.take_over(&self.machine, self.settings.host.clone(), held.term) {
-                Ok(renewed) => {
-                    self.term.store(renewed.term, Ordering::Release);
-                    *ownership = Some(renewed.clone());
-                    renewed
+            let mut is_new = false;
+            loop {
+                let Some(held) = ownership.as_ref() else {
+                    return Err(Error::conflict(format!("{} was just given up here", self.machine)).hint("repeat it"));
+                };
+                if held.since >= since {
+                    break (held.clone(), is_new);
                 }
-                Err(error) if error.kind() == Kind::Conflict => {
-                    tracing::error!(machine = %self.machine, "live is read-only: {error}");
-                    self.halt_with(Halt::Fenced);
-                    return Err(self.halted());
+                match self.take_term(held.term) {
+                    // One that was asked for earlier may have arrived only now.
+                    Ok(renewed) => {
+                        self.term.store(renewed.term, Ordering::Release);
+                        (*ownership, is_new) = (Some(renewed), true);
+                    }
+                    Err(error) if error.kind() == Kind::Conflict => {
+                        tracing::error!(machine = %self.machine, "live is read-only: {error}");
+                        self.halt_with(Halt::Fenced);
+                        return Err(self.halted());
+                    }
+                    Err(error) => return Err(error),
                 }
-                Err(error) => return Err(error),
             }
         };
-        self.rewrite_journal()?;
-        Ok(renewed)
+        if is_new {
+            self.rewrite_journal()?;
+        }
+        Ok(held)
+    }
+
+    /// Ends this term by one of this host. Where it is not known what came of it, it is the same that is tried again.
+    fn take_term(&self, over: u64) -> Result<Ownership> {
+        let mut taking = lock(&self.taking);
+        let by = taking.take().filter(|by| by.is_over(over)).unwrap_or_else(|| TermTry::new(over));
+        let taken = self.store.take_over_by(&self.machine, self.settings.host.clone(), &by);
+        if taken.as_ref().is_err_and(|error| error.kind() != Kind::Conflict) {
+            *taking = Some(by);
+        }
+        taken
+    }
+
+    /// Whether this host's term is another than it was, once nobody is just taking one, and what arrived late is known.
+    pub(super) fn has_another_term(&self, before: Option<u64>) -> Result<bool> {
+        let has_arrived = {
+            let mut ownership = lock(&self.ownership);
+            let mut taking = lock(&self.taking);
+            let arrived = match taking.as_ref() {
+                Some(by) if self.term() == before => self.store.arrived_by(&self.machine, by)?,
+                _ => None,
+            };
+            if let Some(arrived) = &arrived {
+                self.term.store(arrived.term, Ordering::Release);
+                (*ownership, *taking) = (Some(arrived.clone()), None);
+            }
+            arrived.is_some()
+        };
+        if has_arrived {
+            self.rewrite_journal()?;
+        }
+        Ok(self.term() != before)
     }
 }

@@ -31,6 +31,9 @@ use crate::platform::lock::lock;
 /// Somebody who starts machines of other hosts, and has not said so for this long, is gone.
 const ACCEPTS_FOR: Duration = Duration::from_secs(10);
 
+/// An agent that has said nothing for so long is gone, or hangs.
+const SILENT_AFTER: Duration = Duration::from_secs(5);
+
 /// What was said of a machine is shown for so long after its protection ended.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
 
@@ -254,9 +257,12 @@ impl DaemonService {
             protected: lock(&self.protected)
                 .values()
                 .filter(|(said, status)| status.state != "ended" || said.elapsed() < FORGOTTEN_AFTER)
-                .map(|(said, status)| Protected {
-                    status: status.clone(),
-                    said_ms_ago: said.elapsed().as_secs_f64() * 1000.0,
+                .map(|(said, status)| {
+                    let (mut status, said) = (status.clone(), said.elapsed());
+                    if said > SILENT_AFTER && status.state != "ended" {
+                        "agent silent".clone_into(&mut status.state);
+                    }
+                    Protected { status, said_ms_ago: said.as_secs_f64() * 1000.0 }
                 })
                 .collect(),
             filesystem: self.filesystem_status(),

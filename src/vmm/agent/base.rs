@@ -36,12 +36,25 @@ impl Base {
     /// Whether it was noted of this process.
     pub fn is_of_process(&self, process: &NamedProcess) -> bool {
         let noted = std::fs::read_to_string(&self.file).ok();
-        noted.is_some() && noted == text_of(process).ok()
+        noted.is_some_and(|noted| text_of(process).is_ok_and(|text| noted.starts_with(&text)))
     }
 
-    pub fn note_process(&self, process: &NamedProcess) -> Result<()> {
-        std::fs::write(&self.file, text_of(process)?)
+    /// Notes a process; and what the migration is known by that saved its state, once it has.
+    pub fn note_process(&self, process: &NamedProcess, saved: Option<&str>) -> Result<()> {
+        let text = text_of(process)? + saved.unwrap_or_default();
+        std::fs::write(&self.file, text)
             .map_err(|error| Error::io(format!("cannot write {}", self.file.display()), error))
+    }
+
+    pub fn saved(&self) -> Option<String> {
+        let noted = std::fs::read_to_string(&self.file).ok()?;
+        noted.split_once('\n').filter(|(_, saved)| !saved.is_empty()).map(|(_, saved)| saved.to_owned())
+    }
+
+    /// Another note has another one: nothing where there is none.
+    pub fn stamp(&self) -> Option<(u64, std::time::SystemTime)> {
+        let metadata = std::fs::metadata(&self.file).ok()?;
+        Some((std::os::unix::fs::MetadataExt::ino(&metadata), metadata.modified().ok()?))
     }
 
     /// Whether the files are complete for the process behind this socket.

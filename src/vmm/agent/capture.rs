@@ -19,6 +19,9 @@ use crate::uffd::Peer;
 /// An agent that has a machine stopped for so long hangs, and is killed by the guard.
 const STOPPED_MAX: Duration = Duration::from_secs(60);
 
+/// The guard hears of each step that took so long.
+const HEED_AFTER: Duration = Duration::from_secs(1);
+
 /// How long it is tried to let a machine go on over a connection of its own.
 const GO_ON_WAIT: Duration = Duration::from_secs(3);
 
@@ -310,14 +313,25 @@ impl MachineAgent {
         if !is_saved {
             self.control.stop()?;
             parts.end("stop");
+            self.heed_guard(parts)?;
             self.control.save()?;
         }
         parts.end("state");
+        self.heed_guard(parts)?;
         self.hand_over()?;
         parts.end("memory");
         freeze()?;
         parts.end("freeze");
         Ok(())
+    }
+
+    /// Tells the guard that this does not hang where the last step took long.
+    fn heed_guard(&mut self, parts: &Parts) -> Result<()> {
+        let took = parts.parts.last().map_or(Duration::ZERO, |(_, took)| *took);
+        match &mut self.guard {
+            Some(guard) if took >= HEED_AFTER => guard.stopping(),
+            _ => Ok(()),
+        }
     }
 
     /// Lets the machine go on, whatever became of the connection.
@@ -329,7 +343,7 @@ impl MachineAgent {
             self.control.reset();
             let went_on = match self.machine.as_ref().is_some_and(Peer::has_ended) {
                 true => Err(error),
-                false => go_on(&self.guarded(), GO_ON_WAIT),
+                false => go_on(&self.guarded(), GO_ON_WAIT, false),
             };
             if let Err(error) = went_on {
                 // The guard tries for longer.

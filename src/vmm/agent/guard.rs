@@ -31,8 +31,11 @@ const END: u8 = b'e';
 /// What a guard says once it holds the machine's process.
 const HOLDS: &[u8] = b"holds\n";
 
-/// How long the guard tries to let a machine go on.
+/// How long the guard tries to let a machine go on of which it is not known how long it is there, and how often it tries then.
 const TRY_FOR: Duration = Duration::from_secs(30);
+const TRY_PAUSE: Duration = Duration::from_millis(50);
+/// The same of one that is there, and that nobody else let go on.
+const TRY_ON_PAUSE: Duration = Duration::from_secs(1);
 
 /// A machine's lease, for its guard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -357,7 +360,7 @@ fn heed(guarded: &Guarded, patience: Duration, machine: Option<&Peer>) -> Result
         }
     }
     if is_stopped {
-        go_on(guarded, TRY_FOR)?;
+        go_on(guarded, TRY_FOR, true)?;
     }
     Ok(is_told_to_end)
 }
@@ -394,17 +397,17 @@ fn wait(input: impl AsFd, machine: Option<&Peer>, longest: Option<Duration>) -> 
 }
 
 /// Lets a machine go on that was stopped to be captured, unless it has ended: another may listen in its place.
-pub fn go_on(guarded: &Guarded, wait: Duration) -> Result<()> {
+pub fn go_on(guarded: &Guarded, wait: Duration, is_guard: bool) -> Result<()> {
     let Guarded::Monitor { at, process, note } = guarded else { return Ok(()) };
-    let is_noted = || note.as_ref().is_some_and(|note| note.file().exists());
-    let (since, was_noted) = (Stopwatch::start(), is_noted());
+    let noted = || note.as_ref().and_then(Base::stamp);
+    let (since, was_noted) = (Stopwatch::start(), noted());
     loop {
         // It is gone, or somebody else has let it go on.
-        if process.as_ref().is_some_and(|process| !process.runs()) || (was_noted && !is_noted()) {
+        if process.as_ref().is_some_and(|process| !process.runs()) || (was_noted.is_some() && noted() != was_noted) {
             return Ok(());
         }
         // The agent's connection may not be closed yet: QEMU answers one after the other.
-        match at.run(process.as_ref()) {
+        match at.run(process.as_ref(), note.as_ref()) {
             Ok(()) => {
                 tracing::warn!(monitor = %at.path().display(), "the machine goes on, although its capture broke off");
                 // Who stops it from now on is somebody else.
@@ -413,8 +416,10 @@ pub fn go_on(guarded: &Guarded, wait: Duration) -> Result<()> {
                 }
                 return Ok(());
             }
-            Err(error) if since.elapsed() >= wait => return Err(error.context(at.path().display())),
-            Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            Err(_) if since.elapsed() < wait => std::thread::sleep(TRY_PAUSE),
+            // A monitor may be busy for long, with a snapshot.
+            Err(_) if is_guard && process.is_some() && was_noted.is_some() => std::thread::sleep(TRY_ON_PAUSE),
+            Err(error) => return Err(error.context(at.path().display())),
         }
     }
 }

@@ -104,7 +104,7 @@ impl MonitorAt {
     }
 
     /// Lets the machine run if it does not, over a connection of its own, if it is this process.
-    fn run(&self, process: Option<&NamedProcess>) -> Result<()> {
+    fn run(&self, process: Option<&NamedProcess>, note: Option<&Base>) -> Result<()> {
         let check = |peer: Result<Peer>| match (process, peer) {
             (None, _) => Ok(()),
             (Some(process), Ok(peer)) if guard::named(&peer)? == *process => Ok(()),
@@ -115,7 +115,7 @@ impl MonitorAt {
             Self::Qemu(path) => {
                 let mut monitor = Monitor::connect(path, ANSWER_WAIT, || Ok(()))?.does_not_wait_for_the_end();
                 check(monitor.peer())?;
-                qemu::recover(&mut monitor)
+                qemu::recover(&mut monitor, note.and_then(Base::saved).as_deref())
             }
             Self::Firecracker(path) => check(guard::peer_of(path)).and_then(|()| firecracker::resume(path)),
             Self::CloudHypervisor(path) => check(guard::peer_of(path)).and_then(|()| cloud_hypervisor::resume(path)),

@@ -46,6 +46,8 @@ struct Changed {
     choice: Choice,
     /// It was stopped, or may have been, and is not known to have gone on.
     has_stopped: bool,
+    /// What the migration is known by that has saved its state.
+    saved: Option<String>,
 }
 
 impl Changed {
@@ -109,7 +111,7 @@ impl QemuControl {
             Some(changed) if peer.as_ref().is_some_and(|peer| peer.pid() == changed.process) => {
                 if changed.has_stopped {
                     warn();
-                    monitor.go_on(ANSWER_WAIT)?;
+                    monitor.go_on(ANSWER_WAIT, changed.saved.as_deref())?;
                     changed.has_stopped = false;
                 }
                 // What cannot be undone while somebody migrates it is before the next capture.
@@ -122,12 +124,23 @@ impl QemuControl {
                 // It was an agent before this one.
                 if peer.and_then(|peer| named(&peer).ok()).is_some_and(|named| self.stopped.is_of_process(&named)) {
                     warn();
-                    recover(monitor)?;
+                    recover(monitor, self.stopped.saved().as_deref())?;
                     self.stopped.forget()?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// The state is saved, by a migration that is known by this: that tells whether the machine is still as that has left it.
+    fn note_saved(&mut self, migration: String) {
+        self.is_saved = true;
+        let Some(changed) = &mut self.changed else { return };
+        let process = self.monitor.as_ref().and_then(|monitor| named(&monitor.peer().ok()?).ok());
+        if let Some(Err(error)) = process.map(|process| self.stopped.note_process(&process, Some(&migration))) {
+            tracing::info!("{error}");
+        }
+        changed.saved = Some(migration);
     }
 
     fn found(&mut self, memory: MemoryPlace) {
@@ -144,8 +157,8 @@ impl QemuControl {
 }
 
 /// Lets a machine go on that an agent has stopped, and its migrations do again what they are meant to.
-pub fn recover(monitor: &mut Monitor<'_>) -> Result<()> {
-    monitor.go_on(ANSWER_WAIT)?;
+pub fn recover(monitor: &mut Monitor<'_>, saved: Option<&str>) -> Result<()> {
+    monitor.go_on(ANSWER_WAIT, saved)?;
     Choice::forget(monitor)
 }
 
@@ -245,11 +258,11 @@ impl Control for QemuControl {
         let peer = self.peer()?;
         // Of one that cannot be named, because not everybody may look, only this agent knows.
         if let Ok(process) = named(&peer) {
-            self.stopped.note_process(&process)?;
+            self.stopped.note_process(&process, None)?;
         }
         let Self { monitor: Some(monitor), changed, memory, .. } = self else { return Err(unconnected()) };
         let choice = Choice::new(monitor, memory, &live)?;
-        let changed = changed.insert(Changed { process: peer.pid(), choice, has_stopped: false });
+        let changed = changed.insert(Changed { process: peer.pid(), choice, has_stopped: false, saved: None });
         changed.choice.make(monitor)?;
         monitor.begin_capture();
         self.resumed = monitor.resumed();
@@ -257,8 +270,8 @@ impl Control for QemuControl {
             return Ok(None);
         }
         let saved = save_whole(monitor, &state, heed, &mut changed.has_stopped)?;
-        self.is_saved = true;
-        Ok(Some(saved))
+        self.note_saved(saved.migration);
+        Ok(Some(saved.stopped))
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -276,8 +289,8 @@ impl Control for QemuControl {
     fn save(&mut self) -> Result<()> {
         let state = self.state.clone();
         self.is_saved = false;
-        self.monitor()?.save_state(&state, STATE_WAIT)?;
-        self.is_saved = true;
+        let migration = self.monitor()?.save_state(&state, STATE_WAIT)?;
+        self.note_saved(migration);
         Ok(())
     }
 
@@ -290,7 +303,7 @@ impl Control for QemuControl {
         match is_saved || !monitor.has_begun_to_save() {
             true => monitor.go_on_from(resumed, stood_still),
             // Nothing was frozen.
-            false => monitor.go_on(ANSWER_WAIT),
+            false => monitor.go_on(ANSWER_WAIT, None),
         }
     }
 

@@ -166,15 +166,23 @@ impl Choice {
     }
 }
 
+/// A machine whose memory and state are saved.
+pub struct Saved {
+    /// Since when it stands still, at the most, and how often its memory was gone through.
+    pub stopped: (Stopwatch, u32),
+    /// What the migration is known by that did it.
+    pub migration: String,
+}
+
 /// Saves memory and state of a machine that runs, and returns when it is stopped and all is saved: since when it stands still, at
 /// the most. `heed` is called while this goes on. If this fails, `has_stopped` says whether the machine may have been stopped by it,
-/// or will yet be.
+/// or will yet be; else it is said what the migration is known by that saved it.
 pub fn save_whole(
     monitor: &mut Monitor<'_>,
     path: &Path,
     heed: &mut dyn FnMut() -> Result<()>,
     has_stopped: &mut bool,
-) -> Result<(Stopwatch, u32)> {
+) -> Result<Saved> {
     // QEMU opens the file once more for each of its threads, and does not survive that this fails: so it is given an open one.
     let failed = |error| Error::io(format!("cannot open {} to save the memory there", path.display()), error);
     let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(path).map_err(failed)?;
@@ -198,18 +206,14 @@ pub fn save_whole(
     }
 }
 
-fn follow(
-    monitor: &mut Monitor<'_>,
-    heed: &mut dyn FnMut() -> Result<()>,
-    has_stopped: &mut bool,
-) -> Result<(Stopwatch, u32)> {
+fn follow(monitor: &mut Monitor<'_>, heed: &mut dyn FnMut() -> Result<()>, has_stopped: &mut bool) -> Result<Saved> {
     // QEMU itself stops it otherwise.
-    let mut others = |status: &str| match status {
-        "paused" => {
+    let mut others = |status: &str, event: Option<&str>| match (status, event) {
+        ("running" | "finish-migrate" | "postmigrate", None) => Ok(()),
+        (status, event) => {
             *has_stopped = false;
-            Err(others_stopped(status))
+            Err(others_stopped(event.unwrap_or(status)))
         }
-        _ => Ok(()),
     };
     let begun = Stopwatch::start();
     let (mut stopped, mut heeded) = (Stopwatch::start(), Stopwatch::start());
@@ -221,7 +225,7 @@ fn follow(
             let asked = Stopwatch::start();
             let answer = monitor.run("query-status", Value::Null)?;
             let status = answer["status"].as_str().unwrap_or("unknown");
-            others(status)?;
+            others(status, monitor.stopped_by())?;
             is_running = status == "running";
             if is_running {
                 stopped = asked;
@@ -229,7 +233,11 @@ fn follow(
         }
         let migration = monitor.run("query-migrate", Value::Null)?;
         match migration["status"].as_str() {
-            Some("completed") => return Ok((stopped, rounds.count())),
+            Some("completed") => {
+                // Unseen until now, it may have stopped by itself before.
+                others("postmigrate", monitor.stopped_by())?;
+                return Ok(Saved { stopped: (stopped, rounds.count()), migration: migration.to_string() });
+            }
             Some(status @ ("failed" | "cancelled")) => {
                 let why = migration["error-desc"].as_str().unwrap_or("QEMU gives no reason");
                 return Err(Error::new(Kind::Io, format!("the memory could not be saved: migration {status}: {why}")));
@@ -239,7 +247,8 @@ fn follow(
         let is_over = rounds.see(&migration["ram"]);
         if is_running && (is_over || begun.elapsed() > RUNNING_WAIT) {
             stopped = Stopwatch::start();
-            others(&monitor.stop()?)?;
+            let before = monitor.stop()?;
+            others(&before, monitor.stopped_by())?;
             is_running = false;
         }
         if !is_running && stopped.elapsed() > STOPPED_WAIT {

@@ -30,7 +30,7 @@ impl Stopped {
         let peer = peer_of(socket)?;
         // Of one that cannot be named, because not everybody may look, only this agent knows.
         if let Ok(process) = named(&peer) {
-            self.note.note_process(&process)?;
+            self.note.note_process(&process, None)?;
         }
         self.process = Some(peer.pid());
         Ok(())

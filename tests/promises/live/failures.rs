@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use epochfs::Kind;
 use epochfs::epoch::live::{LiveCommit, ROOT, Refusal, SetAttributes};
+use epochfs::platform::clock::{BootClock, Clock};
 use epochfs::platform::files::{Files, SimFiles};
 use epochfs::platform::store::FaultyStore;
-use epochfs::platform::store::faulty::Rates;
+use epochfs::platform::store::faulty::{Fault, Rates};
 
 use super::{Daemon, PAGE, create_machine, epoch_files, host, open_store};
 
@@ -23,6 +24,39 @@ fn faulty(files: &Arc<dyn Files>) -> (Daemon, FaultyStore) {
     let store = FaultyStore::new(open_store(files.clone()).unwrap(), 1, rates);
     store.set_enabled(false);
     (Daemon::start(Arc::new(store.clone()), files.clone(), 1).unwrap(), store)
+}
+
+/// A term that arrives although nobody could tell is this host's all the same.
+#[test]
+fn p3_a_host_is_not_fenced_by_a_term_of_its_own_that_came_late() {
+    let mut late = 0;
+    for call in 0..24 {
+        for commits in [false, true] {
+            let files = machine();
+            let (daemon, store) = faulty(&files);
+            daemon.write(b"memory", 0, &[1; PAGE]).unwrap();
+            daemon.commit().unwrap();
+            let term = || daemon.store.repository().require(&super::MACHINE.into()).unwrap().record.term;
+            let before = term();
+            store.set_enabled(true);
+            (0..call).for_each(|quiet| store.plan(store.calls() + quiet, Fault::Delay));
+            store.plan(store.calls() + call, Fault::ErrorAfter);
+            let renewed = daemon.live.owned_since(BootClock.elapsed());
+            store.set_enabled(false);
+            late += u32::from(renewed.is_err() && term() > before);
+            if commits {
+                daemon.write(b"memory", 0, &[2; PAGE]).unwrap();
+                daemon.commit().unwrap();
+            }
+            let asked = BootClock.elapsed();
+            let owned = daemon.live.owned_since(asked).unwrap();
+            assert!(owned.since >= asked && owned.term == term() && owned.term > before, "call {call}");
+            daemon.write(b"memory", 0, &[3; PAGE]).unwrap();
+            let epoch = daemon.commit().unwrap();
+            assert_eq!(epoch_files(&daemon.store, epoch).unwrap()[&b"memory"[..]], [3; PAGE]);
+        }
+    }
+    assert!(late > 0, "no term came late");
 }
 
 #[test]
