@@ -293,7 +293,9 @@ impl<'a> Monitor<'a> {
             let migration = self.run("query-migrate", Value::Null)?.to_string();
             let answer = self.run("query-status", Value::Null)?;
             let status = answer["status"].as_str().unwrap_or("unknown");
-            if status != "running" && (status != "postmigrate" || migration != saved) {
+            // One that was reset meanwhile has the status of one that never ran.
+            let is_left = matches!(status, "postmigrate" | "prelaunch") && migration == saved;
+            if status != "running" && !is_left {
                 tracing::warn!("the machine is {status:?} by now, and not as its capture left it: it is left alone");
                 return Ok(());
             }

@@ -201,7 +201,7 @@ fn a_guest_that_shuts_down_while_its_memory_is_saved_stays_shut_down() {
 fn what_went_on_since_a_capture_and_was_stopped_or_migrated_is_left_alone() {
     // What the next agent finds, and whether it lets the machine go on.
     for (status, migrations, is_ours) in
-        [("postmigrate", 0, true), ("postmigrate", 1, false), ("paused", 0, false), ("paused", 1, false)]
+        [("postmigrate", 0, true), ("postmigrate", 1, false), ("prelaunch", 0, true), ("paused", 0, false)]
     {
         for by_guard in [false, true] {
             let world = World::new();

@@ -207,9 +207,9 @@ pub fn save_whole(
 }
 
 fn follow(monitor: &mut Monitor<'_>, heed: &mut dyn FnMut() -> Result<()>, has_stopped: &mut bool) -> Result<Saved> {
-    // QEMU itself stops it otherwise.
+    // QEMU itself stops it otherwise; if it is reset then, it has the status of one that never ran.
     let mut others = |status: &str, event: Option<&str>| match (status, event) {
-        ("running" | "finish-migrate" | "postmigrate", None) => Ok(()),
+        ("running" | "finish-migrate" | "postmigrate" | "prelaunch", None) => Ok(()),
         (status, event) => {
             *has_stopped = false;
             Err(others_stopped(event.unwrap_or(status)))
