@@ -66,6 +66,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::TcpListener;
 
+    use super::super::use_ring;
     use super::*;
 
     /// A service that takes so long to read a body and to answer.
@@ -91,7 +92,7 @@ mod tests {
                             return;
                         }
                     }
-                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
                 });
             }
         });
@@ -100,9 +101,10 @@ mod tests {
 
     #[test]
     fn a_slow_way_is_given_more_time_until_it_carries_an_upload() {
+        use_ring();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         runtime.block_on(async {
-            let wait = Duration::from_millis(200);
+            let wait = Duration::from_millis(400);
             let uploads = Uploads::connect(&ClientOptions::new().with_allow_http(true), wait).unwrap();
             let uploads = Uploads { rate: u32::MAX, ..uploads };
             let upload = |url: &str, len: usize| {
@@ -111,7 +113,7 @@ mod tests {
                 *request.uri_mut() = url.parse().unwrap();
                 request
             };
-            let (slow, quick) = (serve(Duration::from_millis(700)), serve(Duration::ZERO));
+            let (slow, quick) = (serve(Duration::from_millis(1000)), serve(Duration::ZERO));
             assert!(Uploads::is_large(&upload(&slow, LARGE_LEN + 1)) && !Uploads::is_large(&upload(&slow, LARGE_LEN)));
             for lenience in [2, 4] {
                 let error = uploads.execute(upload(&slow, LARGE_LEN + 1)).await.unwrap_err();
