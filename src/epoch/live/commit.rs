@@ -219,6 +219,12 @@ impl Live {
         self.pipeline_moved.notify_all();
     }
 
+    /// The same, and waits until none is on its way.
+    pub(super) fn end_commits(&self) {
+        self.begin_to_end();
+        self.wait_for_commits();
+    }
+
     /// Waits until no commit is on its way.
     pub fn wait_for_commits(&self) {
         let mut pipeline = lock(&self.pipeline);

@@ -510,34 +510,6 @@ impl Live {
         self.owned.load(Ordering::Acquire)
     }
 
-    /// Gives up the machine, which must be without files. Whatever else becomes of it, the live takes nothing any more.
-    pub fn discard(&self) -> Answer<()> {
-        {
-            let tree = self.exclusive();
-            if !tree.entries(ROOT)?.is_empty() {
-                return Err(Refusal::NotEmpty);
-            }
-            self.closed.store(true, Ordering::Release);
-        }
-        self.begin_to_end();
-        self.wait_for_commits();
-        if !self.owned.load(Ordering::Acquire) || self.halt().is_some() {
-            return Ok(());
-        }
-        Ok(self.give_up()?)
-    }
-
-    /// Gives up what is kept of a machine that was removed, whatever it is.
-    pub fn forget(&self) -> Result<()> {
-        {
-            let _tree = self.exclusive();
-            self.closed.store(true, Ordering::Release);
-        }
-        self.begin_to_end();
-        self.wait_for_commits();
-        self.give_up()
-    }
-
     pub fn base(&self) -> u64 {
         self.shared().base
     }
@@ -606,8 +578,7 @@ impl Live {
     /// Ends the live: what is on its way is finished; what no epoch holds stays in the spool, and the machine stays
     /// this host's. A machine without such changes is given up. One whose epoch was dropped has nothing but what is here.
     pub fn close(&self) -> Result<()> {
-        self.begin_to_end();
-        self.wait_for_commits();
+        self.end_commits();
         self.sync()?;
         {
             let tree = self.exclusive();

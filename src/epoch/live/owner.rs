@@ -1,4 +1,4 @@
-//! Becoming a machine's owner: with the first change, by taking it over, and again in a new term.
+//! Becoming a machine's owner: with the first change, by taking it over, and again in a new term; and giving it up.
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::journal::Journal;
 use super::refusal::{Answer, Refusal};
-use super::{Halt, Live, directory_of};
+use super::{Halt, Live, ROOT, directory_of};
 use crate::epoch::admin::{Ownership, TermTry};
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
@@ -123,5 +123,31 @@ impl Live {
             self.rewrite_journal()?;
         }
         Ok(self.term() != before)
+    }
+
+    /// Gives up the machine, which must be without files. Whatever else becomes of it, the live takes nothing any more.
+    pub fn discard(&self) -> Answer<()> {
+        {
+            let tree = self.exclusive();
+            if !tree.entries(ROOT)?.is_empty() {
+                return Err(Refusal::NotEmpty);
+            }
+            self.closed.store(true, Ordering::Release);
+        }
+        self.end_commits();
+        if !self.owned.load(Ordering::Acquire) || self.halt().is_some() {
+            return Ok(());
+        }
+        Ok(self.give_up()?)
+    }
+
+    /// Gives up what is kept of a machine that was removed, whatever it is.
+    pub fn forget(&self) -> Result<()> {
+        {
+            let _tree = self.exclusive();
+            self.closed.store(true, Ordering::Release);
+        }
+        self.end_commits();
+        self.give_up()
     }
 }
