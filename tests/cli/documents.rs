@@ -2,12 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use serde_json::Value;
 
+use crate::monitor::Monitor;
 use crate::support::{Mountpoint, World, can_mount_or_skip, finish, kill, pages, stream};
 
 /// Fails unless the document has these fields; `a.b` is b in a, `a[].b` is b in each element of a, which is not empty.
@@ -16,29 +15,6 @@ fn has(document: &Value, fields: &[&str]) {
     for field in fields {
         look(document, field, field, document);
     }
-}
-
-/// A machine that runs, and agrees to everything.
-fn answers_as_firecracker_does(socket: &Path) {
-    let listener = UnixListener::bind(socket).unwrap();
-    std::thread::spawn(move || {
-        let mut state = "Running";
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut request = vec![0; 4096];
-            // Whoever only looks which process this is says nothing.
-            let Ok(len @ 1..) = stream.read(&mut request) else { continue };
-            let request = String::from_utf8_lossy(&request[..len]).into_owned();
-            for (told, becomes) in [("Paused", "Paused"), ("Resumed", "Running")] {
-                if request.starts_with("PATCH /vm") && request.contains(told) {
-                    state = becomes;
-                }
-            }
-            let body = format!("{{\"state\": \"{state}\"}}");
-            let _ =
-                stream.write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes());
-        }
-    });
 }
 
 #[track_caller]
@@ -430,7 +406,7 @@ fn every_command_prints_a_document_with_its_fields() {
             &["requests[].method", "requests[].path", "requests[].body"],
         );
         let socket = world.path("firecracker.socket");
-        answers_as_firecracker_does(&socket);
+        let _monitor = Monitor::start(&socket);
         // The machine's files are on the mount from its creation on.
         std::fs::create_dir(Path::new(mountpoint.text()).join("protected")).unwrap();
         check(

@@ -4,6 +4,7 @@
 //! With EPOCHFS_ENCRYPT=1 and a key in EPOCHFS_KEY their repositories are encrypted, but for tests that look into files.
 //! EPOCHFS_TEST_BINARY names another program to test than the one just built, for example the installed one.
 
+mod child;
 mod copy;
 mod dirty;
 mod documents;
@@ -15,8 +16,11 @@ mod help;
 mod index;
 mod layers;
 mod live;
+mod monitor;
 mod mount;
 mod names;
+#[path = "../common/process.rs"]
+mod process;
 mod races;
 mod repair;
 mod repository;
