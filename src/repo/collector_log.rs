@@ -40,15 +40,20 @@ fn earlier(objects: &Objects, seq: u64) -> Result<GcRecord> {
     record(objects, seq)?.ok_or_else(|| Error::damaged(format!("{} is missing", gc_record_key(seq))))
 }
 
-/// The newest record at or after `from`, which is known to be there, or 0.
-fn newest(objects: &Objects, from: u64) -> Result<Option<GcRecord>> {
+/// The number of the newest record at or after `from`, which is known to be there, or 0. A listing may lag behind.
+fn newest_listed(objects: &Objects, from: u64) -> Result<u64> {
     let mut seq = from;
     objects.store().list(GC_LOG_PREFIX, (from > 0).then(|| gc_record_key(from)).as_deref(), &mut |info| {
         seq = record_seq(&info.key).unwrap_or(0).max(seq);
         Ok(true)
     })?;
+    Ok(seq)
+}
+
+/// The newest record at or after `from`, which is known to be there, or 0.
+fn newest(objects: &Objects, from: u64) -> Result<Option<GcRecord>> {
+    let seq = newest_listed(objects, from)?;
     let mut newest = if seq == 0 { None } else { Some(earlier(objects, seq)?) };
-    // A listing may lag behind.
     while let Some(next) = record(objects, newest.as_ref().map_or(0, |record| record.seq) + 1)? {
         newest = Some(next);
     }
@@ -126,6 +131,20 @@ impl CollectorLog {
     pub fn heed_newest(&self) -> Result<u64> {
         self.catch_up(0)?;
         Ok(self.generation())
+    }
+
+    /// The number of the newest record there is, or of one that was it a moment ago. In a process that knows nothing of the log
+    /// yet this is one request, whatever the log's length, after which it still knows nothing of what was condemned.
+    pub fn newest_number(&self) -> Result<u64> {
+        let (seq, is_listed) = {
+            let known = self.read();
+            (known.seq, known.is_listed)
+        };
+        if !is_listed {
+            return newest_listed(&self.objects, seq);
+        }
+        self.heed_newest()?;
+        Ok(self.seq())
     }
 
     /// Whether a condemnation later than `from`, up to `to`, named any of these objects. Whoever looked these up before

@@ -47,16 +47,41 @@ pub fn objects_of(objects: &Objects) -> Result<Vec<ObjectRef>> {
 /// Of a store that is far away, so many segments are listed before it is known whether they are the newest: most logs end there.
 const FIRST_SEGMENTS: u64 = 2;
 
-/// The number of the log's newest record, by listing: two requests behind each other, whatever the log's length, or one.
-fn newest_seq(objects: &Objects, machine: &str) -> Result<Option<u64>> {
+/// A record that is no longer than this is hardly a commit with changes: whoever wants the newest epoch asks for the one before.
+const NO_COMMIT_LEN: u64 = 1024;
+
+/// So many records are read ahead, of those that may be the newest epoch's.
+const AHEAD_MAX: usize = 4;
+
+/// What listing a log tells.
+struct Newest {
+    /// The number of the newest record.
+    seq: u64,
+    /// Those before it of which one may be the newest epoch's, from the newest on.
+    before: Vec<u64>,
+}
+
+impl Newest {
+    /// Of records that are listed, each with its length.
+    fn of(mut listed: Vec<(u64, u64)>) -> Option<Self> {
+        listed.sort_unstable();
+        let seq = listed.last()?.0;
+        let back = listed.iter().rev().take_while(|(_, len)| *len <= NO_COMMIT_LEN).take(AHEAD_MAX);
+        let before = back.filter_map(|(seq, _)| seq.checked_sub(1)).filter(|seq| *seq > 0).collect();
+        Some(Self { seq, before })
+    }
+}
+
+/// The log's newest record, by listing: two requests behind each other, whatever the log's length, or one.
+fn newest(objects: &Objects, machine: &str) -> Result<Option<Newest>> {
     let prefix = log_prefix(machine);
     let newest_of = |segment: &str| {
-        let mut newest = None;
+        let mut listed = Vec::new();
         objects.store().list(&format!("{prefix}{segment}/"), None, &mut |info| {
-            newest = record_seq(&info.key).max(newest);
+            listed.extend(record_seq(&info.key).map(|seq| (seq, info.len)));
             Ok(true)
         })?;
-        Ok(newest)
+        Ok(Newest::of(listed))
     };
     let first_segments = if objects.store().is_remote() { 0..FIRST_SEGMENTS } else { 0..0 };
     let (segments, mut listed) = std::thread::scope(|scope| {
@@ -93,13 +118,14 @@ pub(super) fn head(objects: &Arc<Objects>, machine: &Arc<str>, known: Option<Hea
             }
         }
     }
-    let mut seq = match newest_seq(objects, machine)? {
-        Some(seq) => seq,
+    let newest = match newest(objects, machine)? {
+        Some(newest) => newest,
         // The listing may lag behind all of the log.
-        None if objects.record(machine, 1)?.is_some() => 1,
+        None if objects.record(machine, 1)?.is_some() => Newest { seq: 1, before: Vec::new() },
         None => return Ok(None),
     };
-    let (listed, mut next) = two_records(objects, machine, seq)?;
+    let (listed, mut next) = two_records(objects, machine, &newest)?;
+    let mut seq = newest.seq;
     let Some((mut record, mut digest)) = listed else {
         return Err(Error::damaged(format!("record {seq} of {machine} was listed and is not there")));
     };
@@ -114,15 +140,16 @@ pub(super) fn head(objects: &Arc<Objects>, machine: &Arc<str>, known: Option<Hea
 type Found = Option<(Record, Hash)>;
 
 /// A record and the one behind it; of a store that is far away both at once.
-fn two_records(objects: &Arc<Objects>, machine: &Arc<str>, seq: u64) -> Result<(Found, Found)> {
+fn two_records(objects: &Arc<Objects>, machine: &Arc<str>, newest: &Newest) -> Result<(Found, Found)> {
+    let seq = newest.seq;
     if !objects.store().is_remote() {
         return Ok((objects.record(machine, seq)?, objects.record(machine, seq + 1)?));
     }
-    if seq > 1 {
-        // Where the newest record is no commit, whoever wants the newest epoch asks for the one before. It is kept if it comes.
+    for before in newest.before.clone() {
+        // It is kept if it comes.
         let (objects, machine) = (objects.clone(), machine.clone());
         let ahead = std::thread::Builder::new().name("record-ahead".into());
-        drop(ahead.spawn(move || objects.record_with_blocks(&machine, seq - 1).is_ok()));
+        drop(ahead.spawn(move || objects.record_with_blocks(&machine, before).is_ok()));
     }
     std::thread::scope(|scope| {
         let next = scope.spawn(|| objects.record_with_blocks(machine, seq + 1));
@@ -333,5 +360,25 @@ impl Edits {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_are_read_ahead_back_to_one_that_may_be_the_newest_epochs() {
+        let commit = 40_000;
+        let before = |listed: &[(u64, u64)]| Newest::of(listed.to_vec()).map(|newest| (newest.seq, newest.before));
+        assert_eq!(before(&[]), None);
+        assert_eq!(before(&[(1, 300)]), Some((1, vec![])));
+        assert_eq!(before(&[(8, commit), (9, commit)]), Some((9, vec![])));
+        // A tag, a drop and a barrier; a listing need not be in order.
+        assert_eq!(before(&[(11, 230), (10, 300), (8, commit), (9, 640)]), Some((11, vec![10, 9, 8])));
+        // The one before may lie in the segment before.
+        assert_eq!(before(&[(1001, 230)]), Some((1001, vec![1000])));
+        let tags: Vec<(u64, u64)> = (1..=20).map(|seq| (seq, 230)).collect();
+        assert_eq!(before(&tags), Some((20, vec![19, 18, 17, 16])));
     }
 }

@@ -61,8 +61,8 @@ struct Shared {
     /// Only one thread at a time writes leases.
     renewing: Mutex<()>,
     closing: Arc<Closing>,
-    /// Asks what the collector does, ahead of the first lease. It tells since when that is known.
-    preparing: Mutex<Option<JoinHandle<Option<Duration>>>>,
+    /// Asks for the newest record of the collector's log, ahead of the first lease. It tells since when that is known, too.
+    preparing: Mutex<Option<JoinHandle<Option<(u64, Duration)>>>>,
 }
 
 /// What was learnt of the collector ahead of a lease serves for so long: to have heeded less than there is makes a
@@ -163,7 +163,7 @@ impl Readers {
         let preparing = self.ahead(|readers| {
             let shared = &readers.shared;
             let since = shared.settings.clock.elapsed();
-            shared.log.heed_newest().is_ok().then_some(since)
+            shared.log.newest_number().ok().map(|seen| (seen, since))
         });
         *lock(&self.shared.preparing) = preparing;
     }
@@ -262,13 +262,7 @@ impl Shared {
         if !self.settings.enabled {
             return Ok(());
         }
-        // Who cannot learn what the collector does claims to have heeded no more than before.
-        if !self.is_prepared()
-            && let Err(error) = self.log.heed_newest()
-        {
-            tracing::warn!("the collector's log cannot be read: {error}");
-        }
-        let seen = self.log.seq();
+        let seen = self.see();
         let now = self.settings.clock.elapsed();
         // Whatever is held but not in this list is found to exist behind what was seen.
         let (before, heeded, held) = {
@@ -318,11 +312,23 @@ impl Shared {
         Ok(())
     }
 
-    /// Whether what the collector does was asked for just now, of which the answer is waited for.
-    fn is_prepared(&self) -> bool {
+    /// The newest record of the collector's log. To heed it, a reader needs no more than to know that it is there.
+    fn see(&self) -> u64 {
         let preparing = lock(&self.preparing).take();
-        let since = preparing.and_then(|thread| thread.join().ok().flatten());
-        since.is_some_and(|since| self.settings.clock.elapsed().saturating_sub(since) < PREPARED_FOR)
+        let prepared = preparing.and_then(|thread| thread.join().ok().flatten());
+        let is_fresh =
+            |(_, since): &(u64, Duration)| self.settings.clock.elapsed().saturating_sub(*since) < PREPARED_FOR;
+        let found = match prepared.filter(is_fresh) {
+            Some((seen, _)) => Ok(seen),
+            None if self.lock().current.is_none() => self.log.newest_number(),
+            // Nobody waits for this one.
+            None => self.log.heed_newest().map(|_| self.log.seq()),
+        };
+        // Who cannot learn what the collector does claims to have heeded no more than before.
+        found.unwrap_or_else(|error| {
+            tracing::warn!("the collector's log cannot be read: {error}");
+            self.log.seq()
+        })
     }
 
     /// Writes a lease; `false` where nobody could.
