@@ -134,7 +134,7 @@ impl CollectorLog {
     }
 
     /// The number of the newest record there is, or of one that was it a moment ago. In a process that knows nothing of the log
-    /// yet this is one request, whatever the log's length, after which it still knows nothing of what was condemned.
+    /// yet this is a listing and nothing else, after which it still knows nothing of what was condemned.
     pub fn newest_number(&self) -> Result<u64> {
         let (seq, is_listed) = {
             let known = self.read();

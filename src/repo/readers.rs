@@ -50,6 +50,11 @@ impl Default for LeaseSettings {
 
 /// What this process reads.
 pub struct Readers {
+    users: Arc<Users>,
+}
+
+/// All that a lease is for. The last of them waits for what is on its way, so that no lease stays behind that nobody takes back.
+struct Users {
     shared: Arc<Shared>,
 }
 
@@ -69,11 +74,59 @@ struct Shared {
 /// collector wait for the next renewal.
 const PREPARED_FOR: Duration = Duration::from_secs(2);
 
-/// Tells the thread that nothing is read any more, without keeping anything alive for it.
+/// So long whoever ends waits for leases that are on their way. One that comes later counts for as long as a dead reader's.
+const CLOSING_MAX: Duration = Duration::from_secs(5);
+
+/// Tells the threads that nothing is read any more, without keeping anything alive for them.
 #[derive(Default)]
 struct Closing {
-    closed: Mutex<bool>,
-    wake: Condvar,
+    state: Mutex<ClosingState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct ClosingState {
+    closed: bool,
+    /// How many threads are about to write or delete leases.
+    busy: usize,
+}
+
+/// A thread is about to write or delete leases.
+struct Busy(Arc<Closing>);
+
+impl Closing {
+    fn lock(&self) -> MutexGuard<'_, ClosingState> {
+        lock(&self.state)
+    }
+
+    /// Begins something that whoever closes waits for, unless that was done already.
+    fn busy(self: &Arc<Self>) -> Option<Busy> {
+        let mut state = self.lock();
+        state.busy += usize::from(!state.closed);
+        (!state.closed).then(|| Busy(self.clone()))
+    }
+
+    /// Waits for so long, or until it is closed, which it returns.
+    fn is_closed_within(&self, interval: Duration) -> bool {
+        let open = |state: &mut ClosingState| !state.closed;
+        let waited = self.changed.wait_timeout_while(self.lock(), interval, open);
+        waited.unwrap_or_else(PoisonError::into_inner).0.closed
+    }
+
+    fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        self.changed.notify_all();
+        let busy = |state: &mut ClosingState| state.busy > 0;
+        drop(self.changed.wait_timeout_while(state, CLOSING_MAX, busy));
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.lock().busy -= 1;
+        self.0.changed.notify_all();
+    }
 }
 
 #[derive(Default)]
@@ -101,13 +154,19 @@ struct Current {
 
 /// An epoch is being looked for. While this lives, no lease claims to have heeded what came later than its beginning.
 pub struct Opening {
+    _entry: Entry,
+    _users: Arc<Users>,
+}
+
+/// An opening, as leases see it.
+struct Entry {
     shared: Arc<Shared>,
     entry: (u64, u64),
 }
 
 /// An epoch is being read.
 pub struct Hold {
-    shared: Arc<Shared>,
+    users: Arc<Users>,
     epoch: (Arc<str>, u64),
 }
 
@@ -122,85 +181,71 @@ impl Readers {
             closing: Arc::default(),
             preparing: Mutex::default(),
         };
-        Self { shared: Arc::new(shared) }
+        Self { users: Arc::new(Users { shared: Arc::new(shared) }) }
     }
 
     /// Begins to look for an epoch to read: from here on, one that exists is safe once it is held.
     pub fn opening(&self) -> Result<Opening> {
-        let shared = &self.shared;
-        let now = shared.settings.clock.elapsed();
-        let is_fresh = |state: &State| {
-            !shared.settings.enabled
-                || state.current.is_some_and(|current| now.saturating_sub(current.renewed) < shared.settings.lease / 2)
-        };
-        // Registered before the lease is looked at: from then on the thread does not give it up for want of use.
-        let opening = {
-            let mut state = shared.lock();
-            state.next_opening += 1;
-            let entry = (state.current.map_or(0, |current| current.heeded), state.next_opening);
-            state.openings.insert(entry);
-            Opening { shared: shared.clone(), entry }
-        };
-        if !is_fresh(&shared.lock()) {
-            let renewing = lock(&shared.renewing);
-            // Somebody else may just have done it.
-            if !is_fresh(&shared.lock()) {
-                shared.renew_now(&renewing)?;
-            }
-            drop(renewing);
-            shared.start_thread();
-        }
-        Ok(opening)
+        Ok(Opening { _entry: self.users.shared.opening()?, _users: self.users.clone() })
     }
 
     /// Somebody will look for an epoch soon: of a store that is far away, a lease is on its way while he looks at the log.
     pub fn expect(&self) {
-        drop(self.ahead(|readers| drop(readers.opening())));
+        drop(self.ahead(|shared| drop(shared.opening())));
     }
 
     /// Somebody may look for an epoch soon: what the first lease has to say of the collector is asked for before that.
     pub fn prepare(&self) {
-        let preparing = self.ahead(|readers| {
-            let shared = &readers.shared;
+        let preparing = self.ahead(|shared| {
             let since = shared.settings.clock.elapsed();
             shared.log.newest_number().ok().map(|seen| (seen, since))
         });
-        *lock(&self.shared.preparing) = preparing;
+        *lock(&self.users.shared.preparing) = preparing;
     }
 
     /// Does something beside, of a store that is far away. Whoever needs it says what is wrong.
-    fn ahead<T: Send + 'static>(&self, work: impl FnOnce(&Self) -> T + Send + 'static) -> Option<JoinHandle<T>> {
-        if !self.shared.settings.enabled || !self.shared.settings.background || !self.shared.objects.store().is_remote()
-        {
+    fn ahead<T: Send + 'static>(&self, work: impl FnOnce(&Arc<Shared>) -> T + Send + 'static) -> Option<JoinHandle<T>> {
+        let shared = self.users.shared.clone();
+        if !shared.settings.enabled || !shared.settings.background || !shared.objects.store().is_remote() {
             return None;
         }
-        let readers = Self { shared: self.shared.clone() };
-        let spawned = std::thread::Builder::new().name("lease-ahead".into()).spawn(move || work(&readers));
+        let busy = shared.closing.busy()?;
+        let work = move || {
+            let done = work(&shared);
+            drop(shared);
+            drop(busy);
+            done
+        };
+        let spawned = std::thread::Builder::new().name("lease-ahead".into()).spawn(work);
         spawned.map_err(|error| tracing::debug!("no lease is made ahead: {error}")).ok()
     }
 
     /// Whether somebody of this process reads this epoch.
     pub fn is_held(&self, machine: &Arc<str>, epoch: u64) -> bool {
-        self.shared.lock().held.contains_key(&(machine.clone(), epoch))
+        self.users.shared.lock().held.contains_key(&(machine.clone(), epoch))
     }
 
     /// Holds an epoch. One that is not held already must be found to exist after this, or during the same opening.
     pub fn hold(&self, machine: &Arc<str>, epoch: u64) -> Hold {
         let key = (machine.clone(), epoch);
-        *self.shared.lock().held.entry(key.clone()).or_default() += 1;
-        Hold { shared: self.shared.clone(), epoch: key }
+        *self.users.shared.lock().held.entry(key.clone()).or_default() += 1;
+        Hold { users: self.users.clone(), epoch: key }
     }
 
     /// Says once more what is read, or nothing any more where nothing is.
     pub fn renew(&self) -> Result<()> {
-        self.shared.renew()
+        self.users.shared.renew()
+    }
+}
+
+impl Drop for Users {
+    fn drop(&mut self) {
+        self.shared.closing.close();
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        *lock(&self.closing.closed) = true;
-        self.closing.wake.notify_all();
         let current = self.state.get_mut().unwrap_or_else(PoisonError::into_inner).current.take();
         if let Some(current) = current {
             self.delete(&current);
@@ -208,7 +253,7 @@ impl Drop for Shared {
     }
 }
 
-impl Drop for Opening {
+impl Drop for Entry {
     fn drop(&mut self) {
         self.shared.lock().openings.remove(&self.entry);
     }
@@ -216,7 +261,7 @@ impl Drop for Opening {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        let mut state = self.shared.lock();
+        let mut state = self.users.shared.lock();
         if let Some(count) = state.held.get_mut(&self.epoch) {
             *count -= 1;
             if *count == 0 {
@@ -229,6 +274,32 @@ impl Drop for Hold {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    fn opening(self: &Arc<Self>) -> Result<Entry> {
+        let now = self.settings.clock.elapsed();
+        let is_fresh = |state: &State| {
+            !self.settings.enabled
+                || state.current.is_some_and(|current| now.saturating_sub(current.renewed) < self.settings.lease / 2)
+        };
+        // Registered before the lease is looked at: from then on the thread does not give it up for want of use.
+        let opening = {
+            let mut state = self.lock();
+            state.next_opening += 1;
+            let entry = (state.current.map_or(0, |current| current.heeded), state.next_opening);
+            state.openings.insert(entry);
+            Entry { shared: self.clone(), entry }
+        };
+        if !is_fresh(&self.lock()) {
+            let renewing = lock(&self.renewing);
+            // Somebody else may just have done it.
+            if !is_fresh(&self.lock()) {
+                self.renew_now(&renewing)?;
+            }
+            drop(renewing);
+            self.start_thread();
+        }
+        Ok(opening)
     }
 
     fn delete(&self, current: &Current) {
@@ -378,17 +449,10 @@ impl Shared {
 }
 
 /// Renews the lease until nothing is read any more.
-fn run(shared: &Weak<Shared>, closing: &Closing, interval: Duration) {
-    loop {
-        let closed = lock(&closing.closed);
-        let (closed, _) = closing
-            .wake
-            .wait_timeout_while(closed, interval, |closed| !*closed)
-            .unwrap_or_else(PoisonError::into_inner);
-        if *closed {
-            return;
-        }
-        drop(closed);
+fn run(shared: &Weak<Shared>, closing: &Arc<Closing>, interval: Duration) {
+    while !closing.is_closed_within(interval) {
+        // Given back behind the last use of what is shared.
+        let Some(_busy) = closing.busy() else { return };
         let Some(shared) = shared.upgrade() else { return };
         if let Err(error) = shared.renew() {
             tracing::warn!("the lease of what is read was not renewed: {error}");
@@ -409,7 +473,7 @@ mod tests {
 
     use super::*;
     use crate::platform::files::SimFiles;
-    use crate::platform::store::{LocalStore, Store, WeatherStore};
+    use crate::platform::store::{LocalStore, Store, WeatherStore, keys_below};
     use crate::repo::Repository;
 
     struct Stopped;
@@ -500,6 +564,29 @@ mod tests {
         readers.prepare();
         let _opening = readers.opening().unwrap();
         assert_eq!(leases(&repository)[0].heeded, 1);
+    }
+
+    #[test]
+    fn whoever_ends_while_a_lease_is_on_its_way_leaves_none_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("weather");
+        std::fs::write(&file, "delay=10").unwrap();
+        let local = Arc::new(LocalStore::create(Path::new("/one"), Arc::new(SimFiles::new(0))).unwrap());
+        let repository = Repository::create(Arc::new(WeatherStore::of(local, file))).unwrap();
+        let keys = || keys_below(&**repository.objects().store(), READERS_PREFIX).unwrap();
+        let interval = Duration::from_millis(5);
+        for after_ms in [0, 5, 12, 19, 26, 33, 40, 47] {
+            let settings = LeaseSettings { interval, ..LeaseSettings::default() };
+            let readers = Readers::new(repository.objects().clone(), repository.collector_log().clone(), settings);
+            let hold = readers.hold(&"web1".into(), 1);
+            drop(readers.opening().unwrap());
+            // What is read is read on, though nothing else may be.
+            drop(readers);
+            assert!(!keys().is_empty());
+            std::thread::sleep(Duration::from_millis(after_ms));
+            drop(hold);
+            assert!(keys().is_empty(), "{after_ms} ms");
+        }
     }
 
     #[test]
