@@ -52,6 +52,14 @@ fn hand_over_file(path: &Path) -> Result<()> {
     hand_over(&file).map_err(|error| Error::io(format!("cannot write back {}", path.display()), error.into()))
 }
 
+/// Has what was handed over below a directory kept by its filesystem's disk, as far as it keeps it by itself.
+pub fn sync_directory(directory: &Path) -> Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(directory, flags, Mode::empty())
+        .and_then(rustix::fs::fsync)
+        .map_err(|error| Error::io(format!("cannot sync {}", directory.display()), error.into()))
+}
+
 /// Before this one, FUSE copied what it wrote back, and called it written while the filesystem had yet to see it: only a sync
 /// waited for that.
 const WAITS_FOR_FUSE: (u32, u32) = (6, 16);

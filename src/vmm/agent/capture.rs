@@ -11,7 +11,7 @@ use super::qemu::QemuControl;
 use super::{Agent, Base, Capture, Control, Health, MonitorAt, firecracker, machine_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::Stopwatch;
-use crate::platform::flush::hand_over_files;
+use crate::platform::flush::{hand_over_files, sync_directory};
 use crate::platform::lease::LeaseClaim;
 use crate::platform::running::{Alone, Running};
 use crate::uffd::Peer;
@@ -280,6 +280,8 @@ impl MachineAgent {
             }
             before = took;
         }
+        // A monitor may sync its disks when it is stopped, and would wait for the memory's pages on the host's disk, too.
+        sync_directory(&self.live)?;
         Ok((since.elapsed(), rounds))
     }
 
