@@ -9,7 +9,7 @@ use epochfs_format::{
 };
 
 use super::edit::NewRoot;
-use super::leaf::{Shared, SpareBuffers, Worker};
+use super::leaf::{Shared, Worker};
 use super::moves::Moves;
 use super::nodes::Nodes;
 use super::pipeline::{CommitCounts, StreamJob, commit_stream};
@@ -18,6 +18,7 @@ use super::source::{BytesSource, Source};
 use super::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
+use crate::platform::memory::SpareBuffers;
 use crate::repo::{Birth, Draft, FIRST_TERM, Head, Index, Inline, PackWriter, Rebase, Repository, object_key};
 
 /// How to commit. Plain data.
@@ -73,6 +74,8 @@ pub struct Committed {
     pub counts: CommitCounts,
     /// Bytes of all objects written for it.
     pub stored_bytes: u64,
+    /// The parent's nodes in the place of which it has others, and which nobody may read any more who goes on behind it.
+    pub(super) superseded: Vec<Place>,
 }
 
 impl Committed {
@@ -85,7 +88,7 @@ impl Committed {
             ..CommitCounts::default()
         };
         let (machine, epoch, stored_bytes) = (record.machine.clone(), record.seq, commit.stored_len);
-        Ok(Self { machine, epoch, counts, stored_bytes, record })
+        Ok(Self { machine, epoch, counts, stored_bytes, record, superseded: Vec::new() })
     }
 }
 
@@ -198,7 +201,7 @@ impl CommitBuilder {
                 condemned: log,
                 found_in: Mutex::default(),
                 recent: RwLock::default(),
-                spare: SpareBuffers::default(),
+                spare: SpareBuffers::new(usize::MAX, usize::MAX),
                 made: Mutex::default(),
                 moves: options.moves.clone(),
             },
@@ -448,7 +451,7 @@ impl CommitBuilder {
             logical_len: manifest.logical_len(),
             changed_pages: self.counts.changed_pages,
             new_pages: self.counts.new_pages,
-            stored_len: pack_bytes + inline.blocks.len() as u64,
+            stored_len: pack_bytes + inline.blocks().len() as u64,
             packs,
             tags: self.options.tags.clone(),
             message: self.options.message.clone(),
@@ -493,7 +496,7 @@ impl CommitBuilder {
         tracing::debug!(epoch = head.record.seq, "record is durable");
         self.birth.take().into_iter().for_each(Birth::arrived);
         let object = ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
-        self.shared.nodes.keep(std::mem::take(&mut *lock(&self.shared.made)), &own, &object);
+        let superseded = self.shared.nodes.keep(std::mem::take(&mut *lock(&self.shared.made)), &own, &object);
         if footer.block_count() > 0 {
             self.shared.index.learn(&object, &footer);
         }
@@ -504,6 +507,7 @@ impl CommitBuilder {
             record: head.record,
             counts: self.counts,
             stored_bytes,
+            superseded,
         })
     }
 }

@@ -22,6 +22,8 @@ pub struct NewNode {
     digest: Hash,
     /// Stored as these slots of a whole node.
     patch: Option<(Place, Vec<u16>)>,
+    /// Where the parent's lies, in the place of which it comes.
+    supersedes: Option<Place>,
 }
 
 impl NewNode {
@@ -42,7 +44,7 @@ impl NewNode {
             };
             node.patch_is_worth_it(slots.len(), changed, &digest).then_some((base, slots))
         });
-        Self { node, digest, patch }
+        Self { node, digest, patch, supersedes: parent.map(|parent| parent.root.place.clone()) }
     }
 
     pub fn digest(&self) -> Hash {
@@ -53,7 +55,7 @@ impl NewNode {
     fn made(self, place: Place, shared: &Shared) -> Root {
         let root = Root { digest: self.digest, place };
         let stored = self.patch.map_or(Stored::Whole, |(base, slots)| Stored::Patch { base, slots });
-        lock(&shared.made).add(&shared.nodes, self.node, root.clone(), stored);
+        lock(&shared.made).add(&shared.nodes, self.node, root.clone(), stored, self.supersedes);
         root
     }
 
@@ -174,7 +176,7 @@ impl<'a> TreeEditor<'a> {
             editor.set(0, root.digest, &root.place);
             let node = editor.finish();
             let digest = node.digest();
-            let new = NewNode { node, digest, patch: None };
+            let new = NewNode { node, digest, patch: None, supersedes: None };
             let place = packs.push_node(digest, |own, out| new.put(own, out))?;
             let root = Root { digest, place };
             raised.push(Arc::new(LoadedNode { node: new.node, root: root.clone(), stored: Stored::Pending }));
@@ -208,10 +210,11 @@ impl<'a> TreeEditor<'a> {
         }
     }
 
-    /// Adds a leaf's changes. Leaves come in order. `store_page` is asked for the place of each new page.
+    /// Adds a leaf's changes, whose new pages are among these blocks. Leaves come in order. `store_page` is asked for the place of each new page.
     pub fn set_leaf(
         &mut self,
         work: &LeafWork,
+        blocks: &[u8],
         packs: &mut PackWriter<'_>,
         store_page: &mut dyn FnMut(&mut PackWriter<'_>, &Hash, &[u8]) -> Result<Place>,
     ) -> Result<()> {
@@ -226,7 +229,7 @@ impl<'a> TreeEditor<'a> {
                 None => NodeEditor::new(0),
             };
             for (slot, hash, block) in &work.moved {
-                let place = store_page(packs, hash, &work.blocks[block.clone()])?;
+                let place = store_page(packs, hash, &blocks[block.clone()])?;
                 editor.set(usize::from(*slot), *hash, &place);
             }
             for (slot, change) in &work.changes {
@@ -235,7 +238,7 @@ impl<'a> TreeEditor<'a> {
                     PageChange::Zero => editor.clear(slot),
                     PageChange::Known { hash, place } => editor.set(slot, *hash, place),
                     PageChange::New { hash, block } => {
-                        let place = store_page(packs, hash, &work.blocks[block.clone()])?;
+                        let place = store_page(packs, hash, &blocks[block.clone()])?;
                         editor.set(slot, *hash, &place);
                     }
                 }
@@ -373,7 +376,7 @@ fn close(node: Node, parent: Option<&LoadedNode>, changed: impl Iterator<Item = 
     }
     let (digest, mut changed) = (node.digest(), changed.peekable());
     match parent {
-        _ if is_moved => NewRoot::New(Box::new(NewNode { node, digest, patch: None })),
+        _ if is_moved => NewRoot::New(Box::new(NewNode { node, digest, patch: None, supersedes: None })),
         Some(parent) if parent.root.digest == digest && changed.peek().is_none() => {
             NewRoot::Stored(parent.root.clone())
         }

@@ -13,6 +13,7 @@ use super::source::Source;
 use super::tree::LEAF_PAGES;
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
+use crate::platform::memory::SpareBuffers;
 use crate::repo::{CollectorLog, Index};
 
 /// Bytes that a leaf covers.
@@ -29,6 +30,14 @@ pub struct LeafJob {
     pub rest_is_zero: bool,
 }
 
+impl LeafJob {
+    /// How many pages are looked at, as far as that is known before.
+    pub fn page_count(&self) -> u64 {
+        let pages = |run: &Range<u64>| (run.end - run.start).div_ceil(PAGE_SIZE as u64);
+        if self.runs.is_empty() { LEAF_PAGES } else { self.runs.iter().map(pages).sum() }
+    }
+}
+
 /// What became of one page.
 pub enum PageChange {
     Zero,
@@ -37,7 +46,7 @@ pub enum PageChange {
         hash: Hash,
         place: Place,
     },
-    /// A new page, by its block's range in the leaf's blocks.
+    /// A new page, by its block's range in the batch's blocks.
     New {
         hash: Hash,
         block: Range<usize>,
@@ -54,11 +63,17 @@ pub struct LeafWork {
     pub moved: Vec<(u16, Hash, Range<usize>)>,
     /// Whether the leaf itself is to be stored again, though nothing in it may differ.
     pub is_moved: bool,
-    pub blocks: Vec<u8>,
     /// How many of the changes put the parent's page elsewhere, because its block there is damaged.
     pub lost: usize,
     /// Bytes that were read.
     pub read: u64,
+}
+
+/// What became of the leaves of a batch.
+pub struct BatchWork {
+    pub leaves: Vec<LeafWork>,
+    /// The new pages of all of them.
+    pub blocks: Vec<u8>,
 }
 
 /// Pages that this commit stored a moment ago: the index does not know them yet. Bounded by forgetting the older half.
@@ -91,26 +106,12 @@ pub struct Shared {
     /// The objects in which the index found pages: should one be condemned meanwhile, the commit must not be made.
     pub found_in: Mutex<HashSet<ObjectRef>>,
     pub recent: RwLock<Recent>,
+    /// For blocks.
     pub spare: SpareBuffers,
     /// The nodes that were stored so far.
     pub made: Mutex<Made>,
     /// What the commit is to store again.
     pub moves: Option<Arc<Moves>>,
-}
-
-/// Buffers for blocks, used again: fresh memory costs a fault a page.
-#[derive(Default)]
-pub struct SpareBuffers(Mutex<Vec<Vec<u8>>>);
-
-impl SpareBuffers {
-    fn take(&self) -> Vec<u8> {
-        lock(&self.0).pop().unwrap_or_default()
-    }
-
-    pub fn put_back(&self, mut buffer: Vec<u8>) {
-        buffer.clear();
-        lock(&self.0).push(buffer);
-    }
 }
 
 /// A thread's buffers, kept from leaf to leaf.
@@ -127,7 +128,21 @@ impl Worker {
         Self { pages: Vec::new(), encoder, hashes: Vec::new(), fetcher: Fetcher::default() }
     }
 
-    pub fn run(&mut self, job: &LeafJob, source: &dyn Source, shared: &Shared) -> Result<LeafWork> {
+    /// Works on leaves one after the other.
+    pub fn run(&mut self, batch: &[LeafJob], source: &dyn Source, shared: &Shared) -> Result<BatchWork> {
+        let mut blocks = shared.spare.take();
+        let leaves = batch.iter().map(|job| self.run_leaf(job, source, shared, &mut blocks)).collect::<Result<_>>()?;
+        Ok(BatchWork { leaves, blocks })
+    }
+
+    /// Works on one leaf, and appends the blocks of its new pages.
+    fn run_leaf(
+        &mut self,
+        job: &LeafJob,
+        source: &dyn Source,
+        shared: &Shared,
+        blocks: &mut Vec<u8>,
+    ) -> Result<LeafWork> {
         let parent = match job.parent.as_ref().map(|root| shared.nodes.load(root, 0)).transpose() {
             Err(error) if job.rest_is_zero => unless_damaged(error)?,
             parent => parent?,
@@ -177,7 +192,7 @@ impl Worker {
             .collect();
         let lost = changed.iter().filter(|(slot, _, hash)| before(*slot) == Some(hash)).count();
         let known = find_known(&changed, shared);
-        let (mut changes, mut blocks) = (Vec::with_capacity(changed.len() + zeros.len()), shared.spare.take());
+        let mut changes = Vec::with_capacity(changed.len() + zeros.len());
         let mut zeros = zeros.into_iter().peekable();
         for ((slot, page, hash), known) in changed.iter().zip(known) {
             while let Some(zero) = zeros.next_if(|zero| zero < slot) {
@@ -187,23 +202,22 @@ impl Worker {
                 Some(place) => PageChange::Known { hash: *hash, place },
                 None => {
                     let start = blocks.len();
-                    self.encoder.put(page, &mut blocks);
+                    self.encoder.put(page, blocks);
                     PageChange::New { hash: *hash, block: start..blocks.len() }
                 }
             };
             changes.push((*slot as u16, change));
         }
         changes.extend(zeros.map(|zero| (zero as u16, PageChange::Zero)));
-        let mut work =
-            LeafWork { index: job.index, parent, changes, moved: Vec::new(), is_moved: false, blocks, lost, read };
+        let mut work = LeafWork { index: job.index, parent, changes, moved: Vec::new(), is_moved: false, lost, read };
         if let Some(moves) = &shared.moves {
-            self.move_pages(moves, shared, &mut work)?;
+            self.move_pages(moves, shared, &mut work, blocks)?;
         }
         Ok(work)
     }
 
     /// Takes up the parent's pages that get another place. They are proven, and compressed as new ones are.
-    fn move_pages(&mut self, moves: &Moves, shared: &Shared, work: &mut LeafWork) -> Result<()> {
+    fn move_pages(&mut self, moves: &Moves, shared: &Shared, work: &mut LeafWork, blocks: &mut Vec<u8>) -> Result<()> {
         let Some(parent) = &work.parent else { return Ok(()) };
         let mut changed = work.changes.iter().map(|(slot, _)| usize::from(*slot)).peekable();
         let (mut slots, mut wanted) = (Vec::new(), Vec::new());
@@ -220,9 +234,9 @@ impl Worker {
         let hashes: Vec<Hash> = wanted.iter().map(|wanted| wanted.hash).collect();
         self.fetcher.fetch(shared.nodes.objects(), wanted, 0, pages)?;
         for ((slot, hash), page) in slots.into_iter().zip(hashes).zip(pages.iter()) {
-            let start = work.blocks.len();
-            self.encoder.put(page, &mut work.blocks);
-            work.moved.push((slot, hash, start..work.blocks.len()));
+            let start = blocks.len();
+            self.encoder.put(page, blocks);
+            work.moved.push((slot, hash, start..blocks.len()));
         }
         Ok(())
     }

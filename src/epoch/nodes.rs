@@ -43,15 +43,17 @@ impl LoadedNode {
 pub struct Made {
     nodes: Vec<LoadedNode>,
     weight: usize,
+    superseded: Vec<Place>,
 }
 
 impl Made {
     /// One more, unless there are too many leaves to keep all of them anyway.
-    pub fn add(&mut self, nodes: &Nodes, node: Node, root: Root, stored: Stored) {
+    pub fn add(&mut self, nodes: &Nodes, node: Node, root: Root, stored: Stored, supersedes: Option<Place>) {
         let made = LoadedNode { node, root, stored };
         if made.node.level() > 0 || self.weight + made.weight() <= nodes.cache_len / 4 {
             self.weight += made.weight();
             self.nodes.push(made);
+            self.superseded.extend(supersedes);
         }
     }
 }
@@ -89,8 +91,9 @@ impl Nodes {
         }
     }
 
-    /// Keeps what a commit made that is durable now. What it called `own` has become the record `object`.
-    pub fn keep(&self, made: Made, own: &ObjectRef, object: &ObjectRef) {
+    /// Keeps what a commit made that is durable now. What it called `own` has become the record `object`. Returns where those
+    /// nodes lie in the place of which it made others.
+    pub fn keep(&self, made: Made, own: &ObjectRef, object: &ObjectRef) -> Vec<Place> {
         let called =
             |place: Place| if place.object == *own { Place { object: object.clone(), ..place } } else { place };
         let mut cache = lock(&self.cache);
@@ -99,6 +102,15 @@ impl Nodes {
             let root = Root { place: called(root.place), ..root };
             let loaded = Arc::new(LoadedNode { node, root, stored });
             cache.insert(loaded.root.place.clone(), loaded.clone(), loaded.weight());
+        }
+        made.superseded
+    }
+
+    /// Nodes that are hardly read any more: the next commit has their memory.
+    pub fn forget(&self, superseded: &[Place]) {
+        let mut cache = lock(&self.cache);
+        for place in superseded {
+            cache.remove(place);
         }
     }
 

@@ -10,7 +10,7 @@ use epochfs_format::{Image, PAGE_SIZE, Page, Root};
 
 use super::edit::{NewRoot, TreeEditor};
 use super::fetch::Fetcher;
-use super::leaf::{LEAF_LEN, LeafJob, LeafWork, PageChange, Shared, Worker, unless_damaged};
+use super::leaf::{BatchWork, LEAF_LEN, LeafJob, LeafWork, PageChange, Shared, Worker, unless_damaged};
 use super::nodes::Nodes;
 use super::ranges::Ranges;
 use super::reader::fill_pages;
@@ -103,6 +103,17 @@ impl<'a> Jobs<'a> {
         Ok(found.map(|(index, root)| LeafJob { index, runs: Vec::new(), parent: Some(root), rest_is_zero: false }))
     }
 
+    /// The next leaves, or none at the end.
+    fn next_batch(&mut self) -> Result<Batch> {
+        let (mut batch, mut pages) = (Batch::new(), 0);
+        while pages < BATCH_PAGES {
+            let Some(job) = self.next()? else { break };
+            pages += job.page_count();
+            batch.push(job);
+        }
+        Ok(batch)
+    }
+
     fn next(&mut self) -> Result<Option<LeafJob>> {
         let first = self.next_range()?;
         if let Some(clean) = self.next_clean(first.as_ref())? {
@@ -148,6 +159,13 @@ impl<'a> Jobs<'a> {
         Ok(Some(LeafJob { index, runs, parent, rest_is_zero }))
     }
 }
+
+/// Leaves that one thread works on, one after the other. Where few of their pages are dirty, handing each over by itself would
+/// cost as much as the work.
+type Batch = Vec<LeafJob>;
+
+/// A batch has no more leaves once it has so many pages.
+const BATCH_PAGES: u64 = 64;
 
 /// So many leaves are on their way ahead of the one that is worked on.
 const AHEAD_LEAVES: usize = 256;
@@ -300,14 +318,20 @@ struct Sequencer<'a, 'p> {
 }
 
 impl Sequencer<'_, '_> {
-    fn take(&mut self, work: LeafWork) -> Result<()> {
+    fn take(&mut self, work: BatchWork) -> Result<()> {
+        work.leaves.iter().try_for_each(|leaf| self.take_leaf(leaf, &work.blocks))?;
+        self.shared.spare.put_back(work.blocks);
+        Ok(())
+    }
+
+    fn take_leaf(&mut self, work: &LeafWork, blocks: &[u8]) -> Result<()> {
         let counts = &mut *self.counts;
         counts.read_bytes += work.read;
         counts.changed_pages += (work.changes.len() - work.lost) as u64;
         let known = work.changes.iter().filter(|(_, change)| matches!(change, PageChange::Known { .. })).count();
         counts.deduplicated_pages += known as u64;
         let recent = &self.shared.recent;
-        self.tree.set_leaf(&work, self.packs, &mut |packs, hash, block| {
+        self.tree.set_leaf(work, blocks, self.packs, &mut |packs, hash, block| {
             // Another leaf may have stored the same page since this one looked.
             if let Some(place) = recent.read().unwrap_or_else(PoisonError::into_inner).get(hash) {
                 counts.deduplicated_pages += 1;
@@ -320,7 +344,6 @@ impl Sequencer<'_, '_> {
             Ok(place)
         })?;
         (self.on_read)(work.read);
-        self.shared.spare.put_back(work.blocks);
         Ok(())
     }
 }
@@ -341,15 +364,13 @@ pub fn commit_stream(
     let tree = TreeEditor::new(shared, job.source.len(), job.parent, keeps, packs)?;
     let mut sequencer = Sequencer { tree, packs, shared, counts, on_read };
     let mut jobs = Jobs::new(job, shared)?;
-    // A single leaf, and a machine with a single processor, need no threads.
-    let first = jobs.next()?;
-    let second = if first.is_some() { jobs.next()? } else { None };
-    match (first, second) {
-        (None, _) => {}
-        (Some(first), None) => sequencer.take(workers[0].run(&first, job.source, shared)?)?,
-        (Some(first), Some(second)) => {
-            run_threads(job.source, shared, workers, &mut sequencer, [first, second], &mut jobs)?;
-        }
+    // A single batch needs no threads.
+    let first = jobs.next_batch()?;
+    let second = if first.is_empty() { Batch::new() } else { jobs.next_batch()? };
+    if second.is_empty() {
+        sequencer.take(workers[0].run(&first, job.source, shared)?)?;
+    } else {
+        run_threads(job.source, shared, workers, &mut sequencer, [first, second], &mut jobs)?;
     }
     let Sequencer { tree, packs, counts, .. } = sequencer;
     let (root, removed) = tree.finish(packs)?;
@@ -363,21 +384,21 @@ fn run_threads(
     shared: &Shared,
     workers: &mut [Worker],
     sequencer: &mut Sequencer<'_, '_>,
-    first: [LeafJob; 2],
+    first: [Batch; 2],
     jobs: &mut Jobs<'_>,
 ) -> Result<()> {
     let window = workers.len() * 2 + 2;
-    let (job_sender, job_receiver) = crossbeam_channel::bounded::<(u64, LeafJob)>(window);
-    let (work_sender, work_receiver) = crossbeam_channel::bounded::<(u64, Result<LeafWork>)>(window);
+    let (job_sender, job_receiver) = crossbeam_channel::bounded::<(u64, Batch)>(window);
+    let (work_sender, work_receiver) = crossbeam_channel::bounded::<(u64, Result<BatchWork>)>(window);
     std::thread::scope(|scope| {
         // Moved in, so that the channel closes when this ends, early or not, and the workers with it.
         let job_sender = job_sender;
         for worker in workers {
             let (job_receiver, work_sender) = (job_receiver.clone(), work_sender.clone());
             scope.spawn(move || {
-                for (number, job) in job_receiver {
-                    // A source that panics must end the commit, and not leave it waiting for this leaf.
-                    let run = AssertUnwindSafe(|| worker.run(&job, source, shared));
+                for (number, batch) in job_receiver {
+                    // A source that panics must end the commit, and not leave it waiting for these leaves.
+                    let run = AssertUnwindSafe(|| worker.run(&batch, source, shared));
                     let work = catch_unwind(run).unwrap_or_else(|_| {
                         Err(Error::new(Kind::Io, format!("{}: reading it failed badly", source.name())))
                     });
@@ -390,20 +411,18 @@ fn run_threads(
         drop((job_receiver, work_sender));
         let mut first = first.into_iter();
         let (mut sent, mut taken) = (0_u64, 0_u64);
-        let mut finished: BTreeMap<u64, LeafWork> = BTreeMap::new();
+        let mut finished: BTreeMap<u64, BatchWork> = BTreeMap::new();
         let mut more = true;
         loop {
             while more && sent - taken < window as u64 {
                 let next = match first.next() {
-                    Some(job) => Some(job),
-                    None => jobs.next()?,
+                    Some(batch) => batch,
+                    None => jobs.next_batch()?,
                 };
-                match next {
-                    Some(job) => {
-                        job_sender.send((sent, job)).expect("the workers run until the channel closes");
-                        sent += 1;
-                    }
-                    None => more = false,
+                more = !next.is_empty();
+                if more {
+                    job_sender.send((sent, next)).expect("the workers run until the channel closes");
+                    sent += 1;
                 }
             }
             if taken == sent {

@@ -1,5 +1,5 @@
 //! The allocator, as a daemon that lives long wants it: what a commit needs for a moment lies between what is kept, so that freed
-//! memory would stay with the process, and the more so the more threads there are.
+//! memory would stay with the process, and the more so the more threads there are. And buffers that are used again.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -9,6 +9,9 @@ use super::lock::lock;
 
 /// Freed memory is not given back more often: it holds up who allocates meanwhile.
 const GIVE_BACK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Less that is free is left for whoever needs memory next: what was given back costs a fault a page.
+const LEFT_FREE: usize = 8 << 20;
 
 /// Has threads share their heaps, of which the C library would make eight for each processor. Comes before there are threads.
 pub fn share_heaps() {
@@ -33,8 +36,60 @@ pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         let since = Stopwatch::start();
+        // SAFETY: it counts, under the allocator's own locks.
+        let free = unsafe { libc::mallinfo2() }.fordblks;
+        if free < LEFT_FREE {
+            return;
+        }
         // SAFETY: it gives back pages that hold nothing allocated, under the allocator's own locks.
         unsafe { libc::malloc_trim(0) };
         tracing::debug!(elapsed = ?since.elapsed(), "free memory is given back");
+    }
+}
+
+/// Buffers that are used again: fresh memory costs a fault a page.
+pub struct SpareBuffers {
+    buffers: Mutex<Vec<Vec<u8>>>,
+    count_max: usize,
+    len_max: usize,
+}
+
+impl SpareBuffers {
+    /// Keeps so many at most, and none that is longer.
+    pub const fn new(count_max: usize, len_max: usize) -> Self {
+        Self { buffers: Mutex::new(Vec::new()), count_max, len_max }
+    }
+
+    /// An empty one.
+    pub fn take(&self) -> Vec<u8> {
+        lock(&self.buffers).pop().unwrap_or_default()
+    }
+
+    pub fn put_back(&self, mut buffer: Vec<u8>) {
+        buffer.clear();
+        let mut buffers = lock(&self.buffers);
+        if buffers.len() < self.count_max && buffer.capacity() <= self.len_max {
+            buffers.push(buffer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_used_again_and_what_is_kept_is_bounded() {
+        let spare = SpareBuffers::new(1, 100);
+        let mut buffer = spare.take();
+        buffer.extend_from_slice(&[7; 60]);
+        let (at, capacity) = (buffer.as_ptr(), buffer.capacity());
+        spare.put_back(buffer);
+        spare.put_back(Vec::with_capacity(50));
+        let buffer = spare.take();
+        assert_eq!((buffer.as_ptr(), buffer.capacity(), buffer.len()), (at, capacity, 0));
+        assert_eq!(spare.take().capacity(), 0, "one is kept, the other was not");
+        spare.put_back(Vec::with_capacity(101));
+        assert_eq!(spare.take().capacity(), 0, "it is too long to be kept");
     }
 }

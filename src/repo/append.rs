@@ -80,8 +80,20 @@ struct Encoded {
 pub(super) fn append(
     objects: &Objects,
     machine: &Arc<str>,
-    mut head: Option<Head>,
+    head: Option<Head>,
     mut draft: Draft,
+    rebase: &mut dyn FnMut(&Record, &mut Draft) -> Result<Rebase>,
+) -> Result<Head> {
+    let appended = append_draft(objects, machine, head, &mut draft, rebase);
+    draft.inline.give_back(objects);
+    appended
+}
+
+fn append_draft(
+    objects: &Objects,
+    machine: &Arc<str>,
+    mut head: Option<Head>,
+    draft: &mut Draft,
     rebase: &mut dyn FnMut(&Record, &mut Draft) -> Result<Rebase>,
 ) -> Result<Head> {
     let writer = draft.writer.unwrap_or_else(random::id16);
@@ -93,7 +105,7 @@ pub(super) fn append(
         {
             objects.store().settle(&record_key(machine, head.record.seq))?;
         }
-        let parts: [&[u8]; 4] = [&encoded.header, &draft.inline.blocks, &encoded.block, &encoded.end];
+        let parts: [&[u8]; 4] = [&encoded.header, draft.inline.blocks(), &encoded.block, &encoded.end];
         let put = objects.put_until_known(&record_key(machine, seq), &parts).map_err(|error| {
             let unknown =
                 format!("whether record {seq} of {machine} was written is not known; `epochfs log {machine}` tells");
@@ -113,7 +125,7 @@ pub(super) fn append(
         if record.writer == writer {
             return Ok(Head { record, digest });
         }
-        match rebase(&record, &mut draft)? {
+        match rebase(&record, draft)? {
             Rebase::After => head = Some(Head { record, digest }),
             Rebase::Refuse(error) => return Err(error),
         }

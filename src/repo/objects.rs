@@ -16,6 +16,7 @@ use super::cache::TwoGenerations;
 use super::quarantine::{Lists, Quarantined};
 use crate::error::{Error, Kind, Result};
 use crate::platform::lock::lock;
+use crate::platform::memory::SpareBuffers;
 use crate::platform::store::{Put, Store, Tail};
 
 /// The end of a record that is read first: enough for a small one, its roots included.
@@ -25,6 +26,9 @@ const RECORD_LEN: u64 = 256 << 10;
 const FOOTER_CACHE_LEN: usize = 24 << 20;
 const TAIL_CACHE_LEN: usize = 4 << 20;
 const EXISTING_LEN: usize = 1 << 20;
+
+/// No longer buffer is kept for the next commit: a record's blocks fit into it.
+const SPARE_LEN_MAX: usize = 4 << 20;
 
 /// What remembering that an object exists weighs.
 const EXISTING_WEIGHT: usize = 64;
@@ -58,6 +62,8 @@ pub struct Objects {
     forgets: AtomicU64,
     /// Decoders that nobody uses just now: making one costs more than a page.
     decoders: Mutex<Vec<PageDecoder>>,
+    /// For the blocks of a commit.
+    spare_buffers: SpareBuffers,
     quarantine: Lists,
 }
 
@@ -71,6 +77,7 @@ impl Objects {
             existing: Mutex::new(TwoGenerations::new(EXISTING_LEN)),
             forgets: AtomicU64::new(0),
             decoders: Mutex::new(Vec::new()),
+            spare_buffers: SpareBuffers::new(1, SPARE_LEN_MAX),
             quarantine: Lists::default(),
         }
     }
@@ -120,6 +127,11 @@ impl Objects {
     /// The repository's id, which every object's header carries.
     pub fn repository(&self) -> &[u8; 16] {
         &self.repository
+    }
+
+    /// For the blocks of a commit.
+    pub(super) fn spare_buffers(&self) -> &SpareBuffers {
+        &self.spare_buffers
     }
 
     /// The bytes of one block, not yet checked.

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use epochfs_format::{
-    BlockKind, FooterBuilder, Hash, ObjectRef, PACK_BLOCKS_MAX, PACK_LEN_TARGET, Place, encode_header,
+    BlockKind, FooterBuilder, HEADER_LEN, Hash, ObjectRef, PACK_BLOCKS_MAX, PACK_LEN_TARGET, Place, encode_header,
 };
 
 use super::objects::{Objects, object_key};
@@ -45,7 +45,8 @@ impl OpenPack {
     fn new(objects: &Objects) -> Self {
         let id = random::id16();
         let object = ObjectRef::Pack(id);
-        let buffer = encode_header(objects.repository(), &object).to_vec();
+        let mut buffer = objects.spare_buffers().take();
+        buffer.extend_from_slice(&encode_header(objects.repository(), &object));
         Self { object, id, buffer, footer: FooterBuilder::new(), writer: None }
     }
 
@@ -78,12 +79,13 @@ impl OpenPack {
                         }
                         _ => error,
                     })?;
-                    if found != [self.buffer, end].concat() {
+                    if found.strip_prefix(&*self.buffer) != Some(&*end) {
                         return Err(Error::conflict(format!("{key}: a random pack name is taken")));
                     }
                 }
             }
         }
+        objects.spare_buffers().put_back(self.buffer);
         Ok(Finished { id: self.id, len })
     }
 }
@@ -97,14 +99,25 @@ struct Finished {
 pub struct Inline {
     /// The name by which the blocks call the object they are in.
     pub own: ObjectRef,
-    /// Everything after the header.
-    pub blocks: Vec<u8>,
     pub footer: FooterBuilder,
+    /// The blocks, behind as much as the record's header takes.
+    buffer: Vec<u8>,
 }
 
 impl Inline {
     pub fn empty() -> Self {
-        Self { own: ObjectRef::Pack(random::id16()), blocks: Vec::new(), footer: FooterBuilder::new() }
+        let own = ObjectRef::Pack(random::id16());
+        Self { own, footer: FooterBuilder::new(), buffer: vec![0; HEADER_LEN] }
+    }
+
+    /// Everything after the header.
+    pub fn blocks(&self) -> &[u8] {
+        &self.buffer[HEADER_LEN..]
+    }
+
+    /// It was stored, or will not be: the next commit has its memory.
+    pub(super) fn give_back(self, objects: &Objects) {
+        objects.spare_buffers().put_back(self.buffer);
     }
 
     /// Appends a node's block, which `encode` produces given the name of the object.
@@ -113,7 +126,7 @@ impl Inline {
         digest: Hash,
         encode: impl FnOnce(&ObjectRef, &mut Vec<u8>) -> (BlockKind, u32),
     ) -> Place {
-        let (kind, len) = encode(&self.own, &mut self.blocks);
+        let (kind, len) = encode(&self.own, &mut self.buffer);
         let offset = self.footer.push(kind, digest, len);
         Place { object: self.own.clone(), offset, len }
     }
@@ -217,10 +230,7 @@ impl<'a> PackWriter<'a> {
         if inline_allowed && self.fits_inline() {
             let inline = match self.pages.take() {
                 None => Inline::empty(),
-                Some(mut pack) => {
-                    pack.buffer.drain(..epochfs_format::HEADER_LEN);
-                    Inline { own: pack.object, blocks: pack.buffer, footer: pack.footer }
-                }
+                Some(pack) => Inline { own: pack.object, footer: pack.footer, buffer: pack.buffer },
             };
             return Ok((Vec::new(), inline));
         }

@@ -59,15 +59,32 @@ pub fn put_raw_block(kind: BlockKind, payload: &[u8], out: &mut Vec<u8>) -> u32 
     put_block(kind, CODEC_RAW, payload, out)
 }
 
+/// The same of a payload that `put` appends; it appends nothing else, and takes nothing away.
+pub fn put_raw_block_with(kind: BlockKind, out: &mut Vec<u8>, put: impl FnOnce(&mut Vec<u8>)) -> u32 {
+    let at = out.len();
+    out.extend_from_slice(&[0; BLOCK_HEADER_LEN]);
+    put(out);
+    let (header, payload) = out[at..].split_at_mut(BLOCK_HEADER_LEN);
+    header.copy_from_slice(&header_of(kind, CODEC_RAW, payload));
+    (BLOCK_HEADER_LEN + payload.len()) as u32
+}
+
 fn put_block(kind: BlockKind, codec: u8, payload: &[u8], out: &mut Vec<u8>) -> u32 {
-    assert!(payload.len() <= BLOCK_PAYLOAD_LEN_MAX, "a block of {} bytes", payload.len());
-    let word = (u32::from(kind.code()) << 4 | u32::from(codec)) | (payload.len() as u32) << 8;
-    let head = word.to_le_bytes();
-    let checksum = crc32c::crc32c_append(crc32c::crc32c(&head), payload);
-    out.extend_from_slice(&head);
-    out.extend_from_slice(&checksum.to_le_bytes());
+    out.extend_from_slice(&header_of(kind, codec, payload));
     out.extend_from_slice(payload);
     (BLOCK_HEADER_LEN + payload.len()) as u32
+}
+
+/// What stands in front of a payload.
+fn header_of(kind: BlockKind, codec: u8, payload: &[u8]) -> [u8; BLOCK_HEADER_LEN] {
+    assert!(payload.len() <= BLOCK_PAYLOAD_LEN_MAX, "a block of {} bytes", payload.len());
+    let word = (u32::from(kind.code()) << 4 | u32::from(codec)) | (payload.len() as u32) << 8;
+    let word = word.to_le_bytes();
+    let checksum = crc32c::crc32c_append(crc32c::crc32c(&word), payload);
+    let mut header = [0; BLOCK_HEADER_LEN];
+    header[..4].copy_from_slice(&word);
+    header[4..].copy_from_slice(&checksum.to_le_bytes());
+    header
 }
 
 /// A block taken apart, its checksum verified.

@@ -3,14 +3,18 @@
 //! A leaf's entries are pages; an inner node's are nodes, by their logical digests. A node is stored whole, or, when
 //! few of its slots changed, as a patch of a node that is stored whole. Never as a patch of a patch.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ops::Range;
 
-use crate::block::{Block, BlockKind, put_raw_block};
+use crate::block::{Block, BlockKind, put_raw_block_with};
 use crate::error::{FormatError, Result, invalid};
 use crate::page::Hash;
 use crate::reference::{OBJECT_REF_LEN_MIN, ObjectRef, Place, check_span};
 use crate::wire::{Put, Reader};
+
+mod editor;
+
+pub use editor::NodeEditor;
 
 /// Slots of a node.
 pub const FANOUT: usize = 512;
@@ -51,6 +55,18 @@ struct Entry {
     object: u32,
 }
 
+/// Whether a set of slots has this one.
+fn has(slots: &[u64; FANOUT / 64], slot: usize) -> bool {
+    slots[slot / 64] >> (slot % 64) & 1 == 1
+}
+
+/// How many of a set of slots come before this one.
+fn rank(slots: &[u64; FANOUT / 64], slot: usize) -> usize {
+    let whole: u32 = slots[..slot / 64].iter().map(|word| word.count_ones()).sum();
+    let part = slots[slot / 64] & ((1 << (slot % 64)) - 1);
+    (whole + part.count_ones()) as usize
+}
+
 /// A node in memory: always whole.
 #[derive(Clone, Debug)]
 pub struct Node {
@@ -78,13 +94,11 @@ impl Node {
     }
 
     fn holds(&self, slot: usize) -> bool {
-        self.present[slot / 64] >> (slot % 64) & 1 == 1
+        has(&self.present, slot)
     }
 
     fn rank(&self, slot: usize) -> usize {
-        let whole: u32 = self.present[..slot / 64].iter().map(|word| word.count_ones()).sum();
-        let part = self.present[slot / 64] & ((1 << (slot % 64)) - 1);
-        (whole + part.count_ones()) as usize
+        rank(&self.present, slot)
     }
 
     fn entry(&self, slot: usize) -> Option<&Entry> {
@@ -152,37 +166,37 @@ impl Node {
 
     /// The digest of what the node holds, wherever it lies.
     pub fn digest(&self) -> Hash {
-        let mut hasher = blake3::Hasher::new_derive_key("EpochFS v1 tree node digest");
-        hasher.update(&[self.level]);
+        let mut said = Vec::with_capacity(1 + FANOUT / 8 + self.entries.len() * 32);
+        said.push(self.level);
         for word in self.present {
-            hasher.update(&word.to_le_bytes());
+            said.extend_from_slice(&word.to_le_bytes());
         }
-        let mut hashes = Vec::with_capacity(self.entries.len() * 32);
         for entry in &self.entries {
-            hashes.extend_from_slice(&entry.hash);
+            said.extend_from_slice(&entry.hash);
         }
-        hasher.update(&hashes);
+        // All at once: many chunks are hashed beside one another.
+        let mut hasher = blake3::Hasher::new_derive_key("EpochFS v1 tree node digest");
+        hasher.update(&said);
         *hasher.finalize().as_bytes()
     }
 
     /// Appends the node, which holds something, as a whole block; returns the block's length.
     pub fn put_whole(&self, own: Option<&ObjectRef>, out: &mut Vec<u8>) -> u32 {
         let mut objects = ObjectTable::default();
-        let mut body = Vec::with_capacity(self.entries.len() * ENTRY_LEN);
-        for entry in &self.entries {
-            put_entry(entry, objects.number_of(entry.object), &mut body);
-        }
-        let mut payload = Vec::with_capacity(body.len() + 256);
-        payload.put_u8(self.level);
-        payload.put_u8(0);
-        payload.put_u16(objects.kept.len() as u16);
-        payload.put_u16(self.entries.len() as u16);
-        objects.put(&self.objects, own, &mut payload);
-        for word in self.present {
-            payload.put_u64(word);
-        }
-        payload.put(&body);
-        put_raw_block(BlockKind::Node, &payload, out)
+        let numbers: Vec<u16> = self.entries.iter().map(|entry| objects.number_of(entry.object)).collect();
+        put_raw_block_with(BlockKind::Node, out, |payload| {
+            payload.put_u8(self.level);
+            payload.put_u8(0);
+            payload.put_u16(objects.kept.len() as u16);
+            payload.put_u16(self.entries.len() as u16);
+            objects.put(&self.objects, own, payload);
+            for word in self.present {
+                payload.put_u64(word);
+            }
+            for (entry, number) in self.entries.iter().zip(numbers) {
+                put_entry(entry, number, payload);
+            }
+        })
     }
 
     /// Appends the node as a patch of the whole node at `base`: these slots are as they are here, every other one
@@ -192,25 +206,30 @@ impl Node {
         slots.sort_unstable();
         slots.dedup();
         let mut objects = ObjectTable::default();
-        let mut body = Vec::with_capacity(slots.len() * (ENTRY_LEN + 2));
-        for slot in &slots {
-            match self.entry(usize::from(*slot)) {
-                Some(entry) => {
-                    body.put_u16(*slot);
-                    put_entry(entry, objects.number_of(entry.object), &mut body);
+        let changes: Vec<(u16, Option<(&Entry, u16)>)> = slots
+            .into_iter()
+            .map(|slot| {
+                let entry = self.entry(usize::from(slot));
+                (slot, entry.map(|entry| (entry, objects.number_of(entry.object))))
+            })
+            .collect();
+        put_raw_block_with(BlockKind::Patch, out, |payload| {
+            payload.put_u8(self.level);
+            payload.put_u8(0);
+            payload.put_u16(objects.kept.len() as u16);
+            payload.put_u16(changes.len() as u16);
+            base.put(own, payload);
+            objects.put(&self.objects, own, payload);
+            for (slot, change) in changes {
+                match change {
+                    Some((entry, number)) => {
+                        payload.put_u16(slot);
+                        put_entry(entry, number, payload);
+                    }
+                    None => payload.put_u16(slot | REMOVED),
                 }
-                None => body.put_u16(*slot | REMOVED),
             }
-        }
-        let mut payload = Vec::with_capacity(body.len() + 128);
-        payload.put_u8(self.level);
-        payload.put_u8(0);
-        payload.put_u16(objects.kept.len() as u16);
-        payload.put_u16(slots.len() as u16);
-        base.put(own, &mut payload);
-        objects.put(&self.objects, own, &mut payload);
-        payload.put(&body);
-        put_raw_block(BlockKind::Patch, &payload, out)
+        })
     }
 
     /// Whether the node is to be stored as a patch of so many slots, `changed` of which differ from the node before it.
@@ -420,95 +439,6 @@ fn check_used(used: usize, objects: &[ObjectRef]) -> Result<()> {
         return invalid(WHAT, "it lists an object twice");
     }
     Ok(())
-}
-
-/// Builds a node, from nothing or from another, slot by slot in any order.
-pub struct NodeEditor {
-    level: u8,
-    objects: Vec<ObjectRef>,
-    /// The number of the object that was set last: most of what is set together lies together.
-    last: Option<u32>,
-    /// Made when many different objects are set.
-    numbers: Option<HashMap<ObjectRef, u32>>,
-    looked: u32,
-    slots: Vec<Option<Entry>>,
-}
-
-/// From so many look-ups on, a table of the objects costs less than searching the list.
-const TABLE_FROM_LOOKUPS: u32 = 8;
-
-impl NodeEditor {
-    pub fn new(level: u8) -> Self {
-        Self::of(&Node::empty(level))
-    }
-
-    pub fn of(node: &Node) -> Self {
-        let mut slots = vec![None; FANOUT];
-        let mut next = node.entries.iter();
-        for (index, slot) in slots.iter_mut().enumerate() {
-            if node.holds(index) {
-                *slot = next.next().copied();
-            }
-        }
-        Self { level: node.level, objects: node.objects.clone(), last: None, numbers: None, looked: 0, slots }
-    }
-
-    pub fn set(&mut self, slot: usize, hash: Hash, place: &Place) {
-        self.set_parts(slot, hash, &place.object, place.offset, place.len);
-    }
-
-    fn set_parts(&mut self, slot: usize, hash: Hash, object: &ObjectRef, offset: u32, len: u32) {
-        let object = self.number_of(object);
-        self.slots[slot] = Some(Entry { hash, offset, len, object });
-    }
-
-    fn number_of(&mut self, object: &ObjectRef) -> u32 {
-        if let Some(last) = self.last
-            && self.objects[last as usize] == *object
-        {
-            return last;
-        }
-        self.looked += 1;
-        if self.looked == TABLE_FROM_LOOKUPS {
-            let numbered = self.objects.iter().enumerate();
-            self.numbers = Some(numbered.map(|(index, object)| (object.clone(), index as u32)).collect());
-        }
-        let found = match &self.numbers {
-            Some(numbers) => numbers.get(object).copied(),
-            None => self.objects.iter().position(|other| other == object).map(|index| index as u32),
-        };
-        let number = found.unwrap_or_else(|| {
-            let number = self.objects.len() as u32;
-            self.objects.push(object.clone());
-            if let Some(numbers) = &mut self.numbers {
-                numbers.insert(object.clone(), number);
-            }
-            number
-        });
-        self.last = Some(number);
-        number
-    }
-
-    pub fn clear(&mut self, slot: usize) {
-        self.slots[slot] = None;
-    }
-
-    /// The node, listing only the objects it still needs.
-    pub fn finish(self) -> Node {
-        let mut present = [0; FANOUT / 64];
-        // No more than are there: nodes are kept for long, and most of a sparse image's have few.
-        let mut entries = Vec::with_capacity(self.slots.iter().filter(|entry| entry.is_some()).count());
-        let mut table = ObjectTable::default();
-        for (slot, entry) in self.slots.iter().enumerate() {
-            if let Some(entry) = entry {
-                present[slot / 64] |= 1 << (slot % 64);
-                let object = u32::from(table.number_of(entry.object));
-                entries.push(Entry { object, ..*entry });
-            }
-        }
-        let objects = table.kept.iter().map(|index| self.objects[*index as usize].clone()).collect();
-        Node { level: self.level, objects, present, entries }
-    }
 }
 
 #[cfg(test)]

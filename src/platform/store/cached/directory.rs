@@ -288,12 +288,18 @@ impl Cache {
 
     /// Keeps bytes of an object. Whatever fails is no failure of the read they come from.
     pub fn keep(&self, key: &str, offset: u64, bytes: &[u8], object_len: Option<u64>) {
-        if bytes.is_empty() || bytes.len() > FRAME_LEN_MAX || self.is_paused() {
+        self.keep_parts(key, offset, &[bytes], object_len);
+    }
+
+    /// The same of bytes in parts that follow one another.
+    pub fn keep_parts(&self, key: &str, offset: u64, parts: &[&[u8]], object_len: Option<u64>) {
+        let len = parts.iter().map(|part| part.len()).sum::<usize>();
+        if len == 0 || len > FRAME_LEN_MAX || self.is_paused() {
             return;
         }
         let (name, check) = name_of(key);
         let path = self.settings.directory.join(name);
-        let encoded = frame::encode(check, offset, bytes, object_len);
+        let encoded = frame::encode(check, offset, parts, object_len);
         match append(&path, &encoded) {
             Ok(()) => {
                 *lock(&self.paused) = None;

@@ -93,21 +93,24 @@ pub fn are_sound(checksums: &[u8], parts: [&[u8]; 3]) -> bool {
 }
 
 /// A whole frame.
-pub fn encode(object: u64, offset: u64, bytes: &[u8], object_len: Option<u64>) -> Vec<u8> {
-    let mut out = Vec::with_capacity(HEAD_LEN + bytes.len() + bytes.len() / 1000 + 8);
+pub fn encode(object: u64, offset: u64, parts: &[&[u8]], object_len: Option<u64>) -> Vec<u8> {
+    let len = parts.iter().map(|part| part.len()).sum::<usize>();
+    let payload_at = HEAD_LEN + len.div_ceil(CHUNK as usize) * 4;
+    let mut out = Vec::with_capacity(payload_at + len);
     out.extend_from_slice(&MAGIC);
     out.extend_from_slice(&object.to_le_bytes());
     out.extend_from_slice(&offset.to_le_bytes());
     out.extend_from_slice(&object_len.unwrap_or(0).to_le_bytes());
-    out.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+    out.extend_from_slice(&(len as u32).to_le_bytes());
     let crc_at = out.len();
-    out.extend_from_slice(&[0; 4]);
-    for chunk in bytes.chunks(CHUNK as usize) {
-        out.extend_from_slice(&crc32c::crc32c(chunk).to_le_bytes());
+    out.resize(payload_at, 0);
+    parts.iter().for_each(|part| out.extend_from_slice(part));
+    let (head, payload) = out.split_at_mut(payload_at);
+    for (crc, chunk) in head[HEAD_LEN..].chunks_exact_mut(4).zip(payload.chunks(CHUNK as usize)) {
+        crc.copy_from_slice(&crc32c::crc32c(chunk).to_le_bytes());
     }
-    let crc = crc32c::crc32c_append(crc32c::crc32c(&out[..crc_at]), &out[HEAD_LEN..]);
-    out[crc_at..HEAD_LEN].copy_from_slice(&crc.to_le_bytes());
-    out.extend_from_slice(bytes);
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&head[..crc_at]), &head[HEAD_LEN..]);
+    head[crc_at..HEAD_LEN].copy_from_slice(&crc.to_le_bytes());
     out
 }
 

@@ -43,6 +43,18 @@ impl CachedStore {
 const KEPT_PUT_LEN_MAX: usize = 256 << 10;
 const KEPT_HEAD_LEN: usize = 4096;
 
+/// These bytes of parts that follow one another.
+fn within<'a>(parts: &[&'a [u8]], range: Range<usize>) -> Vec<&'a [u8]> {
+    let mut at = 0;
+    let cut = |part: &&'a [u8]| {
+        let bound = |offset: usize| offset.clamp(at, at + part.len()) - at;
+        let range = bound(range.start)..bound(range.end);
+        at += part.len();
+        &part[range]
+    };
+    parts.iter().map(cut).collect()
+}
+
 /// Objects that never change, and whose names are never used again.
 fn is_immutable(key: &str) -> bool {
     key.starts_with("packs/") || key.starts_with("machines/")
@@ -174,12 +186,12 @@ impl Store for CachedStore {
         let put = self.inner.put_if_absent(key, parts)?;
         if put == Put::Created && is_immutable(key) {
             // Who commits reads it again: the next commit compares with it.
-            let bytes = parts.concat();
-            let from = bytes.len().saturating_sub(KEPT_PUT_LEN_MAX);
+            let len = parts.iter().map(|part| part.len()).sum::<usize>();
+            let from = len.saturating_sub(KEPT_PUT_LEN_MAX);
             if from > 0 {
-                self.cache.keep(key, 0, &bytes[..KEPT_HEAD_LEN], None);
+                self.cache.keep_parts(key, 0, &within(parts, 0..KEPT_HEAD_LEN), None);
             }
-            self.cache.keep(key, from as u64, &bytes[from..], Some(bytes.len() as u64));
+            self.cache.keep_parts(key, from as u64, &within(parts, from..len), Some(len as u64));
         }
         Ok(put)
     }

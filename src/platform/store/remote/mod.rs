@@ -36,6 +36,7 @@ use super::cloud::{Reach, Traffic, UPLOAD_WAIT_MAX};
 use super::{Counters, ObjectInfo, ObjectWriter, Put, Store, Tail, check_key, check_prefix, check_range};
 use crate::error::{Error, Kind, Result};
 use crate::platform::clock::{self, Stopwatch};
+use crate::platform::memory::SpareBuffers;
 
 /// How many keys of a listing are taken at a time, which is what the usual services answer at once.
 const LIST_PAGE: usize = 1000;
@@ -63,6 +64,9 @@ const BRIEF_WAIT: Duration = Duration::from_secs(3);
 /// It is taken for away when nothing at all was answered for so long; how often that is looked at.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 const BRIEF_LOOK: Duration = Duration::from_millis(500);
+
+/// No longer buffer is kept for the next put: a small commit's record fits into it.
+const SPARE_LEN_MAX: usize = 4 << 20;
 
 /// How long callers wait unless they say otherwise.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(30);
@@ -101,6 +105,8 @@ struct Shared {
     ahead: Semaphore,
     next_tries: Semaphore,
     is_brief: watch::Sender<bool>,
+    /// For what is put.
+    spare_buffers: SpareBuffers,
 }
 
 /// The runtime, which one of its own tasks may be the last to let go of.
@@ -151,6 +157,7 @@ impl RemoteStore {
             ahead: Semaphore::new(AHEAD_MAX),
             next_tries: Semaphore::new(NEXT_TRIES_MAX),
             is_brief: watch::Sender::new(false),
+            spare_buffers: SpareBuffers::new(1, SPARE_LEN_MAX),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -543,8 +550,17 @@ impl Store for RemoteStore {
     }
 
     fn put_if_absent(&self, key: &str, parts: &[&[u8]]) -> Result<Put> {
-        let payload = parts.iter().map(|part| Bytes::copy_from_slice(part)).collect();
-        self.shared.wait(self.shared.put(key, payload, PutMode::Create))?
+        let mut bytes = self.shared.spare_buffers.take();
+        bytes.reserve_exact(parts.iter().map(|part| part.len()).sum());
+        parts.iter().for_each(|part| bytes.extend_from_slice(part));
+        let bytes = Bytes::from(bytes);
+        let put = self.shared.wait(self.shared.put(key, bytes.clone().into(), PutMode::Create));
+        // A try that was given up may have it still.
+        if let Ok(mut bytes) = bytes.try_into_mut() {
+            bytes.clear();
+            self.shared.spare_buffers.put_back(bytes.into());
+        }
+        put?
     }
 
     fn replace(&self, key: &str, bytes: &[u8]) -> Result<()> {
