@@ -74,8 +74,6 @@ pub struct Committed {
     pub counts: CommitCounts,
     /// Bytes of all objects written for it.
     pub stored_bytes: u64,
-    /// The parent's nodes in the place of which it has others, and which nobody may read any more who goes on behind it.
-    pub(super) superseded: Vec<Place>,
 }
 
 impl Committed {
@@ -88,7 +86,7 @@ impl Committed {
             ..CommitCounts::default()
         };
         let (machine, epoch, stored_bytes) = (record.machine.clone(), record.seq, commit.stored_len);
-        Ok(Self { machine, epoch, counts, stored_bytes, record, superseded: Vec::new() })
+        Ok(Self { machine, epoch, counts, stored_bytes, record })
     }
 }
 
@@ -496,7 +494,7 @@ impl CommitBuilder {
         tracing::debug!(epoch = head.record.seq, "record is durable");
         self.birth.take().into_iter().for_each(Birth::arrived);
         let object = ObjectRef::Record { machine: machine.clone(), seq: head.record.seq };
-        let superseded = self.shared.nodes.keep(std::mem::take(&mut *lock(&self.shared.made)), &own, &object);
+        self.shared.nodes.keep(std::mem::take(&mut *lock(&self.shared.made)), &own, &object);
         if footer.block_count() > 0 {
             self.shared.index.learn(&object, &footer);
         }
@@ -507,7 +505,6 @@ impl CommitBuilder {
             record: head.record,
             counts: self.counts,
             stored_bytes,
-            superseded,
         })
     }
 }

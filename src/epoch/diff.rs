@@ -189,22 +189,11 @@ fn compare(nodes: &Nodes, sides: [Side; 2], level: u8, first: u64, each: &mut dy
             pairs.push((slot, [a, b]));
         }
     }
-    will_need(nodes, &pairs, level - 1);
+    let sides = pairs.iter().flat_map(|(_, pair)| pair);
+    nodes
+        .will_need_all(sides.filter_map(|side| if let Side::Node(root) = side { Some(root) } else { None }), level - 1);
     for (slot, pair) in pairs {
         compare(nodes, pair, level - 1, first + slot as u64 * level_span(level), each)?;
     }
     Ok(())
-}
-
-/// Has all nodes that will be compared on their way at once, of a store that is far away.
-fn will_need(nodes: &Nodes, pairs: &[(usize, [Side; 2])], level: u8) {
-    if !nodes.objects().store().is_remote() {
-        return;
-    }
-    let sides = pairs.iter().flat_map(|(_, pair)| pair);
-    let roots = sides.filter_map(|side| if let Side::Node(root) = side { Some(root) } else { None });
-    let roots: Vec<&Root> = roots.filter(|root| nodes.at_hand(root, level).is_none()).collect();
-    roots.iter().for_each(|root| nodes.will_need(root));
-    // Whoever loads it is told what is wrong.
-    roots.iter().for_each(|root| drop(nodes.will_need_base(root)));
 }

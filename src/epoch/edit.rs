@@ -22,8 +22,6 @@ pub struct NewNode {
     digest: Hash,
     /// Stored as these slots of a whole node.
     patch: Option<(Place, Vec<u16>)>,
-    /// Where the parent's lies, in the place of which it comes.
-    supersedes: Option<Place>,
 }
 
 impl NewNode {
@@ -44,7 +42,7 @@ impl NewNode {
             };
             node.patch_is_worth_it(slots.len(), changed, &digest).then_some((base, slots))
         });
-        Self { node, digest, patch, supersedes: parent.map(|parent| parent.root.place.clone()) }
+        Self { node, digest, patch }
     }
 
     pub fn digest(&self) -> Hash {
@@ -55,7 +53,7 @@ impl NewNode {
     fn made(self, place: Place, shared: &Shared) -> Root {
         let root = Root { digest: self.digest, place };
         let stored = self.patch.map_or(Stored::Whole, |(base, slots)| Stored::Patch { base, slots });
-        lock(&shared.made).add(&shared.nodes, self.node, root.clone(), stored, self.supersedes);
+        lock(&shared.made).add(&shared.nodes, self.node, root.clone(), stored);
         root
     }
 
@@ -176,7 +174,7 @@ impl<'a> TreeEditor<'a> {
             editor.set(0, root.digest, &root.place);
             let node = editor.finish();
             let digest = node.digest();
-            let new = NewNode { node, digest, patch: None, supersedes: None };
+            let new = NewNode { node, digest, patch: None };
             let place = packs.push_node(digest, |own, out| new.put(own, out))?;
             let root = Root { digest, place };
             raised.push(Arc::new(LoadedNode { node: new.node, root: root.clone(), stored: Stored::Pending }));
@@ -376,7 +374,7 @@ fn close(node: Node, parent: Option<&LoadedNode>, changed: impl Iterator<Item = 
     }
     let (digest, mut changed) = (node.digest(), changed.peekable());
     match parent {
-        _ if is_moved => NewRoot::New(Box::new(NewNode { node, digest, patch: None, supersedes: None })),
+        _ if is_moved => NewRoot::New(Box::new(NewNode { node, digest, patch: None })),
         Some(parent) if parent.root.digest == digest && changed.peek().is_none() => {
             NewRoot::Stored(parent.root.clone())
         }

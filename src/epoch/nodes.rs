@@ -43,17 +43,15 @@ impl LoadedNode {
 pub struct Made {
     nodes: Vec<LoadedNode>,
     weight: usize,
-    superseded: Vec<Place>,
 }
 
 impl Made {
     /// One more, unless there are too many leaves to keep all of them anyway.
-    pub fn add(&mut self, nodes: &Nodes, node: Node, root: Root, stored: Stored, supersedes: Option<Place>) {
+    pub fn add(&mut self, nodes: &Nodes, node: Node, root: Root, stored: Stored) {
         let made = LoadedNode { node, root, stored };
         if made.node.level() > 0 || self.weight + made.weight() <= nodes.cache_len / 4 {
             self.weight += made.weight();
             self.nodes.push(made);
-            self.superseded.extend(supersedes);
         }
     }
 }
@@ -91,9 +89,8 @@ impl Nodes {
         }
     }
 
-    /// Keeps what a commit made that is durable now. What it called `own` has become the record `object`. Returns where those
-    /// nodes lie in the place of which it made others.
-    pub fn keep(&self, made: Made, own: &ObjectRef, object: &ObjectRef) -> Vec<Place> {
+    /// Keeps what a commit made that is durable now. What it called `own` has become the record `object`.
+    pub fn keep(&self, made: Made, own: &ObjectRef, object: &ObjectRef) {
         let called =
             |place: Place| if place.object == *own { Place { object: object.clone(), ..place } } else { place };
         let mut cache = lock(&self.cache);
@@ -103,15 +100,6 @@ impl Nodes {
             let loaded = Arc::new(LoadedNode { node, root, stored });
             cache.insert(loaded.root.place.clone(), loaded.clone(), loaded.weight());
         }
-        made.superseded
-    }
-
-    /// Nodes that are hardly read any more: the next commit has their memory.
-    pub fn forget(&self, superseded: &[Place]) {
-        let mut cache = lock(&self.cache);
-        for place in superseded {
-            cache.remove(place);
-        }
     }
 
     /// The whole node that a node will be loaded with, if it is a patch.
@@ -120,6 +108,17 @@ impl Nodes {
             self.objects.will_need_block(&patch.base);
         }
         Ok(())
+    }
+
+    /// Has nodes of one level on their way at once, of a store that is far away, with what these are patches of.
+    pub fn will_need_all<'a>(&self, roots: impl Iterator<Item = &'a Root>, level: u8) {
+        if !self.objects.store().is_remote() {
+            return;
+        }
+        let roots: Vec<&Root> = roots.filter(|root| self.at_hand(root, level).is_none()).collect();
+        roots.iter().for_each(|root| self.will_need(root));
+        // Whoever loads it is told what is wrong.
+        roots.iter().for_each(|root| drop(self.will_need_base(root)));
     }
 
     /// The same as [`Self::load`], if it was loaded before and is here still.

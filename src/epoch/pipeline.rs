@@ -108,8 +108,12 @@ impl<'a> Jobs<'a> {
         let (mut batch, mut pages) = (Batch::new(), 0);
         while pages < BATCH_PAGES {
             let Some(job) = self.next()? else { break };
-            pages += job.page_count();
+            pages += job.page_count().max(LEAF_PAGES_MIN);
             batch.push(job);
+        }
+        if self.ahead.is_none() && batch.len() > 1 && self.shared.nodes.objects().store().is_remote() {
+            // One thread works on all of them.
+            batch.iter().flat_map(|job| &job.parent).for_each(|root| self.shared.nodes.will_need(root));
         }
         Ok(batch)
     }
@@ -164,8 +168,9 @@ impl<'a> Jobs<'a> {
 /// cost as much as the work.
 type Batch = Vec<LeafJob>;
 
-/// A batch has no more leaves once it has so many pages.
+/// A batch has no more leaves once it has so many pages; each counts for some at the least, for it takes memory.
 const BATCH_PAGES: u64 = 64;
+const LEAF_PAGES_MIN: u64 = 8;
 
 /// So many leaves are on their way ahead of the one that is worked on.
 const AHEAD_LEAVES: usize = 256;

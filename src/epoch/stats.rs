@@ -4,8 +4,9 @@ use std::collections::HashSet;
 
 use epochfs_format::{Hash, PAGE_SIZE, Place, Root, levels_for};
 
+use super::foresight::Foresight;
 use super::nodes::Nodes;
-use super::tree::child;
+use super::tree::children;
 use super::view::{EpochStore, load_manifest};
 use crate::error::Result;
 use crate::repo::MachineState;
@@ -77,10 +78,10 @@ impl Walk<'_> {
                 }
             }
         } else {
-            let slots: Vec<usize> = loaded.node.iter().map(|slot| slot.slot).collect();
-            for slot in slots {
-                let below = child(&loaded, slot).expect("the slot is full");
-                pages += self.add(&below, level - 1)?;
+            let below = children(&loaded);
+            self.nodes.will_need_all(below.iter().filter(|root| !self.seen_nodes.contains_key(&root.place)), level - 1);
+            for root in &below {
+                pages += self.add(root, level - 1)?;
             }
         }
         self.seen_nodes.insert(root.place.clone(), pages);
@@ -103,7 +104,10 @@ impl EpochStore {
             let _holds: Vec<_> = state.epochs.keys().map(|epoch| self.hold(&machine, *epoch)).collect();
             drop(opening);
             walk.stats.machines += 1;
-            for record in state.epochs.values() {
+            let mut foresight =
+                Foresight::new(nodes, state.epochs.keys().copied(), |epoch| state.epochs.get(&epoch).cloned());
+            for (at, record) in state.epochs.values().enumerate() {
+                foresight.reach(at);
                 let manifest = load_manifest(nodes, super::view::commit_of(record)?)?;
                 walk.stats.epochs += 1;
                 for (_, image) in manifest.streams() {

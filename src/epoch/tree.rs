@@ -66,6 +66,11 @@ pub fn child(inner: &LoadedNode, slot: usize) -> Option<Root> {
     Some(Root { digest, place })
 }
 
+/// The nodes that an inner node refers to, in order.
+pub fn children(inner: &LoadedNode) -> Vec<Root> {
+    inner.node.iter().map(|slot| Root { digest: *slot.hash, place: slot.place() }).collect()
+}
+
 /// The first leaf that holds a page at or after this leaf index.
 pub fn next_leaf(nodes: &Nodes, image: &Image, from: u64) -> Result<Option<(u64, Root)>> {
     let Some(root) = &image.root else { return Ok(None) };

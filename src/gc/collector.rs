@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use epochfs_format::{CONDEMNED_MAX, GcBody, ObjectRef, hex, pack_key};
 
-use super::leases::{Reader, Watch, at_once};
+use super::leases::{Reader, Watch};
 use super::marks::{Marked, Memory};
 use crate::epoch::EpochStore;
 use crate::error::{Error, Result};
+use crate::platform::at_once::at_once;
 use crate::platform::clock::{BootClock, Clock, now_ns};
 use crate::repo::{condemnation_at, machines};
 

@@ -7,7 +7,7 @@ use epochfs_format::{Body, ObjectRef, Record};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::repo::Objects;
+use crate::repo::{Objects, records};
 
 /// An epoch of which something may still be needed.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -106,9 +106,8 @@ impl History {
     /// Reads on to the record with this number.
     pub fn read_to(&mut self, objects: &Objects, newest: u64) -> Result<()> {
         let machine: Arc<str> = self.machine.as_str().into();
-        while self.seq < newest {
-            let seq = self.seq + 1;
-            let Some((record, digest)) = objects.record(&machine, seq)? else {
+        records(objects, &machine, self.seq + 1..=newest, &mut |seq, found| {
+            let Some((record, digest)) = found else {
                 return Err(Error::damaged(format!("record {seq} of {machine} is missing"))
                     .hint("`epochfs verify` lists which epochs are whole; nothing is collected until then"));
             };
@@ -121,8 +120,8 @@ impl History {
                 self.carrying.extend((carried > 0).then_some((seq, carried)));
             }
             (self.seq, self.digest) = (seq, digest);
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn apply(&mut self, record: &Record) {

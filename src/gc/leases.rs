@@ -1,14 +1,13 @@
 //! Readers as a collector sees them: by their leases, and by its own clock.
 
 use std::collections::BTreeMap;
-use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use epochfs_format::{Lease, READERS_PREFIX, lease_key, parse_lease_key};
 
 use crate::error::{Kind, Result};
+use crate::platform::at_once::at_once;
 use crate::platform::clock::Clock;
 use crate::platform::store::keys_below;
 use crate::repo::Objects;
@@ -166,28 +165,6 @@ fn read(objects: &Objects, reader: [u8; 16], number: u64) -> Result<Option<(u64,
     })?;
     // One that renews it as quickly as that is looked at again.
     later.map_or(Ok(None), |later| Ok(Some(get(later)?.unwrap_or((later, None)))))
-}
-
-/// How many objects of a store that is far away are dealt with at once.
-const AT_ONCE: usize = 8;
-
-/// Does something with each, several at a time where the store is far away. The results are in their order.
-pub(super) fn at_once<T: Sync, R: Send>(
-    is_remote: bool,
-    all: &[T],
-    work: &(impl Fn(&T) -> Result<R> + Sync),
-) -> Result<Vec<R>> {
-    let each = |part: &[T]| part.iter().map(work).collect::<Result<Vec<R>>>();
-    if !is_remote || all.len() < 2 {
-        return each(all);
-    }
-    let done: Vec<Result<Vec<R>>> = std::thread::scope(|scope| {
-        let parts = all.chunks(all.len().div_ceil(AT_ONCE));
-        let threads: Vec<_> = parts.map(|part| scope.spawn(move || each(part))).collect();
-        let joined = |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
-        threads.into_iter().map(joined).collect()
-    });
-    Ok(done.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 /// What readers say they read, with the host that does.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::history::{Entry, History, Mark};
 use super::walk::{Roots, Walk};
-use crate::epoch::{EpochStore, commit_of};
+use crate::epoch::{EpochStore, Foresight, commit_of};
 use crate::error::{Error, Kind, Result};
 use crate::platform::store::{get_small, keys_below};
 use crate::repo::machines;
@@ -224,7 +224,15 @@ fn mark_machine(
     let mut before: Option<u64> = None;
     // The epoch before is usually the one that was walked last.
     let mut last: Option<((String, u64), Roots)> = None;
+    let objects = store.repository().objects();
+    let unmarked = |epoch: &&u64| history.epochs[epoch].marked.is_none();
+    let to_walk: Vec<u64> = needed[&machine].iter().filter(unmarked).copied().collect();
+    let record = |epoch| objects.record(&machine, epoch).ok().flatten().map(|(record, _)| record);
+    let mut foresight = Foresight::new(store.nodes(), to_walk.iter().copied(), record);
     for (done, epoch) in needed[&machine].iter().enumerate() {
+        if let Ok(at) = to_walk.binary_search(epoch) {
+            foresight.reach(at);
+        }
         let entry = &history.epochs[epoch];
         let is_needed = |(machine, epoch): &(String, u64)| {
             needed.get(machine.as_str()).is_some_and(|epochs| epochs.contains(epoch))

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use epochfs_format::{Image, ObjectRef, Root, levels_for, pack_key};
 
 use super::walk::Roots;
-use crate::epoch::{EpochStore, Nodes, Stored, child, commit_of};
+use crate::epoch::{EpochStore, Foresight, Nodes, Stored, child, commit_of};
 use crate::error::Result;
 
 /// What a repository's machines need.
@@ -65,7 +65,10 @@ pub fn shares(store: &EpochStore, progress: &mut dyn FnMut(u64)) -> Result<Share
         let epochs: Vec<u64> = state.epochs.keys().copied().collect();
         let mut counted = Counted::new(store.nodes());
         let mut before: Option<Roots> = None;
+        let mut foresight =
+            Foresight::new(store.nodes(), epochs.iter().copied(), |epoch| state.epochs.get(&epoch).cloned());
         for (at, record) in state.epochs.values().enumerate() {
+            foresight.reach(at);
             let name = || format!("{machine}@{}", record.seq);
             let roots = Roots::of(store.nodes(), commit_of(record)?).map_err(|error| error.context(name()))?;
             counted.go_on(before.as_ref(), &roots, at).map_err(|error| error.context(name()))?;
@@ -213,13 +216,14 @@ impl<'a> Counted<'a> {
         for loaded in [&before, &after].into_iter().flatten() {
             slots.extend(loaded.node.iter().map(|slot| slot.slot));
         }
+        if level > 0 {
+            let below = |loaded: &Option<_>, slot| loaded.as_ref().and_then(|loaded: &Arc<_>| child(loaded, slot));
+            let pairs = slots.iter().map(|slot| [below(&before, *slot), below(&after, *slot)]);
+            let pairs: Vec<[Option<Root>; 2]> = pairs.filter(|[old, new]| old != new).collect();
+            self.nodes.will_need_all(pairs.iter().flatten().flatten(), level - 1);
+            return pairs.iter().try_for_each(|[old, new]| self.change_node(old.as_ref(), new.as_ref(), level - 1));
+        }
         for slot in slots {
-            if level > 0 {
-                let below = |loaded: &Option<_>| loaded.as_ref().and_then(|loaded: &Arc<_>| child(loaded, slot));
-                let (old, new) = (below(&before), below(&after));
-                self.change_node(old.as_ref(), new.as_ref(), level - 1)?;
-                continue;
-            }
             let place = |loaded: &Option<Arc<crate::epoch::LoadedNode>>| {
                 loaded.as_ref().and_then(|loaded| loaded.node.place(slot))
             };

@@ -91,10 +91,13 @@ impl<'a> Walk<'a> {
             }
             return Ok(());
         }
-        let slots: Vec<usize> = loaded.node.iter().map(|slot| slot.slot).collect();
-        for slot in slots {
-            let below = child(&loaded, slot).expect("the slot is full");
-            let old = before.as_ref().and_then(|before| child(before, slot));
+        let old = |slot: usize| before.as_ref().and_then(|before| child(before, slot));
+        let below = |slot: usize| (child(&loaded, slot).expect("the slot is full"), old(slot));
+        let pairs = loaded.node.iter().map(|slot| below(slot.slot));
+        let pairs: Vec<(Root, Option<Root>)> = pairs.filter(|(below, old)| old.as_ref() != Some(below)).collect();
+        self.nodes
+            .will_need_all(pairs.iter().flat_map(|(below, old)| [Some(below), old.as_ref()]).flatten(), level - 1);
+        for (below, old) in pairs {
             self.add_node(&below, old.as_ref(), level - 1)?;
         }
         Ok(())

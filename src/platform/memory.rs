@@ -10,9 +10,6 @@ use super::lock::lock;
 /// Freed memory is not given back more often: it holds up who allocates meanwhile.
 const GIVE_BACK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Less that is free is left for whoever needs memory next: what was given back costs a fault a page.
-const LEFT_FREE: usize = 8 << 20;
-
 /// Has threads share their heaps, of which the C library would make eight for each processor. Comes before there are threads.
 pub fn share_heaps() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -36,11 +33,6 @@ pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         let since = Stopwatch::start();
-        // SAFETY: it counts, under the allocator's own locks.
-        let free = unsafe { libc::mallinfo2() }.fordblks;
-        if free < LEFT_FREE {
-            return;
-        }
         // SAFETY: it gives back pages that hold nothing allocated, under the allocator's own locks.
         unsafe { libc::malloc_trim(0) };
         tracing::debug!(elapsed = ?since.elapsed(), "free memory is given back");

@@ -1,6 +1,7 @@
 //! What the rest of the program asks of the world: clock, randomness, files and objects, each behind a
 //! trait where a test needs a faulty twin. Nothing above this module calls the operating system for them.
 
+pub mod at_once;
 pub mod clock;
 pub mod files;
 pub mod flush;

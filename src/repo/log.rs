@@ -11,6 +11,7 @@ use epochfs_format::{
 use super::objects::Objects;
 use super::summaries::{Summaries, with_next};
 use crate::error::{Error, Kind, Result};
+use crate::platform::at_once::at_once;
 
 /// The newest record of a log.
 #[derive(Clone, Debug)]
@@ -159,6 +160,31 @@ fn two_records(objects: &Arc<Objects>, machine: &Arc<str>, newest: &Newest) -> R
     })
 }
 
+/// So many records are read together: what is kept of them lasts until they are looked at.
+const TOGETHER: usize = 64;
+
+/// Shows these records in their order; of a store that is far away they are read many at a time.
+pub fn records(
+    objects: &Objects,
+    machine: &Arc<str>,
+    seqs: impl IntoIterator<Item = u64>,
+    each: &mut dyn FnMut(u64, Option<(Record, Hash)>) -> Result<()>,
+) -> Result<()> {
+    let mut seqs = seqs.into_iter();
+    let is_remote = objects.store().is_remote();
+    loop {
+        let part: Vec<u64> = seqs.by_ref().take(if is_remote { TOGETHER } else { 1 }).collect();
+        if part.is_empty() {
+            return Ok(());
+        }
+        // One that cannot be read is told of in its turn.
+        let found = at_once(is_remote, &part, &|seq| Ok(objects.record(machine, *seq)))?;
+        for (seq, found) in part.into_iter().zip(found) {
+            each(seq, found?)?;
+        }
+    }
+}
+
 /// Which epochs a machine has, and what its tags name.
 #[derive(Clone, Debug, Default)]
 pub struct EpochList {
@@ -175,14 +201,14 @@ impl EpochList {
                 None => Some(Summary::clone(&older)),
                 Some(newer) => Some(older.then(&newer)),
             });
-        for seq in summed + 1..=head.record.seq {
-            let found = if seq == head.record.seq {
-                Some((head.record.clone(), head.digest))
-            } else {
-                objects.record(machine, seq)?
-            };
+        let mut add = |seq, found: Option<(Record, Hash)>| {
             let (record, digest) = found.ok_or_else(|| missing(machine, seq))?;
-            sum = Some(with_next(sum, &record, digest)?);
+            sum = Some(with_next(sum.take(), &record, digest)?);
+            Ok(())
+        };
+        if head.record.seq > summed {
+            records(objects, machine, summed + 1..head.record.seq, &mut add)?;
+            add(head.record.seq, Some((head.record.clone(), head.digest)))?;
         }
         let Some(sum) = sum else { return Ok(Self::default()) };
         let tags = sum.tags.into_iter().filter_map(|(tag, epoch)| Some((tag, epoch?)));
@@ -218,11 +244,12 @@ impl MachineState {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
         let (mut epochs, total) = (BTreeMap::new(), list.epochs.len());
-        for (done, seq) in (0..).zip(list.epochs.iter()) {
-            progress(done, total);
-            let (record, _) = objects.record(machine, seq)?.ok_or_else(|| missing(machine, seq))?;
+        records(objects, machine, list.epochs.iter(), &mut |seq, found| {
+            progress(epochs.len() as u64, total);
+            let (record, _) = found.ok_or_else(|| missing(machine, seq))?;
             epochs.insert(seq, record);
-        }
+            Ok(())
+        })?;
         progress(total, total);
         Ok(Self { epochs, list })
     }
@@ -232,13 +259,14 @@ impl MachineState {
         let machine = &head.record.machine;
         let mut state = Self::default();
         let mut previous = [0; 32];
-        for seq in 1..=head.record.seq {
-            let (record, digest) = objects.record(machine, seq)?.ok_or_else(|| missing(machine, seq))?;
+        records(objects, machine, 1..=head.record.seq, &mut |seq, found| {
+            let (record, digest) = found.ok_or_else(|| missing(machine, seq))?;
             check_link(&record, &previous)?;
             previous = digest;
             each(&record, digest);
             state.apply(record);
-        }
+            Ok(())
+        })?;
         state.list.epochs = state.epochs.keys().copied().collect();
         Ok(state)
     }

@@ -22,7 +22,7 @@ pub use cache::TwoGenerations;
 pub use collector_log::{Birth, CollectorLog, condemnation_at};
 pub use index::{Index, IndexCounters, IndexState, Rebuilt};
 pub use keyring::{KeyEntry, Keyring};
-pub use log::{EpochList, Head, MachineState, machines, objects_of};
+pub use log::{EpochList, Head, MachineState, machines, objects_of, records};
 pub use objects::{Objects, object_key};
 pub use packs::{Inline, PackWriter};
 pub use quarantine::Quarantined;

@@ -1,5 +1,6 @@
 //! Reading objects that hold blocks: single blocks, footers, log records.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,6 +16,7 @@ use epochfs_format::{
 use super::cache::TwoGenerations;
 use super::quarantine::{Lists, Quarantined};
 use crate::error::{Error, Kind, Result};
+use crate::platform::at_once::at_once;
 use crate::platform::lock::lock;
 use crate::platform::memory::SpareBuffers;
 use crate::platform::store::{Put, Store, Tail};
@@ -371,7 +373,9 @@ impl Objects {
         });
         let mut answers: Vec<Result<bool>> = claims.iter().map(|_| Ok(false)).collect();
         let mut decoder = None;
-        for group in order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object) {
+        let groups = || order.chunk_by(|a, b| claims[*a].1.object == claims[*b].1.object);
+        let mut asked = self.ask_for(groups().map(|group| &claims[group[0]].1.object));
+        for group in groups() {
             let object = &claims[group[0]].1.object;
             // A record's footer is small, and tells by how long it is whether it still has its blocks.
             let by_footer =
@@ -379,7 +383,7 @@ impl Objects {
             if !by_footer && group.len() > 1 && self.store.is_remote() {
                 group.iter().for_each(|claim| self.will_need_block(&claims[*claim].1));
             }
-            let exists = self.exists(object);
+            let exists = asked.remove(object).unwrap_or_else(|| self.exists(object));
             let mut is_gone = matches!(exists, Ok(false));
             for claim in group {
                 let (hash, place) = &claims[*claim];
@@ -400,6 +404,16 @@ impl Objects {
             lock(&self.decoders).push(decoder);
         }
         answers
+    }
+
+    /// Whether the store has those of these objects of which that is not known, where it is far away: all are asked for at once.
+    fn ask_for<'a>(&self, objects: impl Iterator<Item = &'a ObjectRef>) -> HashMap<&'a ObjectRef, Result<bool>> {
+        if !self.store.is_remote() {
+            return HashMap::new();
+        }
+        let unknown: Vec<&ObjectRef> = objects.filter(|object| lock(&self.existing).get(object).is_none()).collect();
+        let told = at_once(true, &unknown, &|object| Ok(self.exists(object))).unwrap_or_default();
+        unknown.into_iter().zip(told).collect()
     }
 
     /// Whether the store has this object still, and a record with the blocks that lay in it. Bytes that were kept here of an

@@ -480,8 +480,6 @@ impl Live {
                 }
             }
         }
-        // Nobody who reads live needs them any more.
-        self.store.nodes().forget(&committed.superseded);
         if job.options.moves.is_some() {
             return Ok(());
         }

@@ -8,10 +8,12 @@ use epochfs_format::{
 };
 
 use super::{BrokenEpoch, Heads, PageRange, Problem, Verified, Verifier};
+use crate::epoch::foresight::Foresight;
 use crate::epoch::nodes::{LoadedNode, Stored, describe};
-use crate::epoch::tree::{child, page_count};
+use crate::epoch::tree::{child, children, page_count};
 use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
+use crate::platform::at_once::{AT_ONCE, at_once};
 use crate::repo::{Head, MachineState, Summing};
 
 const RANGES_MAX: usize = 1000;
@@ -62,7 +64,17 @@ impl Verifier<'_> {
             }
             Err(error) => return Err(error),
         };
-        for record in state.epochs.values() {
+        let (epochs, nodes) = (&state.epochs, self.store.nodes());
+        let mut foresight = Foresight::new(nodes, epochs.keys().copied(), |epoch| epochs.get(&epoch).cloned());
+        let object_of = |epoch: &u64| ObjectRef::Record { machine: machine.clone(), seq: *epoch };
+        let all: Vec<ObjectRef> = epochs.keys().map(object_of).collect();
+        for (at, record) in epochs.values().enumerate() {
+            foresight.reach(at);
+            if at % AT_ONCE == 0 && repository.objects().store().is_remote() {
+                // Every node that is walked is looked for there.
+                let part = &all[at..(at + AT_ONCE).min(all.len())];
+                at_once(true, part, &|object| Ok(repository.objects().footer(object).is_ok()))?;
+            }
             self.trees.epochs += 1;
             let (epoch, commit) = (record.seq, commit_of(record)?);
             self.walking = Some((machine.clone(), epoch));
@@ -201,10 +213,11 @@ impl Verifier<'_> {
                 }
             }
         } else {
-            let slots: Vec<usize> = loaded.node.iter().map(|slot| slot.slot).collect();
-            for slot in slots {
-                let below = child(&loaded, slot).expect("the slot is full");
-                unreadable += self.walk(&below, level - 1)?;
+            let below = children(&loaded);
+            let is_new = |root: &&Root| !self.walked.contains_key(&(root.place.clone(), root.digest, level - 1));
+            self.store.nodes().will_need_all(below.iter().filter(is_new), level - 1);
+            for root in &below {
+                unreadable += self.walk(root, level - 1)?;
             }
         }
         self.walked.insert(key, unreadable);

@@ -1,7 +1,9 @@
 //! Reading objects from end to end: every byte is under a checksum, every page under its hash.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use epochfs_format::{
     BIRTHS_PREFIX, Birth, Block, BlockKind, DESCRIPTOR_KEY, Descriptor, FooterEntry, FormatError, GC_LOG_PREFIX,
     GcRecord, HEADER_LEN, KeyRemoval, Lease, ObjectRef, PAGE_SIZE, PageDecoder, QUARANTINE_PREFIX, Quarantine, Record,
@@ -12,7 +14,8 @@ use epochfs_format::{
 use super::state::Saving;
 use super::{Named, Verifier, name_of};
 use crate::error::{Error, Kind, Result};
-use crate::platform::store::ObjectInfo;
+use crate::platform::at_once::{AT_ONCE, at_once};
+use crate::platform::store::{ObjectInfo, Store};
 use crate::repo::object_key;
 
 /// What reading an object came to.
@@ -71,6 +74,47 @@ pub fn read_object(
     Ok(read)
 }
 
+/// Objects that are read together, of a store that is far away: so many, of so many bytes, and none that is longer.
+const TOGETHER: usize = 4 * AT_ONCE;
+const TOGETHER_LEN_MAX: u64 = 32 << 20;
+const SMALL_LEN_MAX: u64 = 4 << 20;
+
+/// Small objects that were read and not looked at yet.
+#[derive(Default)]
+struct Ahead {
+    bytes: HashMap<String, Bytes>,
+    /// So many of the listed ones were read, or left.
+    reached: usize,
+}
+
+impl Ahead {
+    /// The one at this place comes next.
+    fn reach(&mut self, store: &dyn Store, all: &[ObjectInfo], at: usize) {
+        if at < self.reached || !store.is_remote() {
+            return;
+        }
+        let mut len = 0;
+        let fits = |info: &&ObjectInfo| {
+            len += info.len;
+            info.len <= SMALL_LEN_MAX && len <= TOGETHER_LEN_MAX
+        };
+        let together: Vec<&ObjectInfo> = all[at..].iter().take(TOGETHER).take_while(fits).collect();
+        self.reached = at + together.len().max(1);
+        // One that cannot be read is read again when it is looked at, which tells what is wrong.
+        let is_read = |info: &&&ObjectInfo| {
+            matches!(name_of(&info.key), Named::Object(_) | Named::OfCollector | Named::Summary(..))
+        };
+        let together: Vec<&ObjectInfo> = together.iter().filter(is_read).copied().collect();
+        let read = at_once(true, &together, &|info| Ok(store.get(&info.key).ok())).unwrap_or_default();
+        let read = together.iter().zip(read).filter_map(|(info, bytes)| Some((info.key.clone(), bytes?)));
+        self.bytes = read.collect();
+    }
+
+    fn take(&mut self, key: &str) -> Option<Bytes> {
+        self.bytes.remove(key)
+    }
+}
+
 impl Verifier<'_> {
     /// Reads all objects, or those that an interrupted verification had not come to, and those that it found damaged.
     pub fn check_objects(&mut self, saving: &mut Option<Saving<'_>>) -> Result<()> {
@@ -89,13 +133,17 @@ impl Verifier<'_> {
             self.read.resumed_at_bytes = earlier.bytes;
             self.read.unknown_objects.clone_from(&earlier.unknown_objects);
         }
-        for info in all {
-            let was_read = earlier.as_ref().is_some_and(|earlier| info.key <= earlier.last);
-            if was_read && !earlier.as_ref().is_some_and(|earlier| earlier.damaged.contains(&info.key)) {
-                continue;
-            }
+        let was_read = |info: &ObjectInfo| earlier.as_ref().is_some_and(|earlier| info.key <= earlier.last);
+        let is_left = |info: &ObjectInfo| {
+            was_read(info) && earlier.as_ref().is_none_or(|earlier| !earlier.damaged.contains(&info.key))
+        };
+        all.retain(|info| !is_left(info));
+        let mut ahead = Ahead::default();
+        for (at, info) in all.iter().enumerate() {
+            let was_read = was_read(info);
             let before = (self.read.objects, self.read.pages);
-            self.check_listed(&info.key)?;
+            ahead.reach(&*store, &all, at);
+            self.check_listed(&info.key, ahead.take(&info.key))?;
             if was_read {
                 // It was counted then.
                 (self.read.objects, self.read.pages) = before;
@@ -119,7 +167,7 @@ impl Verifier<'_> {
         self.problems.remove(&key);
         self.damage.forget(object);
         let before = (self.read.objects, self.read.pages);
-        let checked = self.check_listed(&key);
+        let checked = self.check_listed(&key, None);
         (self.read.objects, self.read.pages) = before;
         checked
     }
@@ -137,12 +185,13 @@ impl Verifier<'_> {
         self.problems.remove(&key);
         self.damage.summaries.remove(&(machine.clone(), to));
         let objects = self.read.objects;
-        let checked = self.check_listed(&key);
+        let checked = self.check_listed(&key, None);
         self.read.objects = objects;
         checked
     }
 
-    fn check_listed(&mut self, key: &str) -> Result<()> {
+    /// Reads an object, unless its bytes are here already.
+    fn check_listed(&mut self, key: &str, bytes: Option<Bytes>) -> Result<()> {
         self.read.objects += 1;
         let named = name_of(key);
         let checked = match &named {
@@ -150,10 +199,10 @@ impl Verifier<'_> {
             // Those who read them find out what is wrong with them, and no epoch needs them.
             Named::Trace | Named::OfHost => Ok(()),
             Named::Key => self.check_key(key),
-            Named::OfCollector => self.check_of_collector(key),
+            Named::OfCollector => self.check_of_collector(key, bytes),
             Named::Quarantine => self.check_quarantine(key),
-            Named::Summary(machine, to) => self.check_summary(machine, *to),
-            Named::Object(object) => self.check_object(object, key),
+            Named::Summary(machine, to) => self.check_summary(machine, *to, bytes),
+            Named::Object(object) => self.check_object(object, key, bytes),
             Named::Unknown => {
                 self.read.unknown_objects.push(key.to_owned());
                 Ok(())
@@ -204,9 +253,9 @@ impl Verifier<'_> {
         }
     }
 
-    fn check_of_collector(&self, key: &str) -> Result<()> {
+    fn check_of_collector(&self, key: &str, bytes: Option<Bytes>) -> Result<()> {
         let objects = self.store.repository().objects();
-        let bytes = match objects.store().get(key) {
+        let bytes = match bytes.map_or_else(|| objects.store().get(key), Ok) {
             Ok(bytes) => bytes,
             // Leases come and go.
             Err(error) if error.kind() == Kind::NotFound && !key.starts_with(GC_LOG_PREFIX) => return Ok(()),
@@ -236,16 +285,16 @@ impl Verifier<'_> {
     }
 
     /// Whether it says what the records do is known once these are read.
-    fn check_summary(&self, machine: &Arc<str>, to: u64) -> Result<()> {
+    fn check_summary(&self, machine: &Arc<str>, to: u64, bytes: Option<Bytes>) -> Result<()> {
         let objects = self.store.repository().objects();
-        let bytes = objects.store().get(&summary_key(machine, to))?;
+        let bytes = bytes.map_or_else(|| objects.store().get(&summary_key(machine, to)), Ok)?;
         Summary::decode(&bytes, objects.repository(), machine, to)?;
         Ok(())
     }
 
-    fn check_object(&mut self, object: &ObjectRef, key: &str) -> Result<()> {
+    fn check_object(&mut self, object: &ObjectRef, key: &str, bytes: Option<Bytes>) -> Result<()> {
         let objects = self.store.repository().objects();
-        let (bytes, told) = match objects.store().get(key) {
+        let (bytes, told) = match bytes.map_or_else(|| objects.store().get(key), Ok) {
             // What the store does not give out whole may have blocks that are sound.
             Err(error) if error.kind() == Kind::Damaged => (objects.store().get_damaged(key)?, Some(error)),
             bytes => (bytes?, None),
