@@ -406,6 +406,11 @@ impl Objects {
         answers
     }
 
+    /// Whether the store has these objects will be asked soon: where it is far away, it is asked of all at once.
+    pub fn look_for(&self, objects: &[ObjectRef]) {
+        drop(self.ask_for(objects.iter()));
+    }
+
     /// Whether the store has those of these objects of which that is not known, where it is far away: all are asked for at once.
     fn ask_for<'a>(&self, objects: impl Iterator<Item = &'a ObjectRef>) -> HashMap<&'a ObjectRef, Result<bool>> {
         if !self.store.is_remote() {

@@ -13,6 +13,7 @@ mod caches;
 mod cluster;
 mod commands;
 mod failures;
+mod far;
 mod hosts;
 mod kills;
 #[path = "../failover/links.rs"]

@@ -13,7 +13,7 @@ use crate::epoch::nodes::{LoadedNode, Stored, describe};
 use crate::epoch::tree::{child, children, page_count};
 use crate::epoch::view::{commit_of, load_manifest};
 use crate::error::{Error, Kind, Result};
-use crate::platform::at_once::{AT_ONCE, at_once};
+use crate::platform::at_once::AT_ONCE;
 use crate::repo::{Head, MachineState, Summing};
 
 const RANGES_MAX: usize = 1000;
@@ -70,10 +70,9 @@ impl Verifier<'_> {
         let all: Vec<ObjectRef> = epochs.keys().map(object_of).collect();
         for (at, record) in epochs.values().enumerate() {
             foresight.reach(at);
-            if at % AT_ONCE == 0 && repository.objects().store().is_remote() {
-                // Every node that is walked is looked for there.
-                let part = &all[at..(at + AT_ONCE).min(all.len())];
-                at_once(true, part, &|object| Ok(repository.objects().footer(object).is_ok()))?;
+            if at % AT_ONCE == 0 {
+                // Whatever is walked is looked for there.
+                repository.objects().look_for(&all[at..(at + AT_ONCE).min(all.len())]);
             }
             self.trees.epochs += 1;
             let (epoch, commit) = (record.seq, commit_of(record)?);
