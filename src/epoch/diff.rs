@@ -190,8 +190,10 @@ fn compare(nodes: &Nodes, sides: [Side; 2], level: u8, first: u64, each: &mut dy
         }
     }
     let sides = pairs.iter().flat_map(|(_, pair)| pair);
-    nodes
-        .will_need_all(sides.filter_map(|side| if let Side::Node(root) = side { Some(root) } else { None }), level - 1);
+    nodes.will_need_all(
+        sides.filter_map(|side| if let Side::Node(root) = side { Some(root) } else { None }),
+        level - 1,
+    )?;
     for (slot, pair) in pairs {
         compare(nodes, pair, level - 1, first + slot as u64 * level_span(level), each)?;
     }

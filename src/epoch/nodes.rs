@@ -110,15 +110,21 @@ impl Nodes {
         Ok(())
     }
 
-    /// Has nodes of one level on their way at once, of a store that is far away, with what these are patches of.
-    pub fn will_need_all<'a>(&self, roots: impl Iterator<Item = &'a Root>, level: u8) {
+    /// Has nodes of one level on their way at once, of a store that is far away, with what these are patches of. Who loads one
+    /// that is missing or damaged is told so.
+    pub fn will_need_all<'a>(&self, roots: impl Iterator<Item = &'a Root>, level: u8) -> Result<()> {
         if !self.objects.store().is_remote() {
-            return;
+            return Ok(());
         }
         let roots: Vec<&Root> = roots.filter(|root| self.at_hand(root, level).is_none()).collect();
         roots.iter().for_each(|root| self.will_need(root));
-        // Whoever loads it is told what is wrong.
-        roots.iter().for_each(|root| drop(self.will_need_base(root)));
+        for root in roots {
+            match self.will_need_base(root) {
+                Err(error) if !error.kind().is_of_object() => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// The same as [`Self::load`], if it was loaded before and is here still.

@@ -79,7 +79,8 @@ impl Walk<'_> {
             }
         } else {
             let below = children(&loaded);
-            self.nodes.will_need_all(below.iter().filter(|root| !self.seen_nodes.contains_key(&root.place)), level - 1);
+            self.nodes
+                .will_need_all(below.iter().filter(|root| !self.seen_nodes.contains_key(&root.place)), level - 1)?;
             for root in &below {
                 pages += self.add(root, level - 1)?;
             }

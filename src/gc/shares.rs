@@ -220,7 +220,7 @@ impl<'a> Counted<'a> {
             let below = |loaded: &Option<_>, slot| loaded.as_ref().and_then(|loaded: &Arc<_>| child(loaded, slot));
             let pairs = slots.iter().map(|slot| [below(&before, *slot), below(&after, *slot)]);
             let pairs: Vec<[Option<Root>; 2]> = pairs.filter(|[old, new]| old != new).collect();
-            self.nodes.will_need_all(pairs.iter().flatten().flatten(), level - 1);
+            self.nodes.will_need_all(pairs.iter().flatten().flatten(), level - 1)?;
             return pairs.iter().try_for_each(|[old, new]| self.change_node(old.as_ref(), new.as_ref(), level - 1));
         }
         for slot in slots {

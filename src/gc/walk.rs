@@ -96,7 +96,7 @@ impl<'a> Walk<'a> {
         let pairs = loaded.node.iter().map(|slot| below(slot.slot));
         let pairs: Vec<(Root, Option<Root>)> = pairs.filter(|(below, old)| old.as_ref() != Some(below)).collect();
         self.nodes
-            .will_need_all(pairs.iter().flat_map(|(below, old)| [Some(below), old.as_ref()]).flatten(), level - 1);
+            .will_need_all(pairs.iter().flat_map(|(below, old)| [Some(below), old.as_ref()]).flatten(), level - 1)?;
         for (below, old) in pairs {
             self.add_node(&below, old.as_ref(), level - 1)?;
         }

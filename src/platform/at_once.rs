@@ -1,7 +1,8 @@
 //! Doing something with many objects of a store that is far away: several at a time.
 
+use std::io;
 use std::panic::resume_unwind;
-use std::thread::ScopedJoinHandle;
+use std::thread::{Builder, ScopedJoinHandle};
 
 use crate::error::Result;
 
@@ -14,15 +15,22 @@ pub fn at_once<T: Sync, R: Send>(
     all: &[T],
     work: &(impl Fn(&T) -> Result<R> + Sync),
 ) -> Result<Vec<R>> {
-    let each = |part: &[T]| part.iter().map(work).collect::<Result<Vec<R>>>();
+    let each = &|part: &[T]| part.iter().map(work).collect::<Result<Vec<R>>>();
     if !is_remote || all.len() < 2 {
         return each(all);
     }
     let done: Vec<Result<Vec<R>>> = std::thread::scope(|scope| {
-        let parts = all.chunks(all.len().div_ceil(AT_ONCE));
-        let threads: Vec<_> = parts.map(|part| scope.spawn(move || each(part))).collect();
-        let joined = |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
-        threads.into_iter().map(joined).collect()
+        let begun = all.chunks(all.len().div_ceil(AT_ONCE)).map(|part| {
+            let thread = Builder::new().name("at-once".into()).spawn_scoped(scope, move || each(part));
+            (part, thread)
+        });
+        let begun: Vec<_> = begun.collect();
+        let done = |(part, thread): (&[T], io::Result<ScopedJoinHandle<'_, _>>)| match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            // There are no more threads to be had.
+            Err(_) => each(part),
+        };
+        begun.into_iter().map(done).collect()
     });
     Ok(done.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }

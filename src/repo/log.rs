@@ -177,8 +177,11 @@ pub fn records(
         if part.is_empty() {
             return Ok(());
         }
-        // One that cannot be read is told of in its turn.
-        let found = at_once(is_remote, &part, &|seq| Ok(objects.record(machine, *seq)))?;
+        // One that is missing or damaged is told of in its turn. Where nothing is answered, all are waited for at once.
+        let found = at_once(is_remote, &part, &|seq| match objects.record(machine, *seq) {
+            Err(error) if !error.kind().is_of_object() => Err(error),
+            found => Ok(found),
+        })?;
         for (seq, found) in part.into_iter().zip(found) {
             each(seq, found?)?;
         }

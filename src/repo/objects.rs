@@ -417,8 +417,18 @@ impl Objects {
             return HashMap::new();
         }
         let unknown: Vec<&ObjectRef> = objects.filter(|object| lock(&self.existing).get(object).is_none()).collect();
-        let told = at_once(true, &unknown, &|object| Ok(self.exists(object))).unwrap_or_default();
-        unknown.into_iter().zip(told).collect()
+        let told = at_once(true, &unknown, &|object| match self.exists(object) {
+            Err(error) if !error.kind().is_of_object() => Err(error),
+            told => Ok(told),
+        });
+        match told {
+            Ok(told) => unknown.into_iter().zip(told).collect(),
+            // Who is not answered waits once, and not for each.
+            Err(error) => {
+                let failed = |object| (object, Err(Error::new(error.kind(), error.to_string())));
+                unknown.into_iter().map(failed).collect()
+            }
+        }
     }
 
     /// Whether the store has this object still, and a record with the blocks that lay in it. Bytes that were kept here of an

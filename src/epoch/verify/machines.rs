@@ -214,7 +214,7 @@ impl Verifier<'_> {
         } else {
             let below = children(&loaded);
             let is_new = |root: &&Root| !self.walked.contains_key(&(root.place.clone(), root.digest, level - 1));
-            self.store.nodes().will_need_all(below.iter().filter(is_new), level - 1);
+            self.store.nodes().will_need_all(below.iter().filter(is_new), level - 1)?;
             for root in &below {
                 unreadable += self.walk(root, level - 1)?;
             }

@@ -105,7 +105,11 @@ impl Ahead {
             matches!(name_of(&info.key), Named::Object(_) | Named::OfCollector | Named::Summary(..))
         };
         let together: Vec<&ObjectInfo> = together.iter().filter(is_read).copied().collect();
-        let read = at_once(true, &together, &|info| Ok(store.get(&info.key).ok())).unwrap_or_default();
+        let read = at_once(true, &together, &|info| match store.get(&info.key) {
+            Err(error) if !error.kind().is_of_object() => Err(error),
+            read => Ok(read.ok()),
+        })
+        .unwrap_or_default();
         let read = together.iter().zip(read).filter_map(|(info, bytes)| Some((info.key.clone(), bytes?)));
         self.bytes = read.collect();
     }
